@@ -1,0 +1,123 @@
+"""The instruction: a text or Jinja2 template that becomes the prompt of each record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fabe_ds.errors import RecordFailed, TemplateError, UsageError
+
+_FILE_SUFFIXES = (".j2", ".jinja", ".jinja2", ".txt", ".md", ".prompt")
+_MAX_PROMPT = 64 << 20  # characters; a template can multiply text, and must not fill the memory
+
+
+def load_instruction(instruction: str) -> tuple[str, str]:
+    """The template text, and the name to call it by: a file's path, or "instruction".
+
+    Raises: UsageError where what looks like a file cannot be read.
+    """
+    looks_like_text = "\n" in instruction or len(instruction) > 1024
+    path = Path(instruction)
+    if looks_like_text or not (path.is_file() or instruction.lower().endswith(_FILE_SUFFIXES)):
+        return instruction, "instruction"
+    try:
+        return path.read_text(encoding="utf-8"), instruction
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UsageError(f"--instruction {instruction}: {reason}") from None
+
+
+class Instruction:
+    """A template made ready: `prompt(text, record)` is what the model is asked.
+
+    The template sees `variables`, the value as `text` and under the field's own name, and the
+    record as `record`. A template that mentions none of these has the value appended after a
+    blank line. Record text is data: it is never compiled, and rendered once.
+
+    Raises: TemplateError (syntax, or a variable that nothing gives).
+    """
+
+    def __init__(
+        self, template: str, name: str, variables: Mapping[str, str], path: tuple[str, ...]
+    ) -> None:
+        self.name, self.variables, self.field = name, dict(variables), path[-1]
+        taken = {"text", "record", self.field} & set(variables)
+        if taken:
+            raise TemplateError(f"--template-var {sorted(taken)[0]}: the name of the record's own")
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=False
+        )
+        try:
+            tree = environment.parse(template, name, name)
+            self._template = environment.from_string(tree)
+        except TemplateSyntaxError as error:
+            raise TemplateError(f"{name}:{error.lineno}: {error.message}") from None
+        self._template.filename = self._template.name = name
+        used = meta.find_undeclared_variables(tree)
+        self.needs_record = "record" in used
+        self._mentions = bool(used & {"text", self.field}) or _record_mentions(tree, path[0])
+        self._fixed = None if self._mentions or self.needs_record else self._render("", None)
+
+    def prompt(self, text: str, record: str | Mapping[str, Any] | None) -> str:
+        """The prompt for one record; `record` is its JSON text, or the record itself.
+
+        Raises: RecordFailed (kind "prompt") where this record's data cannot be rendered,
+        TemplateError where no record's could.
+        """
+        rendered = self._fixed
+        if rendered is None:
+            rendered = self._render(text, record if self.needs_record else None)
+        return rendered if self._mentions else f"{rendered.rstrip()}\n\n{text}"
+
+    def _render(self, text: str, record: str | Mapping[str, Any] | None) -> str:
+        try:
+            values = json.loads(record) if isinstance(record, str) else record
+        except (ValueError, RecursionError) as error:
+            raise RecordFailed("prompt", f"the record cannot be shown whole: {error}") from None
+        names = {**self.variables, "text": text, self.field: text, "record": values}
+        try:
+            rendered = self._template.render(names)
+        except UndefinedError as error:
+            place = f"{self.name}:{self._line(error.__traceback__)}"
+            message = f"{place}: {error.message}"
+            if error.message and error.message.endswith(" is undefined"):
+                raise TemplateError(f"{message}; give it with --template-var") from None
+            raise RecordFailed("prompt", message) from None
+        except SecurityError as error:
+            place = f"{self.name}:{self._line(error.__traceback__)}"
+            raise TemplateError(f"{place}: not allowed in a template: {error}") from None
+        except Exception as error:  # a filter may raise anything on this record's data
+            place = f"{self.name}:{self._line(error.__traceback__)}"
+            raise RecordFailed("prompt", f"{place}: {error}") from None
+        if len(rendered) > _MAX_PROMPT:
+            raise RecordFailed("prompt", f"{self.name}: the prompt has {len(rendered)} characters")
+        return rendered
+
+    def _line(self, traceback: TracebackType | None) -> int | str:
+        """The template's line in a traceback, which Jinja2 rewrites to hold it."""
+        line: int | str = "?"
+        while traceback is not None:
+            if traceback.tb_frame.f_code.co_filename in (self.name, "<template>"):
+                line = traceback.tb_lineno
+            traceback = traceback.tb_next
+        return line
+
+
+def _record_mentions(tree: nodes.Template, key: str) -> bool:
+    """Whether `record` is used whole, or its member `key` is."""
+    parts = 0
+    for node in tree.find_all((nodes.Getattr, nodes.Getitem)):
+        if isinstance(node.node, nodes.Name) and node.node.name == "record":
+            parts += 1
+            name = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", key)
+            if name == key:
+                return True
+    uses = sum(1 for name in tree.find_all(nodes.Name) if name.name == "record")
+    return uses > parts

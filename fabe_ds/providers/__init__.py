@@ -1,0 +1,27 @@
+"""Who answers: one module a provider, found through the entry-point group fabe_ds.providers."""
+
+from fabe_ds.providers.base import (
+    Completion,
+    Endpoint,
+    HttpProvider,
+    LocalProvider,
+    Provider,
+    Request,
+    Requirement,
+    Sampling,
+)
+from fabe_ds.providers.registry import build_provider, provider_class, provider_names
+
+__all__ = [
+    "Completion",
+    "Endpoint",
+    "HttpProvider",
+    "LocalProvider",
+    "Provider",
+    "Request",
+    "Requirement",
+    "Sampling",
+    "build_provider",
+    "provider_class",
+    "provider_names",
+]

@@ -1,0 +1,204 @@
+"""What a provider is: how a request is written down, and how its answer is read.
+
+Sending policy (limits, retries, cache) stands around providers, once, in `fabe_ds.engine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fabe_ds.errors import FabeError, RecordFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. `do_sample` None means: where the temperature is above zero."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None
+    do_sample: bool | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        return self.temperature > 0 if self.do_sample is None else self.do_sample
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where and what the model is, and the options of the provider that reaches it."""
+
+    model: str
+    base_url: str | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    local_files_only: bool = True
+    trust_remote_code: bool = False
+    batch_size: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to a model. `text` is the record's own value, which `prompt` holds too.
+
+    With `chat`, the model's chat template is applied to a system and a user turn; without it the
+    prompt is completed as it is.
+    """
+
+    text: str
+    prompt: str
+    system_prompt: str | None
+    sampling: Sampling
+    chat: bool = True
+    language: str = "python"
+    sample: int = 0
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        user = {"role": "user", "content": self.prompt}
+        if not self.system_prompt:
+            return [user]
+        return [{"role": "system", "content": self.system_prompt}, user]
+
+    @property
+    def plain(self) -> str:
+        """The prompt of a model that is not asked through a chat template."""
+        return f"{self.system_prompt}\n\n{self.prompt}" if self.system_prompt else self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a model answered, as it came. `finish_reason`: stop, length, content_filter or None."""
+
+    text: str
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Requirement(FabeError):
+    """Something a provider needs that is not there; the message says how to get it."""
+
+    exit_code = 2
+
+
+class Provider(ABC):
+    """Base of all providers. One instance serves one run; it is built anew in every process."""
+
+    name: ClassVar[str]
+    needs: ClassVar[str] = "nothing"
+    cached: ClassVar[bool] = True
+    """False where an answer costs less than looking it up."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """What is not installed for this provider to run, or None."""
+        return None
+
+    @abstractmethod
+    def body(self, request: Request) -> dict[str, Any]:
+        """The request as it is sent: all that can change the answer."""
+
+    def identity(self) -> str:
+        """Who answers: an endpoint's address, a local model's digest. Part of the cache key."""
+        return self.endpoint.model
+
+    def key(self, request: Request) -> bytes:
+        """The cache key: SHA-256 over who is asked, what is sent, and which sample it is."""
+        sent = [self.name, self.identity(), self.body(request), request.sample]
+        return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).digest()
+
+    def preflight(self) -> None:
+        """Checks, before the first record is spent, that the model can be reached.
+
+        Raises: RunStopped, Requirement.
+        """
+
+    def prompt_tokens(self, request: Request) -> int | None:
+        """The tokens of the prompt, where a tokenizer is at hand."""
+        return None
+
+    def shown(self, request: Request) -> str:
+        """The request as a dry run shows it."""
+        return json.dumps(self.body(request), ensure_ascii=False, indent=2)
+
+
+class LocalProvider(Provider):
+    """A model in this process."""
+
+    @abstractmethod
+    def complete(self, requests: Sequence[Request]) -> list[Completion | RecordFailed]:
+        """The answers to one batch: same length, same order."""
+
+    def stream(
+        self, requests: Sequence[Request]
+    ) -> Iterator[list[tuple[int, Completion | RecordFailed]]]:
+        """Answers as they are ready, each with its request's index. Longest prompts first, so
+        that running out of memory shows at once and a batch's rows are of like length."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt), reverse=True)
+        size = self.endpoint.batch_size
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            yield list(zip(batch, self.complete([requests[i] for i in batch]), strict=True))
+
+
+class HttpProvider(Provider):
+    """A model behind an HTTP endpoint: two pure functions, `body` and `completion`."""
+
+    default_base_url: ClassVar[str]
+
+    def __init__(self, endpoint: Endpoint, api_key: str | None = None) -> None:
+        super().__init__(endpoint)
+        self._api_key = api_key
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.endpoint!r})"
+
+    @property
+    def base_url(self) -> str:
+        return (self.endpoint.base_url or self.default_base_url).rstrip("/")
+
+    def identity(self) -> str:
+        return without_userinfo(self.base_url)
+
+    @abstractmethod
+    def path(self, request: Request) -> str:
+        """Where the request is posted, below the base URL."""
+
+    @abstractmethod
+    def completion(self, payload: Mapping[str, Any]) -> Completion:
+        """Reads one answer.
+
+        Raises: MalformedResponse where it does not follow the protocol, RecordFailed where the
+        model refused.
+        """
+
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+
+    def shown(self, request: Request) -> str:
+        where = without_userinfo(self.base_url + self.path(request))
+        return f"POST {where}\n{super().shown(request)}"
+
+
+def without_userinfo(url: str) -> str:
+    """The address without the user and password it may hold."""
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def token_count(usage: Any, key: str) -> int | None:
+    """A count out of a server's usage report, which may lack it or hold nonsense."""
+    count = usage.get(key) if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) and count >= 0 else None

@@ -1,0 +1,45 @@
+"""The record's own text under a one-line header: for trying a data set without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from fabe_ds.providers.base import Completion, LocalProvider, Request
+
+_STYLES = {
+    "//": "c cpp c++ csharp c# java javascript js typescript ts go rust swift kotlin scala dart php",
+    "--": "sql lua haskell ada elm vhdl",
+    "%": "tex latex matlab erlang prolog",
+    ";": "lisp clojure scheme asm assembly ini",
+    "'": "vb vba basic",
+    "!": "fortran",
+}
+_PREFIX = {name: prefix for prefix, names in _STYLES.items() for name in names.split()}
+_PAIRS = {
+    **dict.fromkeys(("html", "xml", "markdown", "md", "svg", "vue"), ("<!-- ", " -->")),
+    **dict.fromkeys(("css", "scss", "less"), ("/* ", " */")),
+    **dict.fromkeys(("ocaml", "pascal"), ("(* ", " *)")),
+}
+
+
+def comment(text: str, language: str) -> str:
+    """The text as a one-line comment; `#` for languages that are not known."""
+    language = language.lower()
+    before, after = _PAIRS.get(language, (f"{_PREFIX.get(language, '#')} ", ""))
+    return f"{before}{text}{after}"
+
+
+class EchoProvider(LocalProvider):
+    name = "echo"
+    cached: ClassVar[bool] = False
+
+    def body(self, request: Request) -> dict[str, Any]:
+        return {"model": self.endpoint.model, "text": request.text, "language": request.language}
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:  # type: ignore[override]
+        name = f"echo: {self.endpoint.model}"
+        return [
+            Completion(f"{comment(name, request.language)}\n{request.text}", "stop")
+            for request in requests
+        ]

@@ -1,0 +1,37 @@
+"""Models of the Hugging Face Hub, or in a local folder, or in one .gguf file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fabe_ds.providers.base import Requirement
+from fabe_ds.providers.local import TransformersProvider
+
+
+class HFProvider(TransformersProvider):
+    name = "hf"
+
+    def resolve(self) -> Path:
+        model = self.endpoint.model
+        path = Path(model).expanduser()
+        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+            return path
+        if path.exists() or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+            raise Requirement(f"--model {model}: no such model folder or .gguf file")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+
+        try:
+            return Path(
+                snapshot_download(model, local_files_only=self.endpoint.local_files_only)
+            )
+        except HFValidationError:
+            raise Requirement(f"--model {model}: neither a folder nor a hub id") from None
+        except FileNotFoundError:  # LocalEntryNotFoundError is one
+            raise Requirement(
+                f"--model {model}: not in the local Hugging Face cache; download it, or allow it "
+                "with --no-local-files-only"
+            ) from None
+        except (HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise Requirement(f"--model {model}: cannot be fetched from the Hub: {reason}") from None

@@ -1,0 +1,36 @@
+"""Models of ModelScope's hub, or in a local folder; run as hf runs its own."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from fabe_ds.providers.base import Requirement
+from fabe_ds.providers.local import TransformersProvider
+
+
+class ModelScopeProvider(TransformersProvider):
+    name = "modelscope"
+    needs = "torch, transformers, modelscope: pip install 'fabe-ds[modelscope]'; a folder or model id"
+
+    def resolve(self) -> Path:
+        model = self.endpoint.model
+        path = Path(model).expanduser()
+        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+            return path
+        if path.exists() or model.startswith((".", "/", "~")):
+            raise Requirement(f"--model {model}: no such model folder or .gguf file")
+        if not importlib.util.find_spec("modelscope"):
+            raise Requirement(
+                "modelscope not installed, which fetches models by name; "
+                "pip install 'fabe-ds[modelscope]'"
+            )
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        local = self.endpoint.local_files_only
+        try:
+            return Path(snapshot_download(model, local_files_only=local))
+        except Exception as error:  # the client's exceptions share no base
+            reason = str(error).strip().split("\n")[0]
+            advice = "; download it, or allow it with --no-local-files-only" if local else ""
+            raise Requirement(f"--model {model}: not found by ModelScope: {reason}{advice}") from None

@@ -1,0 +1,192 @@
+"""Dataset -> files: the new value is spliced into the text that was read."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from json.encoder import encode_basestring, encode_basestring_ascii
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+from fabe_ds.errors import ExportError, UsageError
+from fabe_ds.records.discover import Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+ROWS = 2048
+_escaped_character = re.compile(r"\\u(?!00[0-7])")
+COLUMNS = ("file", "index", "before", "raw", "start", "end", "joint", "after", "completion")
+
+
+class _Row(NamedTuple):
+    file: str
+    index: int
+    before: str
+    raw: str
+    start: int
+    end: int
+    joint: str
+    after: str | None
+    completion: str | None
+
+
+def export_records(
+    dataset: Dataset,
+    output: str | Path | None = None,
+    *,
+    inplace: bool = False,
+    root: str | Path | None = None,
+) -> list[Path]:
+    """Writes the records back to files laid out as those they came from.
+
+    `dataset` holds the carrier's columns and `completion`, the new value of each target (null
+    keeps the record as it is). `output` is a folder that mirrors the input's; with `inplace` the
+    files below `root` (the path that was loaded) are replaced. Every file appears whole or not at
+    all. Gives the paths written.
+
+    Raises: UsageError, ExportError (rows missing or out of order; a file that cannot be written).
+    """
+    if inplace == (output is not None):
+        raise UsageError("give either an output folder or inplace=True")
+    if inplace and root is None:
+        raise UsageError("inplace needs root, the path that was loaded")
+    missing = set(COLUMNS) - set(dataset.column_names)
+    if missing:
+        raise UsageError(f"not a transformed carrier: no column {', '.join(sorted(missing))}")
+    base = Path(root if inplace else output)  # type: ignore[arg-type]
+
+    def destination(name: str) -> Path:
+        return base if inplace and base.is_file() else base / name
+
+    written: list[Path] = []
+    rows = _rows(dataset)
+    row = next(rows, None)
+    while row is not None:
+        path = destination(row.file)
+        with replacing(path) as file:
+            row = _write_file(file, row, rows)
+        written.append(path)
+    return written
+
+
+def copy_unchanged(source: Source, path: Path) -> None:
+    """A file with no records in it goes through as it is."""
+    with replacing(path, compress=False) as file:
+        file.write(source.path.read_bytes())
+
+
+def _rows(dataset: Dataset) -> Iterator[_Row]:
+    arrow = dataset.select_columns(list(COLUMNS)).with_format("arrow")
+    for table in arrow.iter(batch_size=ROWS):
+        columns = [table.column(name).to_pylist() for name in COLUMNS]
+        yield from map(_Row._make, zip(*columns, strict=True))
+
+
+def _write_file(file: IO[bytes], row: _Row, rows: Iterator[_Row]) -> _Row | None:
+    """Writes one file's rows, from its first on; gives the first of the next file."""
+    name, expected = row.file, 0
+    parts: list[str] = []
+    current: _Row | None = row
+    while current is not None and current.file == name and current.index == expected:
+        expected += 1
+        parts.append(current.before)
+        if current.completion is None:
+            parts.append(current.raw)
+        else:
+            parts += spliced(current)
+        if len(parts) > ROWS:
+            file.write("".join(parts).encode())
+            parts.clear()
+        if current.after is not None:
+            parts.append(current.after)
+            file.write("".join(parts).encode())
+            return next(rows, None)
+        current = next(rows, None)
+    raise ExportError(
+        f"{name}: record {expected} is missing or out of order; export takes all the records of "
+        "a file, in the order they were loaded"
+    )
+
+
+def spliced(row: _Row) -> Sequence[str]:
+    """The record's text with the new value in it, and the old literal as backup where it goes."""
+    raw, start, end = row.raw, row.start, row.end
+    new = literal(row.completion or "", raw)
+    if row.joint:
+        return raw[:start], new, row.joint, raw[start:]
+    return raw[:start], new, raw[end:]
+
+
+def literal(value: str, raw: str) -> str:
+    """The value as a JSON string in the record's own manner: escaped to ASCII only where that is."""
+    if value.isascii() or (raw.isascii() and "\\u" in raw and _escaped_character.search(raw)):
+        return encode_basestring_ascii(value)
+    return encode_basestring(value)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, compress: bool | None = None) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block ends well, and not before.
+
+    Symlinks are followed; mode and owner of what is replaced are kept; the data is on disk before
+    the name changes. Compressed where the name ends in .gz.
+
+    Raises: ExportError.
+    """
+    path = Path(os.path.realpath(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written: {error.strerror}") from None
+    scratch = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            gz = path.suffix.lower() == ".gz" if compress is None else compress
+            if gz:
+                with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
+                    yield packed  # type: ignore[misc]
+            else:
+                yield file
+            file.flush()
+            _keep_mode(file.fileno(), path)
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _keep_mode(handle: int, path: Path) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(handle, 0o666 & ~umask)
+        return
+    if status.st_nlink > 1:
+        log.warning("%s has other hard links; they keep the old contents", path)
+    os.fchmod(handle, status.st_mode & 0o7777)
+    with contextlib.suppress(PermissionError):  # only root gives files away
+        os.fchown(handle, status.st_uid, status.st_gid)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+

@@ -1,0 +1,228 @@
+"""Where a field stands in the text of a JSON record, to the character.
+
+The C scanner of the standard library tells each value and where it ends, so a record is read once,
+member by member, and never written out again: what is not the field stays the text that it was.
+Grammar: RFC 8259, with NaN and Infinity allowed as Python's json allows them.
+"""
+
+from __future__ import annotations
+
+import re
+from json.decoder import JSONDecodeError, JSONDecoder, scanstring
+from json.encoder import encode_basestring
+from typing import Any, NamedTuple
+
+# Numbers stay text: their value is never needed, and int() refuses more than 4,300 digits.
+_scan_once = JSONDecoder(parse_int=str, parse_float=str).scan_once
+
+_space = re.compile(r"[ \t\n\r]*").match
+_colon = re.compile(r"[ \t\n\r]*:[ \t\n\r]*").match
+_next_member = re.compile(r"[ \t\n\r]*(?:,([ \t\n\r]*)|\})").match
+_next_item = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|\])").match
+_structure = re.compile(r'["\[\]{}]')
+
+FieldPath = tuple[str, ...]
+
+
+class Target(NamedTuple):
+    """The field's place in a record: `text[start:end]` is its JSON literal, `value` its value.
+
+    `joint` is what stands between that literal and a backup's: a comma, the record's own spacing,
+    the backup's key and colon. Empty where the object holds a backup already.
+    """
+
+    start: int
+    end: int
+    value: Any
+    joint: str
+
+
+class Deep:
+    """Stands for a value nested deeper than the C scanner goes."""
+
+
+def parse_path(field: str) -> FieldPath:
+    r"""Steps of a dotted path: `messages.0.content`, `a\.b` for a key that holds a dot.
+
+    Digits are a list index in a list and a key in an object; -1 is the last item.
+    """
+    keys = [key.replace("\\.", ".") for key in re.split(r"(?<!\\)\.", field)]
+    if not all(keys):
+        raise ValueError(f"field path {field!r} has an empty step")
+    return tuple(keys)
+
+
+def scan_value(text: str, pos: int) -> tuple[Any, int]:
+    """The value that begins at `pos` and the position after it.
+
+    Raises: JSONDecodeError.
+    """
+    try:
+        return _scan_once(text, pos)  # type: ignore[no-any-return]
+    except StopIteration as error:
+        raise JSONDecodeError("Expecting value", text, error.value) from None
+    except RecursionError:
+        return Deep(), _skip_deep(text, pos)
+
+
+class Field:
+    """A field's path made ready to be found in one record after another."""
+
+    def __init__(self, path: FieldPath, backup: str | None) -> None:
+        self.path, self.backup = path, backup
+        self._key = path[0]
+        self._joints: dict[tuple[str, str], str] = {}
+        self._quoted = encode_basestring(path[0])
+        # A key with no other spelling than its own, but for \\u escapes.
+        self._plain = len(path) == 1 and self._quoted == f'"{path[0]}"' and "/" not in path[0]
+        self._colon = re.compile(re.escape(self._quoted) + r"([ \t\n\r]*:[ \t\n\r]*)\"").match
+
+    def locate(self, text: str, pos: int) -> tuple[int, Target | None]:
+        """The end of the record that begins at `pos`, and its target where it has one.
+
+        Of equal keys the last counts, as it does for every common JSON reader.
+        Raises: JSONDecodeError.
+        """
+        record, end = scan_value(text, pos)
+        if self._plain and type(record) is dict:
+            value = record.get(self._key, self)
+            if value is self:
+                return end, None
+            # Where the quoted key stands just once, that place is the member: to stand deeper,
+            # the key would have to be spelled with an escape here. Half the time of the walk.
+            key = text.find(self._quoted, pos, end)
+            if text.find(self._quoted, key + 1, end) < 0 and text.find("\\u", pos, end) < 0:
+                colon = self._colon(text, key)
+                if colon is not None and text[key - 1] != "\\":
+                    start = colon.end() - 1
+                    stop = scanstring(text, start + 1, True)[1]
+                    if self.backup is None or self.backup in record:
+                        return end, Target(start, stop, value, "")
+                    return end, Target(start, stop, value, self._joint_at(text, key, stop, colon[1]))
+        return end, self._walk(text, pos)
+
+    def _joint_at(self, text: str, key: int, stop: int, colon: str) -> str:
+        before = key
+        while text[before - 1] in " \t\n\r":
+            before -= 1
+        lead = text[before:key]
+        if text[before - 1] == "{":
+            following = _next_member(text, stop)
+            lead = _lead_of_first(lead, following and following[1], colon)
+        return self._joint(lead, colon)
+
+    def _walk(self, text: str, pos: int) -> Target | None:
+        """The target found step by step and member by member."""
+        for depth, step in enumerate(self.path):
+            last = depth == len(self.path) - 1
+            if text.startswith("{", pos):
+                target = self._member(text, pos, step, self.backup if last else None)
+            elif text.startswith("[", pos):
+                target = _item(text, pos, step)
+            else:
+                return None
+            if target is None or last:
+                return target
+            pos = target.start
+        return None
+
+    def _member(self, text: str, pos: int, key: str, backup: str | None) -> Target | None:
+        """Member `key` of the object at `pos`."""
+        brace = pos
+        pos = skip_space(text, pos + 1)
+        if text.startswith("}", pos):
+            return None
+        found: tuple[int, int, int, Any, str | None] | None = None
+        following: str | None = None
+        lead: str | None = None  # the space between the comma before this member and its key
+        backed = False
+        while True:
+            name, key_end, start = _key(text, pos)
+            value, end = scan_value(text, start)
+            after = _next_member(text, end)
+            if after is None:
+                raise JSONDecodeError("Expecting ',' delimiter", text, end)
+            if name == key:
+                found, following = (pos, start, end, value, lead), after[1]
+                colon = text[key_end:start]
+            elif name == backup:
+                backed = True
+            pos, lead = after.end(), after[1]
+            if lead is None:
+                break
+        if found is None:
+            return None
+        key_start, start, end, value, lead = found
+        if backup is None or backed:
+            return Target(start, end, value, "")
+        if lead is None:
+            lead = _lead_of_first(text[brace + 1 : key_start], following, colon)
+        return Target(start, end, value, self._joint(lead, colon))
+
+    def _joint(self, lead: str, colon: str) -> str:
+        known = self._joints.get((lead, colon))
+        if known is None:
+            known = f",{lead}{encode_basestring(str(self.backup))}{colon}"
+            self._joints = {(lead, colon): known}  # files keep to one manner, so one is enough
+        return known
+
+
+def skip_space(text: str, pos: int) -> int:
+    """The first position from `pos` on that holds no white space."""
+    return _space(text, pos).end()  # type: ignore[union-attr]
+
+
+def _lead_of_first(opening: str, following: str | None, colon: str) -> str:
+    """The space to put after a comma behind the first member, whose own space follows a brace."""
+    if following is not None:
+        return following
+    if "\n" in opening:
+        return opening
+    return " " if colon.endswith(" ") else ""
+
+
+def _key(text: str, pos: int) -> tuple[str, int, int]:
+    """A member's key, where it ends, and where its value begins."""
+    if not text.startswith('"', pos):
+        raise JSONDecodeError("Expecting property name enclosed in double quotes", text, pos)
+    name, end = scanstring(text, pos + 1, True)
+    colon = _colon(text, end)
+    if colon is None:
+        raise JSONDecodeError("Expecting ':' delimiter", text, end)
+    return name, end, colon.end()
+
+
+def _item(text: str, pos: int, step: str) -> Target | None:
+    """Item `step` of the list at `pos`."""
+    try:
+        wanted = int(step)
+    except ValueError:
+        return None
+    items: list[Target] = []
+    pos = skip_space(text, pos + 1)
+    while not text.startswith("]", pos):
+        value, end = scan_value(text, pos)
+        items.append(Target(pos, end, value, ""))
+        after = _next_item(text, end)
+        if after is None or text[after.end() - 1] == "]":
+            break
+        pos = after.end()
+    return items[wanted] if -len(items) <= wanted < len(items) else None
+
+
+def _skip_deep(text: str, pos: int) -> int:
+    """The end of a value of any depth; brackets are paired, what is between is not judged."""
+    stack: list[str] = []
+    while True:
+        mark = _structure.search(text, pos)
+        if mark is None:
+            raise JSONDecodeError("Unterminated nesting starting", text, pos)
+        char, pos = mark[0], mark.end()
+        if char == '"':
+            pos = scanstring(text, pos, True)[1]
+        elif char in "[{":
+            stack.append("]" if char == "[" else "}")
+        elif not stack or stack.pop() != char:
+            raise JSONDecodeError("Unpaired bracket", text, pos - 1)
+        if not stack:
+            return pos
