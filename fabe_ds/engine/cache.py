@@ -1,0 +1,253 @@
+"""The record cache: each completion, as it came, under the hash of the request that was sent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+from fabe_ds.errors import CacheError
+from fabe_ds.providers.base import Completion
+
+log = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS completions (
+    key BLOB NOT NULL UNIQUE, text TEXT NOT NULL, finish_reason TEXT,
+    prompt_tokens INTEGER, completion_tokens INTEGER, created REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS written (mark BLOB PRIMARY KEY) WITHOUT ROWID;
+"""
+_COLUMNS = "key, text, finish_reason, prompt_tokens, completion_tokens"
+_IN = 500  # host parameters a statement; old builds of SQLite allow 999
+_BUSY_SECONDS = 30
+
+T = TypeVar("T")
+
+
+class RecordCache:
+    """Completions on disk, shared by any number of processes on this machine.
+
+    SQLite in WAL mode on a local file system; a commit is on disk before `put` returns. Usable
+    from several threads. A damaged file is set aside, and what can be read of it is kept.
+
+    Raises: CacheError wherever the disk does not do its part.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "records.sqlite"
+        self._lock = threading.RLock()
+        self._owner: str | None = None
+        self._owner_lock: FileLock | None = None
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)  # completions may hold personal data
+        except OSError as error:
+            raise CacheError(f"--cache-dir {folder}: {error.strerror}") from None
+        self._connection = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.OperationalError as error:
+            raise CacheError(f"{self.path}: {error}; is it on a local disk, with room?") from None
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
+            return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        handle = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        os.close(handle)
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # holds over a power cut as well
+            connection.executescript(_SCHEMA)
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+        for suffix in ("-wal", "-shm", ""):
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
+        log.warning("the record cache was damaged (%s); set aside as %s", error, aside)
+        rows = list(_readable(aside))
+        if rows:
+            fresh = self._connect()
+            statement = f"INSERT OR IGNORE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)"
+            fresh.executemany(statement, [(*row, time.time()) for row in rows])
+            fresh.close()
+            log.warning("%d completions of it could be kept", len(rows))
+
+    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        with self._lock:
+            try:
+                return work(self._connection)
+            except sqlite3.OperationalError as error:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise CacheError(f"{self.path}: {error}") from None
+            except sqlite3.DatabaseError as error:
+                self._connection.close()
+                self._set_aside(error)
+                self._connection = self._connect()
+                return work(self._connection)
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+        """The completions that are there."""
+
+        def read(connection: sqlite3.Connection) -> dict[bytes, Completion]:
+            found = {}
+            for start in range(0, len(keys), _IN):
+                part = keys[start : start + _IN]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT {_COLUMNS} FROM completions WHERE key IN ({marks})"  # noqa: S608
+                for key, *fields in connection.execute(query, part):
+                    found[key] = Completion(*fields)
+            return found
+
+        return self._do(read) if keys else {}
+
+    def put(self, rows: Iterable[tuple[bytes, Completion]]) -> None:
+        """Stores completions in one transaction, and gives up the claims on them."""
+        now = time.time()
+        values = [
+            (key, c.text, c.finish_reason, c.prompt_tokens, c.completion_tokens, now)
+            for key, c in rows
+        ]
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(
+                f"INSERT OR REPLACE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)",
+                values,
+            )
+            connection.executemany("DELETE FROM claims WHERE key = ?", [row[:1] for row in values])
+            connection.execute("COMMIT")
+
+        self._do(write)
+
+    def claim(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Claims keys for this process; gives those that another living one holds.
+
+        A claim says that its request is being sent. It ends with `put`, `release` or its owner.
+        """
+        owner = self._own()
+
+        def write(connection: sqlite3.Connection) -> dict[bytes, str]:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(
+                "INSERT OR IGNORE INTO claims VALUES (?, ?)", [(key, owner) for key in keys]
+            )
+            held = {}
+            for start in range(0, len(keys), _IN):
+                part = keys[start : start + _IN]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, owner FROM claims WHERE key IN ({marks})"  # noqa: S608
+                held.update(connection.execute(query, part).fetchall())
+            connection.execute("COMMIT")
+            return {key: holder for key, holder in held.items() if holder != owner}
+
+        held = self._do(write)
+        dead = {holder for holder in set(held.values()) if not self._alive(holder)}
+        if not dead:
+            return set(held)
+        for holder in dead:
+            self._do(lambda c, holder=holder: c.execute("DELETE FROM claims WHERE owner = ?", (holder,)))  # type: ignore[misc]
+        return self.claim(list(held))
+
+    def release(self, keys: Sequence[bytes]) -> None:
+        """Gives up claims whose requests failed."""
+        rows = [(key, self._owner) for key in keys]
+        self._do(lambda c: c.executemany("DELETE FROM claims WHERE key = ? AND owner = ?", rows))
+
+    def mark_written(self, marks: Iterable[bytes]) -> None:
+        """Remembers values that were written into files in place."""
+        rows = [(mark,) for mark in marks]
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany("INSERT OR IGNORE INTO written VALUES (?)", rows)
+            connection.execute("COMMIT")
+
+        self._do(write)
+
+    def was_written(self, mark: bytes) -> bool:
+        query = "SELECT 1 FROM written WHERE mark = ?"
+        return self._do(lambda c: c.execute(query, (mark,)).fetchone()) is not None
+
+    def count(self) -> int:
+        return int(self._do(lambda c: c.execute("SELECT COUNT(*) FROM completions").fetchone())[0])
+
+    def close(self) -> None:
+        with self._lock:
+            if self._owner is not None:
+                with contextlib.suppress(CacheError):
+                    owner = self._owner
+                    self._do(lambda c: c.execute("DELETE FROM claims WHERE owner = ?", (owner,)))
+            self._connection.close()
+            if self._owner_lock is not None:
+                self._owner_lock.release()
+                Path(self._owner_lock.lock_file).unlink(missing_ok=True)
+                self._owner, self._owner_lock = None, None
+
+    # An owner is alive while its lock is held: the system lets go of it however a process ends,
+    # which a process number could not tell.
+
+    def _own(self) -> str:
+        if self._owner is None:
+            owner = uuid.uuid4().hex
+            self._owner_lock = FileLock(self._lock_path(owner), mode=0o600, thread_local=False)
+            self._owner_lock.acquire(timeout=0)
+            self._owner = owner
+        return self._owner
+
+    def _alive(self, owner: str) -> bool:
+        path = self._lock_path(owner)
+        if not path.exists():
+            return False
+        probe = FileLock(path)
+        try:
+            probe.acquire(timeout=0)
+        except Timeout:
+            return True
+        probe.release()
+        path.unlink(missing_ok=True)
+        return False
+
+    def _lock_path(self, owner: str) -> Path:
+        folder = self.folder / "owners"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder / f"{owner}.lock"
+
+
+def open_existing(folder: Path) -> RecordCache | None:
+    """The cache where there is one; a dry run makes none."""
+    return RecordCache(folder) if (folder / "records.sqlite").exists() else None
+
+
+def written_mark(job: str, path: str, index: int, value: str) -> bytes:
+    """Names one value that job `job` wrote into record `index` of the file `path`."""
+    return hashlib.sha256(f"{job}\0{path}\0{index}\0{value}".encode()).digest()[:16]
+
+
+def _readable(path: Path) -> Iterator[tuple[object, ...]]:
+    """The rows of a damaged file, up to where it cannot be read."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, contextlib.suppress(sqlite3.Error):
+        yield from connection.execute(f"SELECT {_COLUMNS} FROM completions")  # noqa: S608

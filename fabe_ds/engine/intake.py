@@ -1,0 +1,212 @@
+"""What need not be sent: answers already in the cache, and requests already on their way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fabe_ds.engine.cache import RecordCache
+from fabe_ds.errors import RecordFailed
+from fabe_ds.providers.base import Completion, Provider, Request
+
+Item = Request | RecordFailed | None
+"""What a record asks for: a request, a failure to write one, or nothing (it is skipped)."""
+
+Accept = Callable[[Request, Completion], str]
+"""Makes a record's new text of a completion. Raises: RecordFailed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one record. `text` is None where it keeps what it has."""
+
+    text: str | None = None
+    completion: Completion | None = None
+    kind: str | None = None
+    message: str | None = None
+    cached: bool = False
+
+
+SKIPPED = Outcome()
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of a run, in records but for `requests` and tokens. Read by the progress display."""
+
+    done: int = 0
+    cached: int = 0
+    failed: int = 0
+    skipped: int = 0
+    requests: int = 0
+    retries: int = 0
+    in_flight: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def settled(self) -> int:
+        return self.done + self.cached + self.failed + self.skipped
+
+
+class Slot:
+    """A record's place in the order of answers."""
+
+    __slots__ = ("key", "outcome", "request")
+
+    def __init__(self, request: Request | None = None, outcome: Outcome | None = None) -> None:
+        self.request, self.outcome = request, outcome
+        self.key = b""
+
+
+class Intake:
+    """Sorts items into those that are answered and those that are to be sent, each once.
+
+    `resume` False leaves what earlier runs stored unread.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        cache: RecordCache | None,
+        accept: Accept,
+        stats: Stats,
+        resume: bool = True,
+    ) -> None:
+        self.provider, self.accept, self.stats = provider, accept, stats
+        self.cache = cache if provider.cached else None
+        self._resume = resume
+        self._waiting: dict[bytes, list[Slot]] = {}
+        self._stored: set[bytes] = set()  # by this run; only kept where earlier ones do not count
+        self._failed: dict[bytes, Outcome] = {}
+        self._samples: Counter[bytes] = Counter()
+
+    def take(self, items: Iterable[Item]) -> tuple[list[Slot], list[Slot], list[Slot]]:
+        """Slots for all items in order; those of them to send; those another process is sending."""
+        slots: list[Slot] = []
+        for item in items:
+            if isinstance(item, Request):
+                slots.append(Slot(request=item))
+            elif item is None:
+                self.stats.skipped += 1
+                slots.append(Slot(outcome=SKIPPED))
+            else:
+                self.stats.failed += 1
+                slots.append(Slot(outcome=Outcome(kind=item.kind, message=str(item))))
+        asking = [slot for slot in slots if slot.request is not None]
+        if self.cache is None:
+            return slots, asking, []
+        for slot in asking:
+            self._give_key(slot)
+        readable = {s.key for s in asking if self._resume or s.key in self._stored}
+        found = self.cache.get(list(readable - self._failed.keys()))
+        fresh: list[Slot] = []
+        for slot in asking:
+            if slot.key in self._failed:
+                self._settle(slot, self._failed[slot.key])
+            elif slot.key in self._waiting:
+                self._waiting[slot.key].append(slot)
+            elif not self._settled_by(slot, found.get(slot.key)):
+                self._waiting[slot.key] = [slot]
+                fresh.append(slot)
+        return slots, *self._claim(fresh)
+
+    def _claim(self, slots: list[Slot]) -> tuple[list[Slot], list[Slot]]:
+        if not slots or self.cache is None:
+            return slots, []
+        held = self.cache.claim([slot.key for slot in slots])
+        mine = [slot for slot in slots if slot.key not in held]
+        # Between the look-up and the claim another process may have been done with a few.
+        found = self.cache.get([slot.key for slot in mine]) if self._resume else {}
+        late = [slot for slot in mine if self._settled_by(slot, found.get(slot.key))]
+        if late:
+            self.cache.release([slot.key for slot in late])
+        todo = [slot for slot in mine if slot.outcome is None]
+        return todo, [slot for slot in slots if slot.key in held]
+
+    def take_over(self, slots: list[Slot]) -> tuple[list[Slot], list[Slot]]:
+        """Looks again at what other processes were sending: what is left to send by us, and what
+        they still have. Answered ones are settled."""
+        if self.cache is None:
+            return slots, []
+        found = self.cache.get([slot.key for slot in slots])
+        left = [slot for slot in slots if not self._settled_by(slot, found.get(slot.key))]
+        return self._claim(left)
+
+    def store(self, rows: list[tuple[Slot, Completion]]) -> None:
+        """Puts completions on disk; afterwards they may be settled."""
+        if self.cache is None or not rows:
+            return
+        self.cache.put([(slot.key, completion) for slot, completion in rows])
+        if not self._resume:
+            self._stored.update(slot.key for slot, _ in rows)
+
+    def answered(self, slot: Slot, completion: Completion) -> None:
+        """Settles a slot, and all that wait for the same request, with a new completion."""
+        self.stats.prompt_tokens += completion.prompt_tokens or 0
+        self.stats.completion_tokens += completion.completion_tokens or 0
+        self._finish(slot, self._outcome(slot, completion, cached=False))
+
+    def failed(self, slot: Slot, error: RecordFailed) -> None:
+        """Settles a slot, and all that wait for the same request, with a failure."""
+        if self.cache is not None:
+            self.cache.release([slot.key])
+        self._finish(slot, Outcome(kind=error.kind, message=str(error)))
+
+    def abandon(self, slots: Iterable[Slot]) -> None:
+        """Gives up what will not be sent after all."""
+        if self.cache is not None and (keys := [slot.key for slot in slots]):
+            self.cache.release(keys)
+
+    def _finish(self, slot: Slot, outcome: Outcome) -> None:
+        self._settle(slot, outcome)
+        if self.cache is None:
+            return
+        for other in self._waiting.pop(slot.key, ())[1:]:
+            self._settle(other, dataclasses.replace(outcome, cached=outcome.kind is None))
+        if outcome.kind is not None:
+            self._failed[slot.key] = outcome
+
+    def _settled_by(self, slot: Slot, completion: Completion | None) -> bool:
+        """Whether a stored completion serves. One that does not (cut off, empty) is asked again."""
+        if completion is None:
+            return False
+        outcome = self._outcome(slot, completion, cached=True)
+        if outcome.kind is not None:
+            return False
+        self._settle(slot, outcome)
+        for other in self._waiting.pop(slot.key, ()):
+            if other is not slot:
+                self._settle(other, outcome)
+        return True
+
+    def _outcome(self, slot: Slot, completion: Completion, cached: bool) -> Outcome:
+        assert slot.request is not None
+        try:
+            text = self.accept(slot.request, completion)
+        except RecordFailed as error:
+            return Outcome(None, completion, error.kind, str(error), cached)
+        return Outcome(text, completion, cached=cached)
+
+    def _settle(self, slot: Slot, outcome: Outcome) -> None:
+        slot.outcome = outcome
+        if outcome.kind is not None:
+            self.stats.failed += 1
+        elif outcome.cached:
+            self.stats.cached += 1
+        else:
+            self.stats.done += 1
+
+    def _give_key(self, slot: Slot) -> None:
+        """The key; where tokens are sampled, equal requests are told apart by their number."""
+        request = slot.request
+        assert request is not None
+        slot.key = self.provider.key(request)
+        if request.sampling.samples:
+            number = self._samples[slot.key]
+            self._samples[slot.key] += 1
+            if number:
+                slot.request = dataclasses.replace(request, sample=request.sample + number)
+                slot.key = self.provider.key(slot.request)

@@ -1,0 +1,57 @@
+"""Runs a model in this process: a window of records at a time, in the order that suits it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
+from fabe_ds.errors import RecordFailed
+from fabe_ds.providers.base import Completion, LocalProvider
+
+POLL_SECONDS = 0.5
+
+
+class LocalEngine:
+    """Answers items in order. `window`: how many records are looked at together."""
+
+    def __init__(self, provider: LocalProvider, intake: Intake, window: int) -> None:
+        self.provider, self.intake, self.window = provider, intake, window
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """One outcome an item, in order; each completion is stored before the next batch runs."""
+        iterator = iter(items)
+        while window := list(islice(iterator, self.window)):
+            slots, todo, foreign = self.intake.take(window)
+            self._answer(todo)
+            while foreign:
+                todo, foreign = self.intake.take_over(foreign)
+                self._answer(todo)
+                if foreign:
+                    time.sleep(POLL_SECONDS)
+            for slot in slots:
+                assert slot.outcome is not None
+                yield slot.outcome
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _answer(self, slots: list[Slot]) -> None:
+        if not slots:
+            return
+        requests = [slot.request for slot in slots if slot.request is not None]
+        left = set(range(len(slots)))
+        try:
+            for batch in self.provider.stream(requests):
+                self.intake.stats.requests += len(batch)
+                good = [(slots[i], a) for i, a in batch if isinstance(a, Completion)]
+                self.intake.store(good)
+                for index, answer in batch:
+                    left.discard(index)
+                    if isinstance(answer, RecordFailed):
+                        self.intake.failed(slots[index], answer)
+                    else:
+                        self.intake.answered(slots[index], answer)
+        finally:
+            self.intake.abandon(slots[index] for index in left)
