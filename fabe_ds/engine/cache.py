@@ -57,6 +57,11 @@ class RecordCache:
             raise CacheError(f"--cache-dir {folder}: {error.strerror}") from None
         self._connection = self._open()
 
+    @classmethod
+    def existing(cls, folder: Path) -> RecordCache | None:
+        """The cache where there is one already; none is made."""
+        return cls(folder) if (folder / "records.sqlite").exists() else None
+
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connect()
@@ -235,11 +240,6 @@ class RecordCache:
         folder = self.folder / "owners"
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder / f"{owner}.lock"
-
-
-def open_existing(folder: Path) -> RecordCache | None:
-    """The cache where there is one; a dry run makes none."""
-    return RecordCache(folder) if (folder / "records.sqlite").exists() else None
 
 
 def written_mark(job: str, path: str, index: int, value: str) -> bytes:

@@ -18,6 +18,7 @@ class LocalEngine:
 
     def __init__(self, provider: LocalProvider, intake: Intake, window: int) -> None:
         self.provider, self.intake, self.window = provider, intake, window
+        self._checked = False
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
         """One outcome an item, in order; each completion is stored before the next batch runs."""
@@ -40,6 +41,9 @@ class LocalEngine:
     def _answer(self, slots: list[Slot]) -> None:
         if not slots:
             return
+        if not self._checked:
+            self.provider.preflight()
+            self._checked = True
         requests = [slot.request for slot in slots if slot.request is not None]
         left = set(range(len(slots)))
         try:

@@ -1,0 +1,47 @@
+"""Rewrite one field of every record with a language model; give the records back as they were."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fabe_ds.errors import FabeError, InputError, RunStopped, TemplateError, UsageError
+from fabe_ds.version import __version__
+
+if TYPE_CHECKING:
+    from fabe_ds.config import RunConfig
+    from fabe_ds.records import export_records, load_records
+    from fabe_ds.runner import RunResult, run
+    from fabe_ds.transform import transform_fn
+
+__all__ = [
+    "FabeError",
+    "InputError",
+    "RunConfig",
+    "RunResult",
+    "RunStopped",
+    "TemplateError",
+    "UsageError",
+    "__version__",
+    "export_records",
+    "load_records",
+    "run",
+    "transform_fn",
+]
+
+_HOMES = {
+    "RunConfig": "fabe_ds.config",
+    "RunResult": "fabe_ds.runner",
+    "export_records": "fabe_ds.records",
+    "load_records": "fabe_ds.records",
+    "run": "fabe_ds.runner",
+    "transform_fn": "fabe_ds.transform",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: `fabe-ds --help` needs neither datasets nor aiohttp.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

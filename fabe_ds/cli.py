@@ -1,0 +1,251 @@
+"""The command line: flags -> RunConfig -> run. The flags are the settings of `RunConfig`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import click
+import typer
+from typer.core import TyperCommand
+
+from fabe_ds.config import RunConfig, flag, read_config, setting
+from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, UsageError
+
+app = typer.Typer(
+    name="fabe-ds",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Rewrite one field of every record with a language model; give the rest back as it was.",
+)
+_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+
+
+class ValuedFlags(TyperCommand):
+    """Takes `--resume false` and `--resume=false` beside `--resume` and `--no-resume`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        names = {
+            name
+            for parameter in self.params
+            if getattr(parameter, "is_flag", False) and parameter.secondary_opts
+            for name in parameter.opts
+        }
+        return super().parse_args(ctx, list(_without_values(args, names)))
+
+
+def _without_values(args: list[str], names: set[str]) -> Iterator[str]:
+    waiting = iter(range(len(args)))
+    for index in waiting:
+        name, equals, value = args[index].partition("=")
+        if name not in names:
+            yield args[index]
+            continue
+        if not equals and index + 1 < len(args):
+            value = args[index + 1]
+        if value.lower() in _TRUE | _FALSE:
+            if not equals:
+                next(waiting)
+            yield name if value.lower() in _TRUE else f"--no-{name[2:]}"
+        else:
+            yield args[index]
+
+
+def _run(config: Path | None, **flags: Any) -> None:
+    variables = flags.pop("template_vars", None)
+    if variables:
+        flags["template_vars"] = dict(map(_variable, variables))
+    settings = read_config(
+        {name: value for name, value in flags.items() if value not in (None, [])}, config
+    )
+    _log_to_stderr(settings.log_level)
+    if settings.dry_run:
+        from fabe_ds.dryrun import dry_run
+
+        _print_dry_run(dry_run(settings))
+        return
+    from fabe_ds.progress import watching
+    from fabe_ds.runner import run
+
+    result = run(settings, watching)
+    _print_summary(result)
+    raise typer.Exit(result.exit_code)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--template-var {text}: write name=value")
+    return name, value
+
+
+def _signature() -> inspect.Signature:
+    """The run command's parameters, made of the settings that `RunConfig` declares."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    file = Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file of settings.", rich_help_panel="Input and output"),
+    ]
+    parameters = [inspect.Parameter("config", keyword, default=None, annotation=file)]
+    for name, declared in RunConfig.model_fields.items():
+        kind = _flag_type(declared.annotation)
+        spelled = flag(name)
+        names = [f"{spelled}/--no-{spelled[2:]}"] if kind is bool else [spelled]
+        shown = _shown_default(declared.get_default(call_default_factory=True))
+        text = declared.description or ""
+        if variable := setting(name, "environment"):
+            text += f" [env {variable}]"
+        option = typer.Option(
+            *names,
+            help=text,
+            rich_help_panel=setting(name, "panel"),
+            show_default=shown,
+        )
+        listed = list[str] if kind is list else kind
+        annotation = Annotated[listed | None, option]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))
+    return inspect.Signature(parameters)
+
+
+def _flag_type(annotation: Any) -> type:
+    """How a flag's text is read; pydantic does the rest."""
+    options = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
+    if get_origin(annotation) in (list, dict):
+        return list
+    for kind in (bool, int, float):
+        if kind in options:
+            return kind
+    return str
+
+
+def _shown_default(default: Any) -> str | bool:
+    if default is None or default in ([], {}):
+        return False
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+_run.__signature__ = _signature()  # type: ignore[attr-defined]
+app.command("run", cls=ValuedFlags, help="Rewrite a field of every record.")(_run)
+
+
+@app.command("providers")
+def providers() -> None:
+    """List the providers, what each needs, and whether it is there."""
+    from fabe_ds.providers import provider_class, provider_names
+
+    for name in provider_names():
+        try:
+            found = provider_class(name)
+            lacking, needs = found.missing(), found.needs
+        except UsageError as error:
+            lacking, needs = str(error), "?"
+        print(f"{name:<12} {'ready' if lacking is None else lacking}\n{'':<12} needs {needs}")
+
+
+@app.command("version")
+def version() -> None:
+    """Print the version."""
+    from fabe_ds.version import __version__
+
+    print(__version__)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("fabe_ds").setLevel(level)
+    if level != "DEBUG":
+        for noisy in ("datasets", "transformers", "modelscope"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _print_dry_run(seen: Any) -> None:
+    for number, request in enumerate(seen.requests, 1):
+        tokens = f" ({seen.prompt_tokens[number - 1]} tokens)" if seen.prompt_tokens else ""
+        print(f"--- request {number}{tokens}\n{request}")
+    print(
+        f"dry run: {seen.records} records, {seen.to_do} to do"
+        + (f", of them {seen.cached} answered already" if seen.cached else "")
+        + _in_words("skipped", seen.skipped)
+        + _in_words("failing", seen.failed)
+    )
+    for error in seen.bad_files:
+        print(f"left out: {error}")
+
+
+def _in_words(what: str, counts: Any) -> str:
+    if not counts:
+        return ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    return f"; {sum(counts.values())} {what} ({reasons})"
+
+
+def _print_summary(result: Any) -> None:
+    rate = result.records / max(result.seconds, 1e-9)
+    print(
+        f"{result.records} records: {result.done} rewritten, {result.cached} from cache"
+        + (f", {result.failed} failed" if result.failed else "")
+        + _in_words("skipped", result.skipped)
+        + f"; {result.seconds:.1f} s, {rate:.1f} records/s"
+    )
+    if result.requests:
+        print(
+            f"{result.requests} requests ({result.retries} retries), {result.prompt_tokens} prompt "
+            f"and {result.completion_tokens} completion tokens"
+        )
+    if result.failed:
+        print(f"failed{_in_words('', result.failures_by_kind)[1:]}: {result.failures_file}")
+        print("run the same command again to send just the failed ones")
+    for error in result.bad_files:
+        print(f"left out: {error}")
+    if len(result.outputs) == 1:
+        print(f"written: {result.outputs[0]}")
+    elif result.outputs:
+        print(f"written: {len(result.outputs)} files, {result.outputs[0]} the first")
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does; a second signal of either kind ends it at once."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))
+        print("stopping: waiting for what is on its way (again to drop it)", file=sys.stderr)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """Entry point of the commands. Every error is one line; exit codes are those of errors.py."""
+    try:
+        with _terminating():
+            code = app(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:
+        print(f"fabe-ds: {error.format_message()}", file=sys.stderr)
+        code = USAGE
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped; what was answered is kept, run the same command again to go on", file=sys.stderr)
+        code = INTERRUPTED
+    except FabeError as error:
+        print(f"fabe-ds: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,277 @@
+"""The configuration: declared once, read from flags, environment and YAML, validated once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from fabe_ds.errors import UsageError
+
+C = TypeVar("C", bound=BaseModel)
+Panel = Literal["Input and output", "Prompt", "Model", "Execution"]
+
+
+def _setting(
+    panel: Panel,
+    text: str,
+    default: Any = None,
+    *,
+    flag: str | None = None,
+    changes: bool = False,
+    environment: str | None = None,
+    **limits: Any,
+) -> Any:
+    """A setting. `changes`: it can change what comes out, so it is part of the fingerprint."""
+    extra = {"panel": panel, "flag": flag, "changes": changes, "environment": environment}
+    return Field(default, description=text, json_schema_extra=extra, **limits)
+
+
+_IO: Panel = "Input and output"
+
+
+class TransformConfig(BaseModel):
+    """What is asked of which model, and how. The options of `transform_fn`."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), frozen=True)
+
+    field: str = _setting(
+        _IO,
+        "Field to rewrite; a dotted path reaches inside (meta.code, messages.0.content).",
+        "code",
+        changes=True,
+    )
+    backup_field: str | None = _setting(
+        _IO,
+        "Field that keeps the original, put right after the rewritten one; '' for none.",
+        "original_code",
+        changes=True,
+    )
+    instruction: str | None = _setting(
+        "Prompt", "Instruction: a text, or a Jinja2 template file.", changes=True
+    )
+    template_vars: dict[str, str] = _setting(
+        "Prompt",
+        "Variable for the template, k=v; repeatable.",
+        {},
+        flag="template-var",
+        changes=True,
+    )
+    system_prompt: str | None = _setting(
+        "Prompt",
+        "System prompt; '' for none.",
+        "You are a coding assistant. Output only the final code.",
+        changes=True,
+    )
+    strip_fences: bool = _setting(
+        "Prompt", "Unwrap an answer that is one fenced code block.", True, changes=True
+    )
+    auto_extract_code: bool = _setting("Prompt", "The same as --strip-fences.", True, changes=True)
+    on_truncated: Literal["fail", "keep"] = _setting(
+        "Prompt",
+        "What to do with an answer that was cut at the token limit.",
+        "fail",
+        changes=True,
+    )
+    provider: str = _setting(
+        "Model", "Who answers; see `fabe-ds providers`.", "echo", changes=True
+    )
+    model: str | None = _setting(
+        "Model", "Model name, folder or .gguf file.", changes=True, environment="MODEL_PATH"
+    )
+    base_url: str | None = _setting("Model", "Base URL of the server.", changes=True)
+    api_key: SecretStr | None = _setting("Model", "Key for the server; better, OPENAI_API_KEY.")
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps|auto)$")] = _setting(
+        "Model", "Device: cpu, cuda, cuda:N, mps or auto.", "cpu", environment="DEVICE"
+    )
+    dtype: str = _setting(
+        "Model", "Type of the weights: auto, float32, bfloat16, float16.", "auto", changes=True
+    )
+    local_files_only: bool = _setting(
+        "Model", "Fetch no model from a hub.", True, environment="LOCAL_FILES_ONLY"
+    )
+    trust_remote_code: bool = _setting("Model", "Run code that comes with the model.", False)
+    max_new_tokens: int = _setting(
+        "Model",
+        "Most tokens an answer may have.",
+        128,
+        changes=True,
+        environment="MAX_NEW_TOKENS",
+        gt=0,
+    )
+    temperature: float = _setting(
+        "Model", "Sampling temperature.", 0.0, changes=True, environment="TEMPERATURE", ge=0
+    )
+    top_p: float | None = _setting("Model", "Nucleus sampling.", changes=True, gt=0, le=1)
+    do_sample: bool | None = _setting(
+        "Model", "Sample tokens; by default where the temperature is above 0.", changes=True
+    )
+    seed: int | None = _setting("Model", "Seed for sampling.", changes=True)
+    stop: list[str] = _setting(
+        "Model", "Text that ends an answer; repeatable.", [], changes=True
+    )
+    use_chat_template: bool = _setting(
+        "Model", "Ask through the model's chat template, where it has one.", True, changes=True
+    )
+    concurrency: int = _setting("Execution", "Requests in flight at once.", 4, gt=0)
+    batch_size: int = _setting(
+        "Execution", "Records a local model takes at once, at most.", 8, gt=0
+    )
+    retry: int = _setting("Execution", "Tries after a failed one.", 3, ge=0)
+    timeout: float = _setting("Execution", "Seconds one request may take.", 600.0, gt=0)
+    give_up_after: float = _setting(
+        "Execution", "Seconds without a server after which the run stops.", 600.0, gt=0
+    )
+    cache_dir: Path = _setting("Execution", "Folder for what is worth keeping.", Path(".cache"))
+    resume: bool = _setting("Execution", "Use what earlier runs have answered.", True)
+    on_error: Literal["raise", "keep"] = _setting(
+        "Execution",
+        "For transform_fn: raise after a batch with failed records, or keep their originals.",
+        "raise",
+        changes=True,
+    )
+
+    @property
+    def strips_fences(self) -> bool:
+        return self.strip_fences and self.auto_extract_code
+
+    @property
+    def backup(self) -> str | None:
+        return self.backup_field or None
+
+
+class RunConfig(TransformConfig):
+    """A whole run: the transform, and the files it reads and writes."""
+
+    input_path: Path | None = _setting(_IO, "File or folder to read.", flag="input")
+    input_glob: list[str] = _setting(
+        _IO, "Pattern of files in a folder (*.jsonl, **/*.json); repeatable.", [], flag="glob"
+    )
+    records_key: str | None = _setting(
+        _IO, "Key of the list of records, in files that wrap it in an object."
+    )
+    output_path: Path | None = _setting(
+        _IO, "Folder to write to; it mirrors the input.  [default: outputs]", flag="output"
+    )
+    inplace: bool = _setting(_IO, "Replace the input files.", False)
+    on_bad_input: Literal["fail", "skip"] = _setting(
+        _IO, "What to do with a file that is broken.", "fail"
+    )
+    dry_run: bool = _setting(
+        "Execution", "Show what would be sent; send and write nothing.", False,
+        environment="DRY_RUN",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+        "Execution", "How much to say.", "INFO", environment="LOG_LEVEL"
+    )
+
+
+_PATHS = ("input_path", "output_path", "cache_dir")
+_ALIASES = ("strip_fences", "auto_extract_code")
+
+
+def setting(name: str, key: str) -> Any:
+    """What is declared of a setting: panel, flag, changes or environment."""
+    extra = RunConfig.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra[key]
+
+
+def flag(name: str) -> str:
+    return f"--{setting(name, 'flag') or name.replace('_', '-')}"
+
+
+def read_config(flags: Mapping[str, Any], file: Path | None = None) -> RunConfig:
+    """The configuration: flag over environment over YAML file over default.
+
+    Raises: UsageError, naming the flag, variable or key that is wrong.
+    """
+    layers = [
+        (_read_yaml(file) if file else {}, lambda name: f"{file}: {name}"),
+        (_read_environment(), lambda name: str(setting(name, "environment"))),
+        (dict(flags), flag),
+    ]
+    values: dict[str, Any] = {}
+    named: dict[str, str] = {}
+    for layer, name_of in layers:
+        given = {name: value for name, value in layer.items() if value is not None}
+        for name, other in (_ALIASES, _ALIASES[::-1]):
+            if name in given:
+                if given.get(other, given[name]) != given[name]:
+                    raise UsageError(f"{name_of(name)} and {name_of(other)} are one setting")
+                values[other] = given[name]
+        values |= given
+        named |= {name: name_of(name) for name in given}
+    return validated(RunConfig, values, named)
+
+
+def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str]) -> C:
+    """The configuration of these values; `named` is how each was given, for the error."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise UsageError(unknown(name, list(model.model_fields))) from None
+        message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+        given = "" if name == "api_key" else f" {first['input']!r}"
+        raise UsageError(f"{named.get(name, name)}{given}: {message}") from None
+
+
+def unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file; paths in it are relative to it."""
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config {file}: not UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not YAML"
+        raise UsageError(f"--config {file}{place}: {reason}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"--config {file}: not a mapping of settings")
+    values: dict[str, Any] = {}
+    for name, value in loaded.items():
+        if name not in RunConfig.model_fields:
+            raise UsageError(f"--config {file}: {unknown(str(name), list(RunConfig.model_fields))}")
+        values[name] = value
+    base = file.parent
+    for name in _PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = base / values[name]
+    for name in ("instruction", "model"):  # a text or a name, unless a file of that name is there
+        value = values.get(name)
+        if isinstance(value, str) and "\n" not in value and len(value) < 1024:
+            beside = base / value
+            if value.startswith("./") or value.startswith("../") or beside.exists():
+                values[name] = str(beside)
+    if isinstance(values.get("input_glob"), str):
+        values["input_glob"] = [values["input_glob"]]
+    if isinstance(values.get("template_vars"), dict):
+        values["template_vars"] = {str(k): str(v) for k, v in values["template_vars"].items()}
+    return values
+
+
+def _read_environment() -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in RunConfig.model_fields:
+        variable = setting(name, "environment")
+        if variable and (text := os.environ.get(variable, "")):
+            values[name] = text.upper() if name == "log_level" else text
+    return values

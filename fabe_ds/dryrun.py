@@ -1,0 +1,107 @@
+"""What a run would do: counted and shown, with nothing sent and nothing written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from fabe_ds.config import RunConfig
+from fabe_ds.engine.cache import RecordCache
+from fabe_ds.errors import FabeError, InputError, RecordFailed
+from fabe_ds.providers.base import Request
+from fabe_ds.records.load import batches, field_target
+from fabe_ds.runner import Plan, make_plan
+from fabe_ds.transform import Transform
+
+SHOWN = 3
+ROWS = 1000
+
+
+@dataclass(slots=True)
+class DryRun:
+    """Counts in records; `requests` are the first ones, each as it would be sent."""
+
+    records: int = 0
+    to_do: int = 0
+    cached: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    bad_files: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+
+
+def dry_run(config: RunConfig) -> DryRun:
+    """Raises: FabeError, as the run would."""
+    plan = make_plan(config)
+    transform = Transform(config)
+    cache = None
+    if transform.provider.cached and config.resume:
+        cache = RecordCache.existing(config.cache_dir)
+    seen = DryRun()
+    try:
+        rows = _items(config, plan, transform, seen)
+        while part := list(islice(rows, ROWS)):
+            _count(part, transform, cache, seen)
+    finally:
+        if cache is not None:
+            cache.close()
+    return seen
+
+
+def _items(
+    config: RunConfig, plan: Plan, transform: Transform, seen: DryRun
+) -> Iterator[Request | RecordFailed]:
+    target = field_target(config.field, config.backup)
+    for source in plan.sources:
+        try:
+            for columns in batches(source, target, config.records_key):
+                rows = zip(columns["text"], columns["raw"], columns["skip"], strict=True)
+                for text, raw, skip in rows:
+                    seen.records += 1
+                    item = transform.item(text, raw)
+                    if item is None:
+                        seen.skipped[skip] += 1
+                    else:
+                        yield item
+        except InputError as error:
+            if config.on_bad_input == "fail":
+                raise
+            seen.bad_files.append(str(error))
+
+
+def _count(
+    items: list[Request | RecordFailed],
+    transform: Transform,
+    cache: RecordCache | None,
+    seen: DryRun,
+) -> None:
+    requests = []
+    for item in items:
+        if isinstance(item, RecordFailed):
+            seen.failed[item.kind] += 1
+        else:
+            requests.append(item)
+    seen.to_do += len(requests)
+    for request in requests[: SHOWN - len(seen.requests)]:
+        seen.requests.append(transform.provider.shown(request))
+        tokens = transform.provider.prompt_tokens(request)
+        if tokens is not None:
+            seen.prompt_tokens.append(tokens)
+    if cache is None:
+        return
+    keys = [transform.provider.key(request) for request in requests]
+    found = cache.get(keys)
+    for request, key in zip(requests, keys, strict=True):
+        if key in found and _serves(transform, request, found[key]):
+            seen.cached += 1
+
+
+def _serves(transform: Transform, request: Request, completion: object) -> bool:
+    try:
+        transform.accept(request, completion)  # type: ignore[arg-type]
+    except FabeError:
+        return False
+    return True

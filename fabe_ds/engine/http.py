@@ -1,0 +1,460 @@
+"""Sends requests to an HTTP endpoint: as many at once as it takes, each until it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import aiohttp
+
+from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
+from fabe_ds.engine.limiter import Limiter
+from fabe_ds.engine.local import POLL_SECONDS
+from fabe_ds.engine.loop import LoopThread
+from fabe_ds.engine.verdict import Verdict, judge, judge_payload
+from fabe_ds.errors import CacheError, FabeError, MalformedResponse, RecordFailed, RunStopped
+from fabe_ds.providers.base import Completion, HttpProvider
+
+log = logging.getLogger(__name__)
+
+CHUNK = 64
+BODY_LIMIT = 32 << 20
+BACKOFF_SECONDS, BACKOFF_MOST = 0.5, 30.0
+SUSPICIOUS = 20  # records that all failed before any went well: it is not the records
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How hard to try. Times in seconds; `concurrency` None finds the limit out."""
+
+    concurrency: int | None = 4
+    retry: int = 3
+    timeout: float = 600.0
+    connect_timeout: float = 10.0
+    give_up_after: float = 600.0
+
+    @property
+    def window(self) -> int:
+        """Records looked at ahead of the oldest unanswered one."""
+        return max(2000, 64 * (self.concurrency or 64))
+
+
+class _Task:
+    """A slot on its way: how often it was tried, and since when."""
+
+    __slots__ = ("free_retry", "slot", "tries")
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot, self.tries, self.free_retry = slot, 0, True
+
+
+class HttpEngine:
+    """Answers items in order, keeping the endpoint busy from the first to the last.
+
+    A loop in a thread of its own pulls items as places get free, so the caller's pace and batch
+    size hold nothing up. Each completion is on disk before it counts.
+    """
+
+    def __init__(self, provider: HttpProvider, intake: Intake, policy: Policy) -> None:
+        self.provider, self.intake, self.policy = provider, intake, policy
+        self.limiter = Limiter(policy.concurrency)
+        self._checked = False
+        self._thread = LoopThread()
+        self._writer = ThreadPoolExecutor(1, "fabe-ds-writer")
+        self._session = self._thread.call(self._open_session())
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """One outcome an item, in order.
+
+        Left early (an error, Ctrl-C), it sends no more, waits for what is on its way, and keeps
+        it. Raises: RunStopped, CacheError.
+        """
+        job = _Job(self, iter(items))
+        loop = self._thread.loop
+        loop.call_soon_threadsafe(job.pump)
+        try:
+            while (ready := job.ready.get()) is not None:
+                for slot in ready:
+                    assert slot.outcome is not None
+                    yield slot.outcome
+                loop.call_soon_threadsafe(job.consumed, len(ready))
+            if job.error is not None:
+                raise job.error
+        finally:
+            loop.call_soon_threadsafe(job.stop)
+            try:
+                job.drained.wait()
+            except BaseException:  # a second Ctrl-C: do not wait for the last answers
+                loop.call_soon_threadsafe(job.abort)
+                raise
+
+    def close(self) -> None:
+        self._thread.call(self._session.close())
+        self._writer.shutdown()
+        self._thread.stop()
+
+    async def _open_session(self) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(
+            total=self.policy.timeout, sock_connect=self.policy.connect_timeout
+        )
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
+            timeout=timeout,
+            headers={"Content-Type": "application/json", **self.provider.headers()},
+            trust_env=True,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            raise_for_status=False,
+        )
+
+    def check(self) -> None:
+        """Asks the endpoint whether it is there, before the first request is spent on it."""
+        if not self._checked:
+            self.provider.preflight()
+            self._checked = True
+
+    async def post(self, task: _Task) -> Completion | Verdict:
+        """One try."""
+        request = task.slot.request
+        assert request is not None
+        url = self.provider.base_url + self.provider.path(request)
+        body = json.dumps(self.provider.body(request)).encode()
+        try:
+            async with self._session.post(url, data=body, allow_redirects=False) as response:
+                data = await _read(response)
+                status, headers = response.status, response.headers
+        except aiohttp.ClientSSLError as error:
+            return Verdict("stop", "certificate", f"the server's certificate is not accepted: {error}")
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+            return Verdict("stop", "url", "--base-url is not an http address")
+        except aiohttp.ServerDisconnectedError:
+            return Verdict("retry", "connection", "the server closed the connection", gone=True)
+        except TimeoutError as error:
+            connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
+            message = "no connection in time" if connecting else "no answer in time (--timeout)"
+            return Verdict("retry", "timeout", message, gone=connecting)
+        except aiohttp.ClientConnectorError as error:
+            return Verdict("retry", "connection", f"no connection: {error.strerror}", gone=True)
+        except (aiohttp.ClientError, OSError) as error:
+            return Verdict("retry", "connection", f"the connection broke: {type(error).__name__}")
+        except _TooLarge:
+            return Verdict("fail", "too large", f"the answer is over {BODY_LIMIT >> 20} MiB")
+        if status != 200:
+            return judge(status, headers, data)
+        try:
+            payload = json.loads(data)
+        except (ValueError, RecursionError):
+            html = data.lstrip()[:1] == b"<"
+            what = "an HTML page, not JSON" if html else "not JSON, or cut off"
+            return Verdict("retry", "malformed", f"the answer is {what}")
+        verdict = judge_payload(payload, headers, data)
+        if verdict is not None:
+            return verdict
+        try:
+            return self.provider.completion(payload)
+        except MalformedResponse as error:
+            return Verdict("retry", "malformed", str(error))
+        except RecordFailed as error:
+            return Verdict("fail", error.kind, str(error))
+
+    async def write(self, rows: list[tuple[Slot, Completion]]) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._writer, self.intake.store, rows)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The body, uncompressed, as far as it is of a size to be an answer."""
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > BODY_LIMIT:
+            response.close()
+            raise _TooLarge
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Job:
+    """One pass over a stream of items. All but `ready` and `drained` belongs to the loop."""
+
+    def __init__(self, engine: HttpEngine, items: Iterator[Item]) -> None:
+        self.engine, self.intake, self.policy = engine, engine.intake, engine.policy
+        self.items = items
+        self.ready: queue.SimpleQueue[list[Slot] | None] = queue.SimpleQueue()
+        self.drained = threading.Event()
+        self.error: BaseException | None = None
+        self._order: deque[Slot] = deque()  # pulled and not yet delivered
+        self._todo: deque[_Task] = deque()
+        self._foreign: list[Slot] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sleeping: dict[_Task, asyncio.TimerHandle] = {}
+        self._ahead = 0  # pulled and not yet consumed
+        self._exhausted = self._stopping = False
+        self._commits: list[tuple[_Task, Completion]] = []
+        self._waiters: list[asyncio.Future[None]] = []
+        self._committing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._gone_since: float | None = None
+        self._failures = 0
+        self._good = self._bad = 0
+
+    # Pulling and starting.
+
+    def pump(self) -> None:
+        """Starts what may be started, and pulls items while there is room for more."""
+        if self.drained.is_set():
+            return
+        stats, limiter = self.intake.stats, self.engine.limiter
+        try:
+            while not self._stopping:
+                limit = 1 if self._outage else limiter.limit
+                if len(self._todo) < limit:
+                    self._pull()
+                if not self._todo or len(self._tasks) >= limit:
+                    break
+                if (pause := limiter.pause()) > 0:
+                    self._wake_after(pause)
+                    break
+                self._start(self._todo.popleft())
+        except BaseException as error:  # the items are the caller's code: it gets its error back
+            self.fatal(error)
+        stats.in_flight = len(self._tasks)
+        self._deliver()
+
+    def _pull(self) -> None:
+        room = self.policy.window - self._ahead
+        while not self._exhausted and room > 0 and len(self._todo) < 2 * self.engine.limiter.limit:
+            chunk = list(islice(self.items, min(CHUNK, room)))
+            if not chunk:
+                self._exhausted = True
+                break
+            slots, todo, foreign = self.intake.take(chunk)
+            if todo:
+                self.engine.check()
+            self._order.extend(slots)
+            self._ahead += len(slots)
+            room -= len(slots)
+            self._todo.extend(map(_Task, todo))
+            self._watch(foreign)
+
+    def _watch(self, foreign: list[Slot]) -> None:
+        if foreign and not self._foreign:
+            asyncio.get_running_loop().call_later(POLL_SECONDS, self._poll)
+        self._foreign += foreign
+
+    def _poll(self) -> None:
+        """Looks after the records that another process is sending."""
+        waiting, self._foreign = self._foreign, []
+        try:
+            todo, foreign = self.intake.take_over(waiting)
+        except CacheError as error:
+            self.fatal(error)
+            return
+        self._todo.extend(map(_Task, todo))
+        if not self._stopping:
+            self._watch(foreign)
+        self.pump()
+
+    def _wake_after(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.pump()
+
+    def _start(self, task: _Task) -> None:
+        self.intake.stats.requests += 1
+        running = asyncio.get_running_loop().create_task(self._send(task))
+        self._tasks.add(running)
+        running.add_done_callback(self._over)
+
+    def _over(self, running: asyncio.Task[None]) -> None:
+        self._tasks.discard(running)
+        if not running.cancelled() and (error := running.exception()) is not None:
+            self.fatal(error)
+        self.pump()
+
+    # Sending.
+
+    async def _send(self, task: _Task) -> None:
+        limiter = self.engine.limiter
+        started = time.monotonic()
+        answer = await self.engine.post(task)
+        if isinstance(answer, Completion):
+            self._gone_since, self._failures = None, 0
+            limiter.answered(time.monotonic() - started, len(self._tasks))
+            await self._commit(task, answer)
+            return
+        if answer.action == "stop":
+            self._abandon([task])
+            self.fatal(RunStopped(f"{self.engine.provider.identity()}: {answer.message}"))
+        elif answer.action == "fail":
+            self._gone_since, self._failures = None, 0
+            self._fail(task, answer)
+        else:
+            self._retry(task, answer, started)
+
+    async def _commit(self, task: _Task, completion: Completion) -> None:
+        """Stores the completion; those that come while the disk is busy go together.
+
+        The place in flight is given up afterwards, so what a kill can lose stays within it.
+        """
+        self._commits.append((task, completion))
+        if self._committing:
+            done = asyncio.get_running_loop().create_future()
+            self._waiters.append(done)
+            await done
+            return
+        self._committing = True
+        try:
+            while self._commits:
+                rows, self._commits = self._commits, []
+                waiters, self._waiters = self._waiters, []
+                try:
+                    await self.engine.write([(t.slot, c) for t, c in rows])
+                except CacheError as error:
+                    self.fatal(error)
+                    self._release(waiters)
+                    return
+                for stored, answer in rows:
+                    self.intake.answered(stored.slot, answer)
+                    outcome = stored.slot.outcome
+                    self._tally(outcome is not None and outcome.kind is None)
+                self._release(waiters)
+        finally:
+            self._committing = False
+
+    def _release(self, waiters: list[asyncio.Future[None]]) -> None:
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _fail(self, task: _Task, verdict: Verdict) -> None:
+        self.intake.failed(task.slot, RecordFailed(verdict.kind, verdict.message))
+        self._tally(False)
+        if not self._good and self._bad == max(SUSPICIOUS, self.engine.limiter.limit):
+            self.fatal(
+                RunStopped(f"the first {self._bad} records all failed; the last: {verdict.message}")
+            )
+
+    def _tally(self, good: bool) -> None:
+        self._good += good
+        self._bad += not good
+
+    def _retry(self, task: _Task, verdict: Verdict, sent_at: float) -> None:
+        now = time.monotonic()
+        limiter = self.engine.limiter
+        if self._stopping:
+            self._abandon([task])
+            return
+        if verdict.floor is not None and verdict.floor > self.policy.give_up_after:
+            self._abandon([task])
+            self.fatal(
+                RunStopped(
+                    f"the server asks to wait {verdict.floor:.0f} s, longer than --give-up-after; "
+                    f"run the same command again then ({verdict.message})"
+                )
+            )
+            return
+        if verdict.busy:
+            limiter.refused(sent_at, verdict.floor)
+        if verdict.gone:
+            self._gone_since = self._gone_since or now
+            self._failures += 1
+            if now - self._gone_since > self.policy.give_up_after:
+                self._abandon([task])
+                self.fatal(
+                    RunStopped(
+                        f"{self.engine.provider.identity()}: gone for "
+                        f"{now - self._gone_since:.0f} s ({verdict.message}); what was answered is "
+                        "kept, run the same command again to go on"
+                    )
+                )
+                return
+        if verdict.gone and task.free_retry and not self._outage:
+            task.free_retry = False  # an idle connection that the server had closed
+            self._todo.appendleft(task)
+            return
+        if not (verdict.gone and self._outage):
+            task.tries += 1  # while the server is gone, a probe does not cost the record a try
+        if task.tries > self.policy.retry:
+            self._fail(task, verdict)
+            return
+        self.intake.stats.retries += 1
+        ceiling = min(BACKOFF_MOST, BACKOFF_SECONDS * 2 ** min(10, max(task.tries, self._failures)))
+        delay = max(random.uniform(0, ceiling), verdict.floor or 0.0)
+        self._sleeping[task] = asyncio.get_running_loop().call_later(delay, self._again, task)
+
+    @property
+    def _outage(self) -> bool:
+        """Nothing answers any more: one request at a time finds out when it does."""
+        return self._failures >= max(5, self.engine.limiter.limit)
+
+    def _again(self, task: _Task) -> None:
+        del self._sleeping[task]
+        self._todo.appendleft(task)
+        self.pump()
+
+    # Handing over, and ending.
+
+    def _deliver(self) -> None:
+        ready = []
+        while self._order and self._order[0].outcome is not None:
+            ready.append(self._order.popleft())
+        if ready:
+            self.ready.put(ready)
+        if (self._stopping and not self._tasks) or (self._exhausted and not self._order):
+            self._finish()
+
+    def consumed(self, count: int) -> None:
+        self._ahead -= count
+        self.pump()
+
+    def fatal(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+        self.stop()
+
+    def stop(self) -> None:
+        """Sends no more; what is on its way is waited for."""
+        if not self._stopping:
+            self._stopping = True
+            for timer in self._sleeping.values():
+                timer.cancel()
+            self._abandon([*self._todo, *self._sleeping])
+            self._todo.clear()
+            self._sleeping.clear()
+        self.pump()
+
+    def abort(self) -> None:
+        for running in self._tasks:
+            running.cancel()
+        self._finish()
+
+    def _abandon(self, tasks: Iterable[_Task]) -> None:
+        try:
+            self.intake.abandon([task.slot for task in tasks])
+        except FabeError as error:
+            log.debug("claims were not given up: %s", error)
+
+    def _finish(self) -> None:
+        if not self.drained.is_set():
+            if self._timer is not None:
+                self._timer.cancel()
+            self.drained.set()
+            self.ready.put(None)
+

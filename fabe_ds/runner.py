@@ -1,0 +1,358 @@
+"""The whole job: load, map, export, report."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fabe_ds.config import RunConfig, setting
+from fabe_ds.engine.cache import RecordCache, written_mark
+from fabe_ds.engine.intake import Item, Stats
+from fabe_ds.errors import RECORDS_FAILED, UsageError
+from fabe_ds.records import Loaded, Source, discover, export_records, load
+from fabe_ds.records.export import copy_unchanged, replacing
+from fabe_ds.transform import Transform, result_features
+from fabe_ds.version import __version__
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+DEFAULT_OUTPUT = Path("outputs")
+MAP_ROWS = 1000  # part of the fingerprint, so it is the same for every run
+
+Watch = Callable[[Stats, int], contextlib.AbstractContextManager[object]]
+"""Shows the progress of a run over so many records while its block runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run did. Counts are records; `outputs` are the files written (or found up to date)."""
+
+    records: int
+    done: int
+    cached: int
+    failed: int
+    skipped: dict[str, int]
+    failures_by_kind: dict[str, int]
+    bad_files: list[str]
+    outputs: list[Path]
+    seconds: float
+    requests: int
+    retries: int
+    prompt_tokens: int
+    completion_tokens: int
+    failures_file: Path | None = None
+    report: Path | None = None
+    example: tuple[str, str] | None = field(default=None, repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        return RECORDS_FAILED if self.failed or self.bad_files else 0
+
+
+def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
+    """Rewrites the field of every record of the input, and writes the records back.
+
+    A failed record keeps its original and is listed in the failures file.
+    Raises: FabeError.
+    """
+    started = time.monotonic()
+    plan = make_plan(config)
+    transform = Transform(config)
+    loaded = load(
+        plan.sources,
+        config.field,
+        config.backup,
+        config.records_key,
+        config.on_bad_input,
+        config.cache_dir,
+    )
+    state = _State.of(loaded.dataset, transform)
+    try:
+        written = _map(loaded.dataset, transform, plan, state, watch)
+        if config.inplace:
+            _mark_written(transform, plan, written)
+        outputs = _export(written, loaded, plan, state)
+        return _report(config, plan, written, loaded, transform, outputs, started)
+    finally:
+        transform.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where records come from and where they go."""
+
+    root: Path
+    sources: list[Source]
+    output: Path | None  # None: in place
+    reports: Path
+
+    def destination(self, source: Source) -> Path:
+        return source.path if self.output is None else self.output / source.name
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Raises: UsageError where input and output do not go together, before anything is sent."""
+    root = config.input_path
+    if root is None:
+        raise UsageError("--input is required: a file, or a folder of files")
+    if config.inplace and config.output_path is not None:
+        raise UsageError("--inplace and --output do not go together")
+    output = None if config.inplace else config.output_path or DEFAULT_OUTPUT
+    if output is not None and output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output}: not a folder")
+    sources = discover(root, config.input_glob, output)
+    folder = output or config.cache_dir / "runs" / root.resolve().name
+    plan = Plan(root, sources, output, folder)
+    names: dict[str, str] = {}
+    for source in sources:
+        place = plan.destination(source)
+        if output is not None and place.exists() and place.samefile(source.path):
+            raise UsageError(f"--output {output}: would replace the input {source.path}; ask for it "
+                             "with --inplace")
+        other = names.setdefault(source.name.casefold(), source.name)
+        if other != source.name:
+            log.warning("%s and %s differ in case alone", other, source.name)
+        nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
+        if not os.access(nearest, os.W_OK) or (output is None and not os.access(place.parent, os.W_OK)):
+            raise UsageError(f"{place}: cannot be written")
+    return plan
+
+
+@dataclass(slots=True)
+class _State:
+    """What is remembered of finished runs of one transform over one carrier."""
+
+    path: Path
+    clean: bool
+    exports: dict[str, str]
+
+    @classmethod
+    def of(cls, dataset: Dataset, transform: Transform) -> _State:
+        folder = Path(dataset.cache_files[0]["filename"]).parent
+        path = folder / f"finished-{transform.digest()}.json"
+        try:
+            return cls(path, True, json.loads(path.read_text()))
+        except (OSError, ValueError):
+            return cls(path, False, {})
+
+    def save(self) -> None:
+        scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
+        scratch.write_text(json.dumps(self.exports))
+        scratch.replace(self.path)
+
+    def is_current(self, path: Path) -> bool:
+        """Whether the file is what an earlier run of this very job exported."""
+        expected = self.exports.get(str(path.resolve()))
+        return expected is not None and path.is_file() and _digest(path) == expected
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _map(
+    dataset: Dataset, transform: Transform, plan: Plan, state: _State, watch: Watch | None
+) -> Dataset:
+    """The carrier with the transform's columns beside its own."""
+    import datasets
+
+    config = transform.config
+    if not len(dataset):
+        empty = datasets.Dataset.from_dict({name: [] for name in result_features()}, result_features())
+        return datasets.concatenate_datasets([dataset, empty], axis=1)
+    finished = state.clean and config.resume
+    items = _items(dataset, transform, plan)
+    transform.look_ahead(items)
+    datasets.disable_progress_bars()
+    watching = watch(transform.session.stats, len(dataset)) if watch and not finished else None
+    with watching or contextlib.nullcontext():
+        result = dataset.map(
+            transform,
+            batched=True,
+            batch_size=MAP_ROWS,
+            remove_columns=dataset.column_names,
+            features=result_features(),
+            # A run with failures is never answered from the fingerprint cache, or they would
+            # stay for ever; the record cache makes that cheap.
+            load_from_cache_file=finished,
+        )
+    if not result.data.column("failure").null_count == len(result):
+        return datasets.concatenate_datasets([dataset, result], axis=1)
+    state.clean = True
+    state.save()
+    return datasets.concatenate_datasets([dataset, result], axis=1)
+
+
+def _items(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[Item]:
+    columns = ["text", "raw"] if transform.instruction.needs_record else ["text"]
+    if plan.output is None:
+        columns += ["file", "index"]
+    rows = dataset.select_columns(columns).with_format("arrow")
+    written = _written(transform, plan) if plan.output is None else None
+    for table in rows.iter(batch_size=MAP_ROWS):
+        batch = table.to_pydict()
+        if written is not None:
+            batch["text"] = [
+                None if text is None or written(file, index, text) else text
+                for file, index, text in zip(
+                    batch["file"], batch["index"], batch["text"], strict=True
+                )
+            ]
+        yield from transform.carrier_items(batch)
+
+
+def _written(transform: Transform, plan: Plan) -> Callable[[str, int, str], bool] | None:
+    """Tells values that this very job wrote in place, so that it does not rewrite its own."""
+    if not transform.config.resume:
+        return None
+    job, cache = transform.digest(), _marks(transform)
+    places = {source.name: str(source.path.resolve()) for source in plan.sources}
+
+    def check(file: str, index: int, text: str) -> bool:
+        return cache.was_written(written_mark(job, places[file], index, text))
+
+    return check
+
+
+def _marks(transform: Transform) -> RecordCache:
+    return transform.session.cache or RecordCache(transform.config.cache_dir)
+
+
+def _mark_written(transform: Transform, plan: Plan, written: Dataset) -> None:
+    job, cache = transform.digest(), _marks(transform)
+    places = {source.name: str(source.path.resolve()) for source in plan.sources}
+    rows = written.select_columns(["file", "index", "completion"]).with_format("arrow")
+    for table in rows.iter(batch_size=MAP_ROWS):
+        batch = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
+        cache.mark_written(
+            written_mark(job, places[file], index, value)
+            for file, index, value in batch
+            if value is not None
+        )
+
+
+def _export(written: Dataset, loaded: Loaded, plan: Plan, state: _State) -> list[Path]:
+    usable = {file.name for file in loaded.files if not file.error}
+    empty = {file.name for file in loaded.files if not file.error and not file.records}
+    places = [plan.destination(source) for source in plan.sources if source.name in usable]
+    if plan.output is None:
+        changed = written.data.column("completion").null_count < len(written)
+        return export_records(written, inplace=True, root=plan.root) if changed else []
+    if state.clean and state.exports and all(state.is_current(place) for place in places):
+        return places
+    outputs = export_records(written, plan.output) if len(written) else []
+    for source in plan.sources:
+        if source.name in empty:
+            copy_unchanged(source, plan.destination(source))
+            outputs.append(plan.destination(source))
+    if state.clean:
+        state.exports |= {str(path.resolve()): _digest(path) for path in outputs}
+        state.save()
+    return outputs
+
+
+def _report(
+    config: RunConfig,
+    plan: Plan,
+    written: Dataset,
+    loaded: Loaded,
+    transform: Transform,
+    outputs: list[Path],
+    started: float,
+) -> RunResult:
+    table, stats = written.data.table, transform.stats
+    failures = _counts(table.column("failure"))
+    skipped = _counts(table.column("skip"))
+    failed = sum(failures.values())
+    rewritten = len(written) - table.column("completion").null_count
+    before = len(written) - rewritten - failed - sum(skipped.values())
+    if before:
+        skipped["done before"] = before
+    done = stats.done
+    result = RunResult(
+        records=len(written),
+        done=done,
+        cached=rewritten - done,
+        failed=failed,
+        skipped=skipped,
+        failures_by_kind=failures,
+        bad_files=[file.error for file in loaded.files if file.error],
+        outputs=outputs,
+        seconds=time.monotonic() - started,
+        requests=stats.requests if transform.provider.cached else 0,
+        retries=stats.retries,
+        prompt_tokens=stats.prompt_tokens,
+        completion_tokens=stats.completion_tokens,
+        failures_file=_beside(plan.reports, "failures.jsonl") if failed else None,
+        report=_beside(plan.reports, "run.json"),
+        example=_example(written),
+    )
+    _write_failures(written, _beside(plan.reports, "failures.jsonl"), failed)
+    _write_report(config, result)
+    return result
+
+
+def _beside(path: Path, name: str) -> Path:
+    """`outputs/` -> `outputs.run.json`: beside the output, where no later run takes it for data."""
+    path = path.resolve()
+    return path.with_name(f"{path.name}.{name}")
+
+
+def _counts(column: Any) -> dict[str, int]:
+    counts = column.drop_null().value_counts().to_pylist()
+    return {entry["values"]: entry["counts"] for entry in counts}
+
+
+def _example(written: Dataset) -> tuple[str, str] | None:
+    """The first rewritten value, before and after."""
+    import pyarrow.compute as pc
+
+    table = written.data.table
+    first = pc.index(pc.is_valid(table.column("completion")), True).as_py()
+    if first < 0:
+        return None
+    return table.column("text")[first].as_py(), table.column("completion")[first].as_py()
+
+
+def _write_failures(written: Dataset, path: Path, failed: int) -> None:
+    """One line a failed record; no file where there are none."""
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as file:
+        for failure in _failures(written):
+            file.write((json.dumps(failure, ensure_ascii=False) + "\n").encode())
+
+
+def _failures(written: Dataset) -> Iterable[dict[str, Any]]:
+    import pyarrow.compute as pc
+
+    names = ["file", "index", "line", "failure", "message", "finish_reason", "text"]
+    table = written.data.table.select(names)
+    for row in table.filter(pc.is_valid(table.column("failure"))).to_pylist():
+        yield {"record": row.pop("index"), **row}
+
+
+def _write_report(config: RunConfig, result: RunResult) -> None:
+    assert result.report is not None
+    settings = {
+        name: getattr(config, name)
+        for name in RunConfig.model_fields
+        if name != "api_key" and setting(name, "panel")
+    }
+    body = {"fabe_ds": __version__, "config": settings, **asdict(result)}
+    body.pop("example")
+    with replacing(result.report) as file:
+        file.write(json.dumps(body, indent=2, ensure_ascii=False, default=str).encode() + b"\n")

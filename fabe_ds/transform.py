@@ -1,0 +1,352 @@
+"""The callable that a batched `Dataset.map` takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from fabe_ds.config import TransformConfig, setting, validated
+from fabe_ds.engine import Item, LocalEngine, Outcome, RecordCache, Stats
+from fabe_ds.engine.intake import Intake
+from fabe_ds.errors import FabeError, RecordFailed, UsageError
+from fabe_ds.prompts import Instruction, clean_answer, load_instruction
+from fabe_ds.providers import (
+    Completion,
+    Endpoint,
+    HttpProvider,
+    LocalProvider,
+    Provider,
+    Request,
+    Sampling,
+    build_provider,
+)
+from fabe_ds.records.load import encodable
+from fabe_ds.records.scan import parse_path
+from fabe_ds.version import TRANSFORM_VERSION
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+    from fabe_ds.engine.http import HttpEngine
+
+CARRIER = ("raw", "text", "skip", "joint")
+WINDOW_BATCHES = 32
+_RUNTIME = "FABE_DS_RUNTIME_"
+_KEY = "FABE_DS_KEY_"
+
+
+def transform_fn(**options: Any) -> Transform:
+    """A callable for `Dataset.map(..., batched=True)` that rewrites one field of each record.
+
+    Takes the command line's options by their Python names (`TransformConfig` lists them):
+    `field`, `instruction`, `provider`, `model`, `base_url`, `cache_dir`, ... It returns the field's
+    column with the new values and, where the records lack one, a column `backup_field` with the
+    originals. Missing and empty values stay. Completions are kept in `cache_dir` as they arrive.
+
+    The callable is pure configuration: it pickles, and its fingerprint is the same in every
+    process. A batch of a thousand rows or more keeps the model busy; each batch waits for its
+    slowest record.
+
+    Raises: UsageError. The map raises FabeError after a batch in which records failed, so that no
+    failure is cached; with on_error="keep" they keep their originals instead.
+    """
+    return Transform(validated(TransformConfig, options, {}))
+
+
+class Transform:
+    """What `transform_fn` gives."""
+
+    def __init__(self, config: TransformConfig) -> None:
+        if not config.instruction and config.provider != "echo":
+            raise UsageError("--instruction is required: a text or a template file")
+        if not config.model and config.provider != "echo":
+            raise UsageError("--model is required (or MODEL_PATH in the environment)")
+        try:
+            self.path = parse_path(config.field)
+        except ValueError as error:
+            raise UsageError(f"--field: {error}") from None
+        self.config = config
+        self._template, name = load_instruction(config.instruction or "")
+        self.instruction = Instruction(self._template, name, config.template_vars, self.path)
+        self._sampling = Sampling(
+            config.max_new_tokens,
+            config.temperature,
+            config.top_p,
+            config.do_sample,
+            config.seed,
+            tuple(config.stop),
+        )
+        self._session: _Session | None = None
+        self._ahead: Iterator[Outcome] | None = None
+        self.provider = self._build_provider()
+
+    def _build_provider(self) -> Provider:
+        config = self.config
+        endpoint = Endpoint(
+            config.model or "local",
+            config.base_url,
+            config.device,
+            config.dtype,
+            config.local_files_only,
+            config.trust_remote_code,
+            config.batch_size,
+        )
+        key = config.api_key.get_secret_value() if config.api_key else None
+        if key is None and config.provider == "openai":
+            key = os.environ.get("OPENAI_API_KEY")
+        return build_provider(config.provider, endpoint, key)
+
+    # Identity: what is pickled, hashed by datasets, and shipped to workers.
+
+    def spec(self) -> str:
+        """All that can change what comes out, as canonical JSON."""
+        names = [name for name in TransformConfig.model_fields if setting(name, "changes")]
+        values = {name: getattr(self.config, name) for name in names}
+        values["instruction"] = self._template
+        values["strip_fences"] = values["auto_extract_code"] = self.config.strips_fences
+        values["identity"] = self.provider.identity()
+        return json.dumps(values, sort_keys=True, ensure_ascii=False)
+
+    def digest(self) -> str:
+        text = f"{TRANSFORM_VERSION}\0{self.spec()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
+        spec = self.spec()
+        self._leave_runtime(hashlib.sha256(spec.encode()).hexdigest()[:16])
+        return _rebuild, (spec, TRANSFORM_VERSION)
+
+    def _leave_runtime(self, name: str) -> None:
+        """Leaves what is no part of the fingerprint where worker processes inherit it."""
+        values = {
+            field: getattr(self.config, field)
+            for field in TransformConfig.model_fields
+            if not setting(field, "changes") and field != "api_key"
+        }
+        os.environ[_RUNTIME + name] = json.dumps(values, default=str)
+        if self.config.api_key is not None:
+            os.environ[_KEY + name] = self.config.api_key.get_secret_value()
+
+    def __repr__(self) -> str:
+        return f"fabe_ds.transform_fn(provider={self.config.provider!r}, field={self.config.field!r})"
+
+    # The work.
+
+    @property
+    def session(self) -> _Session:
+        """What is open in this process: cache and engine. Never shared with a forked child."""
+        if self._session is None or self._session.pid != os.getpid():
+            if self._session is not None:
+                self.provider = self._build_provider()
+            self._session = _Session(self.config, self.provider, self.accept)
+        return self._session
+
+    @property
+    def stats(self) -> Stats:
+        """Counts so far in this process."""
+        return self._session.stats if self._session else Stats()
+
+    def close(self) -> None:
+        """Stops what look_ahead began (what is on its way is waited for and kept)."""
+        if self._ahead is not None:
+            self._ahead.close()  # type: ignore[attr-defined]
+            self._ahead = None
+        if self._session is not None and self._session.pid == os.getpid():
+            self._session.close()
+        self._session = None
+
+    def item(self, text: Any, record: str | Mapping[str, Any] | None) -> Item:
+        """What one record asks for. Raises: TemplateError."""
+        if not isinstance(text, str) or not text or text.isspace():
+            return None
+        try:
+            prompt = self.instruction.prompt(text, record)
+        except RecordFailed as error:
+            return error
+        config = self.config
+        return Request(
+            text,
+            prompt,
+            config.system_prompt or None,
+            self._sampling,
+            config.use_chat_template,
+            config.template_vars.get("language", "python"),
+        )
+
+    def accept(self, request: Request, completion: Completion) -> str:
+        """The new text of a record. Raises: RecordFailed."""
+        if not self.provider.cached:
+            return completion.text
+        return clean_answer(
+            completion.text,
+            completion.finish_reason,
+            original=request.text,
+            strip_fences=self.config.strips_fences,
+            on_truncated=self.config.on_truncated,
+        )
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        if all(name in batch for name in CARRIER):
+            if self._ahead is not None:
+                return result_columns(islice(self._ahead, len(batch["text"])))
+            return result_columns(self.session.outcomes(self.carrier_items(batch)))
+        return self._rewrite(batch)
+
+    def carrier_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
+        """What the rows of a carrier ask for."""
+        if not self.instruction.needs_record:
+            return (self.item(text, None) for text in batch["text"])
+        return (self.item(text, raw) for text, raw in zip(batch["text"], batch["raw"], strict=True))
+
+    def look_ahead(self, items: Iterable[Item]) -> None:
+        """Answers `items`, those of all the rows of the coming map, ahead of its batches.
+
+        Without it, each batch waits for its slowest record. Nothing starts before the first batch.
+        """
+        self._ahead = self._answers(items)
+
+    def _answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        yield from self.session.outcomes(items)
+
+    def _rewrite(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """The columns of an ordinary Dataset that change."""
+        column, *inner = self.path
+        if column not in batch:
+            raise UsageError(f"--field {self.config.field}: the dataset has no column {column!r}")
+        values = list(batch[column])
+        names = list(batch) if self.instruction.needs_record else []
+        rows = zip(*(batch[name] for name in names), strict=True) if names else None
+        records = [dict(zip(names, row, strict=True)) for row in rows] if rows else None
+        texts = [_inside(value, inner) for value in values]
+        items = [
+            self.item(text, records[i] if records else None) for i, text in enumerate(texts)
+        ]
+        outcomes = list(self.session.outcomes(items))
+        failed = [outcome for outcome in outcomes if outcome.kind is not None]
+        if failed and self.config.on_error == "raise":
+            raise FabeError(
+                f"{len(failed)} of {len(outcomes)} records of this batch failed; the first: "
+                f"{failed[0].message}. What was answered is kept; run again to send the failed "
+                "ones, or keep their originals with on_error='keep'"
+            )
+        new = [
+            value if outcome.text is None else _with_inside(value, inner, outcome.text)
+            for value, outcome in zip(values, outcomes, strict=True)
+        ]
+        changed = {column: new}
+        backup = self.config.backup
+        if backup and backup not in batch:
+            changed[backup] = texts
+        return changed
+
+
+class _Session:
+    """The open side of a transform in one process."""
+
+    def __init__(
+        self,
+        config: TransformConfig,
+        provider: Provider,
+        accept: Callable[[Request, Completion], str],
+    ) -> None:
+        self.pid = os.getpid()
+        self.stats = Stats()
+        self.cache = RecordCache(config.cache_dir) if provider.cached else None
+        intake = Intake(provider, self.cache, accept, self.stats, config.resume)
+        self.engine: LocalEngine | HttpEngine
+        if isinstance(provider, HttpProvider):
+            from fabe_ds.engine.http import HttpEngine, Policy
+
+            policy = Policy(
+                concurrency=config.concurrency,
+                retry=config.retry,
+                timeout=config.timeout,
+                give_up_after=config.give_up_after,
+            )
+            self.engine = HttpEngine(provider, intake, policy)
+        elif isinstance(provider, LocalProvider):
+            window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
+            self.engine = LocalEngine(provider, intake, window)
+        else:
+            raise UsageError(f"provider {provider.name}: neither an HTTP nor a local provider")
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        return self.engine.outcomes(items)
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.cache is not None:
+            self.cache.close()
+
+
+def _rebuild(spec: str, version: int) -> Transform:
+    """A transform from its pickle, with the runtime settings its process was left."""
+    name = hashlib.sha256(spec.encode()).hexdigest()[:16]
+    values = json.loads(spec)
+    values.pop("identity")
+    values |= json.loads(os.environ.get(_RUNTIME + name, "{}"))
+    if _KEY + name in os.environ:
+        values["api_key"] = os.environ[_KEY + name]
+    return Transform(validated(TransformConfig, values, {}))
+
+
+RESULT = {
+    "completion": "large_string",  # the new value; null where the record keeps its own
+    "failure": "string",  # class of what went wrong, or null
+    "message": "string",  # and what that was
+    "finish_reason": "string",
+    "prompt_tokens": "int64",
+    "completion_tokens": "int64",
+}
+"""The columns that a transform gives for a carrier."""
+
+
+def result_features() -> Features:
+    from datasets import Features, Value
+
+    return Features({name: Value(kind) for name, kind in RESULT.items()})
+
+
+def result_columns(outcomes: Iterable[Outcome]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in RESULT}
+    text, kind, message, reason, asked, answered = (column.append for column in columns.values())
+    for outcome in outcomes:
+        completion = outcome.completion
+        text(None if outcome.text is None else encodable(outcome.text))
+        kind(outcome.kind)
+        message(outcome.message)
+        reason(completion.finish_reason if completion else None)
+        asked(completion.prompt_tokens if completion else None)
+        answered(completion.completion_tokens if completion else None)
+    return columns
+
+
+def _inside(value: Any, steps: Sequence[str]) -> Any:
+    for step in steps:
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, list):
+            try:
+                value = value[int(step)]
+            except (ValueError, IndexError):
+                return None
+        else:
+            return None
+    return value
+
+
+def _with_inside(value: Any, steps: Sequence[str], new: str) -> Any:
+    """A copy of the value with another text under the steps."""
+    if not steps:
+        return new
+    step, *rest = steps
+    if isinstance(value, dict):
+        return {**value, step: _with_inside(value[step], rest, new)}
+    at = int(step)
+    copy = list(value)
+    copy[at] = _with_inside(value[at], rest, new)
+    return copy
