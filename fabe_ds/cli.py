@@ -231,6 +231,7 @@ def _terminating() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the commands. Every error is one line; exit codes are those of errors.py."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would write over ours
     try:
         with _terminating():
             code = app(standalone_mode=False)

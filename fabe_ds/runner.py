@@ -170,8 +170,8 @@ def _map(
 
     config = transform.config
     if not len(dataset):
-        empty = datasets.Dataset.from_dict({name: [] for name in result_features()}, result_features())
-        return datasets.concatenate_datasets([dataset, empty], axis=1)
+        features = datasets.Features({**dataset.features, **result_features()})
+        return datasets.Dataset.from_dict({name: [] for name in features}, features)
     finished = state.clean and config.resume
     items = _items(dataset, transform, plan)
     transform.look_ahead(items)

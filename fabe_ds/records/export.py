@@ -58,6 +58,8 @@ def export_records(
         raise UsageError("give either an output folder or inplace=True")
     if inplace and root is None:
         raise UsageError("inplace needs root, the path that was loaded")
+    if not len(dataset):
+        return []
     missing = set(COLUMNS) - set(dataset.column_names)
     if missing:
         raise UsageError(f"not a transformed carrier: no column {', '.join(sorted(missing))}")

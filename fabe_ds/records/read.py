@@ -92,7 +92,7 @@ def _read_lines(
                     column = start + error.pos + 1
                     raise InputError(source.path, error.msg, number, column) from None
                 if stop != len(raw):
-                    column = start + stop + 1
+                    column = start + skip_space(raw, stop) + 1
                     raise InputError(source.path, "Extra data on the line", number, column)
                 yield Record(number, before + line[:start], raw, target)
                 before = line[start + len(raw) :] + newline
@@ -128,11 +128,13 @@ class _Document:
         self.source, self.file = source, file
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text, self.mark, self.line = "", 0, 1
+        self.indent = 0  # characters of the window's first line that lie before the window
         self.size, self.started, self.eof = CHUNK, False, False
         self.before = ""
 
     def read(self, field: Field, keys: FieldPath) -> Iterator[Record | Tail]:
-        self.grow()
+        while not self.text and self.grow():
+            pass
         if self.text.startswith(_UTF8_BOM):
             self.before, self.mark = _UTF8_BOM, 1
         opening = self.peek()
@@ -257,6 +259,8 @@ class _Document:
         if self.eof:
             return False
         kept = self.text[self.mark :]
+        newline = self.text.rfind("\n", 0, self.mark)
+        self.indent = self.mark - newline - 1 if newline >= 0 else self.indent + self.mark
         self.size = max(CHUNK, len(kept))  # in proportion to a long record, or it is quadratic
         data = self.file.read(self.size)
         if not self.started:
@@ -272,7 +276,8 @@ class _Document:
 
     def error(self, message: str, pos: int) -> InputError:
         line = self.line + self.text.count("\n", self.mark, pos)
-        column = pos - self.text.rfind("\n", 0, pos)
+        newline = self.text.rfind("\n", 0, pos)
+        column = pos - newline if newline >= 0 else self.indent + pos + 1
         return InputError(self.source.path, message, line, column)
 
 

@@ -1,0 +1,101 @@
+"""What tests share: the command in a subprocess, records, a real model, servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server import ModelServer
+
+COMMAND = [str(Path(sys.executable).parent / "fabe-ds")]
+_FORGET = ("MODEL_PATH", "DEVICE", "LOCAL_FILES_ONLY", "MAX_NEW_TOKENS", "TEMPERATURE", "DRY_RUN",
+           "LOG_LEVEL", "OPENAI_API_KEY")
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Box:
+    """A folder to run commands in."""
+
+    path: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in _FORGET}
+        return {**kept, "HF_HOME": str(self.path / "hf-home"), "COLUMNS": "200"}
+
+    def start(self, *args: Any, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*COMMAND, *map(str, args)],
+            cwd=self.path,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def fabe(self, *args: Any, timeout: float = 120, **environment: str) -> Ended:
+        with self.start(*args, **environment) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        assert "Traceback" not in err, err
+        return Ended(process.returncode, out, err)
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+    def write(self, name: str, text: str | bytes) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    def lines(self, name: str, records: list[Any]) -> Path:
+        return self.write(name, "".join(json.dumps(record) + "\n" for record in records))
+
+    def read(self, name: str) -> list[Any]:
+        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+
+    def report(self, name: str = "outputs.run.json") -> dict[str, Any]:
+        return dict(json.loads((self.path / name).read_text()))
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    return Box(tmp_path)
+
+
+@pytest.fixture
+def server() -> Iterator[ModelServer]:
+    with ModelServer() as running:
+        yield running
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
