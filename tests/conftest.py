@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.models import save_as_folder, smollm_gguf, tiny_model
 from tests.server import ModelServer
 
 COMMAND = [str(Path(sys.executable).parent / "fabe-ds")]
@@ -99,3 +100,28 @@ def wait_for(true: Callable[[], bool], seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    return smollm_gguf()
+
+
+@pytest.fixture(scope="session")
+def smollm_folder(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_as_folder(smollm, tmp_path_factory.mktemp("models") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def llama_server(smollm: Path) -> Iterator[str]:
+    """A real OpenAI-compatible server; gives its base URL."""
+    command = [sys.executable, str(Path(__file__).parent / "serve_llama.py"), str(smollm)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip() + "/v1"
+        process.terminate()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")

@@ -154,7 +154,7 @@ class TransformersProvider(LocalProvider):
 
         Raises: RunStopped where it cannot be, or is not a causal language model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         _quieten()
         name = self.endpoint.model
@@ -170,6 +170,9 @@ class TransformersProvider(LocalProvider):
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise RunStopped(f"--model {name}: cannot be loaded: {_line(error)}") from None
         log.info("%s on %s as %s", name, self.device, self.dtype)
+        self._own_settings = model.generation_config.to_dict()
+        # What generate() finds unset it takes from here, sampling included; so nothing is here.
+        model.generation_config = GenerationConfig()
         return model.eval()
 
     @cached_property
@@ -277,11 +280,9 @@ class TransformersProvider(LocalProvider):
         """The model's own generation settings (its end tokens among them) under ours."""
         from transformers import GenerationConfig
 
-        own = self.model.generation_config
-        keep = {"eos_token_id", "bos_token_id", "repetition_penalty", "no_repeat_ngram_size"}
-        settings = {name: value for name, value in own.to_dict().items() if name in keep}
-        if settings.get("eos_token_id") is None:
-            settings["eos_token_id"] = self.tokenizer.eos_token_id
+        keep = ("bos_token_id", "repetition_penalty", "no_repeat_ngram_size")
+        settings = {name: self._own_settings.get(name) for name in keep}
+        settings["eos_token_id"] = self._ends or None
         settings |= {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.samples,
@@ -291,9 +292,16 @@ class TransformersProvider(LocalProvider):
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(**{key: value for key, value in settings.items() if value is not None})
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer: the model's own, else the tokenizer's."""
+        ends = self._own_settings.get("eos_token_id")
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
     def _completion(self, prompt_tokens: int, fresh: list[int]) -> Completion:
-        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
+        ends = self._ends
         stop = next((place for place, token in enumerate(fresh) if token in ends), None)
         tokens = fresh if stop is None else fresh[:stop]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
