@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -27,13 +26,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Rewrite one field of every record with a language model; give the rest back as it was.",
 )
+# Typer comes with a click of its own, or uses the installed one, by its version.
+_CallError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
 class ValuedFlags(TyperCommand):
     """Takes `--resume false` and `--resume=false` beside `--resume` and `--no-resume`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         names = {
             name
             for parameter in self.params
@@ -235,18 +236,19 @@ def main() -> None:
     try:
         with _terminating():
             code = app(standalone_mode=False)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         code = error.exit_code
-    except click.ClickException as error:
-        print(f"fabe-ds: {error.format_message()}", file=sys.stderr)
-        code = USAGE
-    except (KeyboardInterrupt, click.Abort):
-        print("stopped; what was answered is kept, run the same command again to go on", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except _CallError as error:
+        print(f"fabe-ds: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+        code = USAGE
     except FabeError as error:
         print(f"fabe-ds: {error}", file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if code == INTERRUPTED:  # typer makes an Exit of KeyboardInterrupt
+        print("stopped; what was answered is kept, run the same command again to go on", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

@@ -17,6 +17,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from fabe_ds.errors import CacheError
+from fabe_ds.folders import private_folder
 from fabe_ds.providers.base import Completion
 
 log = logging.getLogger(__name__)
@@ -45,16 +46,11 @@ class RecordCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = private_folder(folder)
         self.path = folder / "records.sqlite"
         self._lock = threading.RLock()
         self._owner: str | None = None
         self._owner_lock: FileLock | None = None
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)  # completions may hold personal data
-        except OSError as error:
-            raise CacheError(f"--cache-dir {folder}: {error.strerror}") from None
         self._connection = self._open()
 
     @classmethod
@@ -65,6 +61,8 @@ class RecordCache:
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connect()
+        except OSError as error:
+            raise CacheError(f"{self.path}: {error.strerror}") from None
         except sqlite3.OperationalError as error:
             raise CacheError(f"{self.path}: {error}; is it on a local disk, with room?") from None
         except sqlite3.DatabaseError as error:

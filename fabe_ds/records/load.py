@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.errors import InputError, UsageError
+from fabe_ds.folders import private_folder
 from fabe_ds.records.discover import Source, discover
 from fabe_ds.records.read import Tail, read_records
 from fabe_ds.records.scan import Field, Target, parse_path
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 LOADER_VERSION = 1
 ROWS = 4096
 CHARACTERS = 1 << 24
-FOLDER_MODE = 0o700
 
 SCHEMA = pa.schema(
     [
@@ -102,7 +102,7 @@ def load(
     """`load_records` of files already found; tells what became of each."""
     target = field_target(field, backup_field)
     fingerprint = _fingerprint(sources, field, backup_field, records_key, on_bad_input)
-    folder = cache_dir / "datasets" / fingerprint
+    folder = private_folder(private_folder(cache_dir) / "datasets") / fingerprint
     reused = (folder / "files.json").exists()
     if not reused:
         _write(folder, sources, target, records_key, on_bad_input)
@@ -211,7 +211,6 @@ def _write(
     on_bad_input: str,
 ) -> None:
     """Writes the carrier beside its place and moves it there whole."""
-    folder.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:
         files = []

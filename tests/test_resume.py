@@ -1,0 +1,316 @@
+"""Killed, stopped and repeated runs: nothing lost, nothing paid twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import sqlite3
+
+import pytest
+
+from tests.conftest import wait_for
+from tests.server import ModelServer, completion, error
+
+N = 500
+CONCURRENCY = 16
+
+
+def records(count=N):
+    return [{"id": i, "code": f"value_{i} = {i}", "n": 1.0} for i in range(count)]
+
+
+def command(server, *more):
+    return ["run", "--input", "data.jsonl", "--instruction", "Up", "--provider", "openai",
+            "--model", "m", "--base-url", server.url, "--concurrency", CONCURRENCY, *more]
+
+
+def expected(count=N):
+    return "".join(
+        json.dumps({"id": i, "code": f"VALUE_{i} = {i}", "original_code": f"value_{i} = {i}", "n": 1.0})
+        + "\n"
+        for i in range(count)
+    )
+
+
+@pytest.fixture
+def slow_server():
+    with ModelServer(latency=0.05) as running:
+        yield running
+
+
+def test_R3_kill_9_loses_only_what_was_in_flight(box, slow_server):
+    box.lines("data.jsonl", records())
+    for part in (0.3, 0.6):
+        process = box.start(*command(slow_server))
+        wait_for(lambda part=part: len(slow_server.calls) >= N * part)
+        box.kill(process)
+        assert not (box.path / "outputs").exists()
+    ended = box.fabe(*command(slow_server))
+    assert ended.code == 0, ended
+    assert (box.path / "outputs/data.jsonl").read_text() == expected()
+    assert N <= len(slow_server.calls) <= N + 2 * CONCURRENCY
+    database = sqlite3.connect(box.path / ".cache/records.sqlite")
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    database.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_R1_R2_a_stopped_run_drains_and_sends_nothing_twice(box, slow_server, number):
+    box.lines("data.jsonl", records())
+    for part in (0.2, 0.4, 0.6):
+        process = box.start(*command(slow_server))
+        wait_for(lambda part=part: len(slow_server.calls) >= N * part)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 130, (out, err)
+        assert "run the same command again to go on" in err
+        assert "Traceback" not in err
+        assert not (box.path / "outputs").exists()
+    ended = box.fabe(*command(slow_server))
+    assert ended.code == 0, ended
+    assert (box.path / "outputs/data.jsonl").read_text() == expected()
+    assert len(slow_server.calls) == N
+
+
+def test_a_second_ctrl_c_does_not_wait(box):
+    with ModelServer(latency=60) as server:
+        box.lines("data.jsonl", records(5))
+        process = box.start(*command(server))
+        wait_for(lambda: len(server.calls) == 5)
+        process.send_signal(signal.SIGINT)
+        assert "waiting for what is on its way" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+        assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "change",
+    [[], ["--concurrency", 3], ["--batch-size", 1], ["--retry", 9], ["--timeout", 99],
+     ["--api-key", "sk-x"], ["--output", "elsewhere"]],
+    ids=lambda change: change[0] if change else "unchanged",
+)
+def test_R7_a_repeated_run_sends_nothing(box, server, change):
+    box.lines("data.jsonl", records(20))
+    box.fabe(*command(server))
+    ended = box.fabe(*command(server, *change))
+    assert "0 rewritten, 20 from cache" in ended.out, ended
+    assert len(server.calls) == 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--instruction", "Down"], ["--model", "llama3"], ["--temperature", "0.5"],
+     ["--max-new-tokens", "9"], ["--system-prompt", "Other"], ["--use-chat-template", "false"],
+     ["--top-p", "0.9", "--temperature", "1"], ["--no-resume"]],
+    ids=lambda change: change[0],
+)
+def test_R8_what_changes_the_request_sends_it_again(box, server, change):
+    box.lines("data.jsonl", records(20))
+    box.fabe(*command(server))
+    box.fabe(*command(server, *change))
+    assert len(server.calls) == 40
+
+
+def test_R8_only_what_is_new_is_sent(box, server):
+    box.lines("data.jsonl", records(20))
+    box.fabe(*command(server))
+    box.lines("data.jsonl", [*reversed(records(20)), {"code": "added"}])
+    box.fabe(*command(server))
+    assert len(server.calls) == 21
+    (box.path / "data.jsonl").rename(box.path / "renamed.jsonl")
+    box.fabe(*[str(a).replace("data.jsonl", "renamed.jsonl") for a in command(server)])
+    assert len(server.calls) == 21
+
+
+def test_a_changed_treatment_of_answers_reads_them_again_and_sends_nothing(box):
+    async def fenced(call):
+        return completion(call, f"```\n{call.prompt[-5:]}\n```")
+
+    with ModelServer(fenced) as server:
+        box.lines("data.jsonl", [{"code": "x = 1"}])
+        box.fabe(*command(server))
+        assert box.read("outputs/data.jsonl")[0]["code"] == "x = 1"
+        box.fabe(*command(server, "--no-strip-fences"))
+        assert box.read("outputs/data.jsonl")[0]["code"] == "```\nx = 1\n```"
+        assert len(server.calls) == 1
+
+
+def test_equal_records_are_sent_once(box, slow_server):
+    box.lines("data.jsonl", [{"code": f"same_{i % 3}"} for i in range(60)])
+    ended = box.fabe(*command(slow_server))
+    assert len(slow_server.calls) == 3
+    assert [r["code"] for r in box.read("outputs/data.jsonl")] == [f"SAME_{i % 3}" for i in range(60)]
+    assert "3 rewritten, 57 from cache" in ended.out
+
+
+def test_equal_records_are_sampled_each(box, slow_server):
+    box.lines("data.jsonl", [{"code": "same"}] * 5)
+    box.fabe(*command(slow_server, "--temperature", "1"))
+    assert len(slow_server.calls) == 5
+    box.fabe(*command(slow_server, "--temperature", "1", "--output", "b"))
+    assert len(slow_server.calls) == 5
+
+
+def test_R11_failures_are_sent_again_and_nothing_else(box):
+    broken = True
+
+    async def some_fail(call):
+        if broken and call.prompt.endswith(("= 3", "= 7", "= 11")):
+            return error(400, "no")
+        return None
+
+    with ModelServer(some_fail) as server:
+        box.lines("data.jsonl", records(20))
+        ended = box.fabe(*command(server))
+        assert ended.code == 1
+        assert [f["record"] for f in box.read("outputs.failures.jsonl")] == [3, 7, 11]
+        failed = [r for r in box.read("outputs/data.jsonl") if "original_code" not in r]
+        assert failed == [records()[i] for i in (3, 7, 11)]
+        broken = False
+        ended = box.fabe(*command(server))
+        assert ended.code == 0
+        assert len(server.calls) == 23
+        assert (box.path / "outputs/data.jsonl").read_text() == expected(20)
+        assert not (box.path / "outputs.failures.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["cut", "empty"])
+def test_an_answer_that_was_no_use_is_asked_again(box, what):
+    bad = True
+
+    async def behave(call):
+        if not bad:
+            return None
+        return completion(call, "half", "length") if what == "cut" else completion(call, "")
+
+    with ModelServer(behave) as server:
+        box.lines("data.jsonl", [{"code": "x = 1"}])
+        ended = box.fabe(*command(server))
+        assert ended.code == 1
+        assert box.read("outputs/data.jsonl") == [{"code": "x = 1"}]
+        if what == "cut":
+            box.fabe(*command(server, "--on-truncated", "keep"))
+            assert box.read("outputs/data.jsonl")[0]["code"] == "half"
+            assert len(server.calls) == 1
+        bad = False
+        assert box.fabe(*command(server)).code == 0
+        assert box.read("outputs/data.jsonl")[0]["code"] == "X = 1"
+        assert len(server.calls) == 2
+
+
+def test_R12_two_runs_at_once_do_not_pay_twice(box, slow_server):
+    box.lines("data.jsonl", records(200))
+    first = box.start(*command(slow_server, "--output", "a"))
+    second = box.start(*command(slow_server, "--output", "b"))
+    for process in (first, second):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, (out, err)
+    assert len(slow_server.calls) == 200
+    assert (box.path / "a/data.jsonl").read_text() == expected(200)
+    assert (box.path / "b/data.jsonl").read_text() == expected(200)
+
+
+def test_a_run_takes_over_from_one_that_was_killed(box, slow_server):
+    """Claims of a dead process do not hold up the living."""
+    box.lines("data.jsonl", records(100))
+    process = box.start(*command(slow_server))
+    wait_for(lambda: len(slow_server.calls) >= 30)
+    box.kill(process)
+    ended = box.fabe(*command(slow_server), timeout=30)
+    assert ended.code == 0
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "cut"])
+def test_R13_a_damaged_cache_is_set_aside(box, server, damage):
+    box.lines("data.jsonl", records(200))
+    box.fabe(*command(server))
+    path = box.path / ".cache/records.sqlite"
+    data = path.read_bytes()
+    shutil.rmtree(box.path / ".cache/datasets")
+    path.write_bytes({"garbage": b"x" * 5000, "empty": b"", "cut": data[: len(data) * 2 // 3]}[damage])
+    ended = box.fabe(*command(server, "--output", "b"))
+    assert ended.code == 0, ended
+    assert (box.path / "b/data.jsonl").read_text() == expected(200)
+    if damage != "empty":
+        assert "set aside" in ended.err
+
+
+@pytest.mark.parametrize("what", ["file", "readonly database"])
+def test_R13_a_cache_that_cannot_be_written_is_said_before_anything_is_sent(box, server, what):
+    box.lines("data.jsonl", records(5))
+    if what == "file":
+        box.write(".cache", "in the way")
+    else:
+        box.write(".cache/records.sqlite/x", "a folder")
+    ended = box.fabe(*command(server))
+    assert ended.code in (1, 2)
+    assert ".cache" in ended.err
+    assert not server.calls
+
+
+def test_S9_the_cache_is_private(box, server):
+    box.lines("data.jsonl", records(5))
+    box.fabe(*command(server))
+    assert (box.path / ".cache").stat().st_mode & 0o777 == 0o700
+    assert (box.path / ".cache/records.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_R5_in_place_twice_rewrites_once(box, server):
+    box.lines("data.jsonl", records(20))
+    first = box.fabe(*command(server, "--inplace"))
+    assert first.code == 0, first
+    text = (box.path / "data.jsonl").read_text()
+    assert text == expected(20)
+    again = box.fabe(*command(server, "--inplace"))
+    assert "20 done before" in again.out
+    assert len(server.calls) == 20
+    assert (box.path / "data.jsonl").read_text() == text
+
+
+def test_R5_in_place_goes_on_where_it_was_stopped(box):
+    """Some files replaced, one failed record: only what is missing is sent."""
+    broken = True
+
+    async def one_fails(call):
+        return error(400, "no") if broken and call.prompt.endswith("= 3") else None
+
+    with ModelServer(one_fails) as server:
+        for name in ("a", "b"):
+            box.lines(f"in/{name}.jsonl", records(10))
+        run = command(server, "--inplace", "--backup-field", "")
+        run[2] = "in"
+        assert box.fabe(*run).code == 1
+        calls = len(server.calls)
+        broken = False
+        assert box.fabe(*run).code == 0
+        assert len(server.calls) == calls + 1
+        assert [r["code"] for r in box.read("in/b.jsonl")] == [f"VALUE_{i} = {i}" for i in range(10)]
+
+
+def test_H19_order_is_kept_whatever_the_latency(box):
+    async def dawdle(call):
+        await asyncio.sleep((call.number * 7919 % 100) / 400)
+
+    with ModelServer(dawdle) as server:
+        box.lines("data.jsonl", records(200))
+        assert box.fabe(*command(server)).code == 0
+        assert (box.path / "outputs/data.jsonl").read_text() == expected(200)
+
+
+def test_one_slow_record_holds_nobody_up(box):
+    """The look-ahead: the server stays full while the first record takes its time."""
+
+    async def first_is_slow(call):
+        await asyncio.sleep(3 if call.prompt.endswith("= 0") else 0.02)
+
+    with ModelServer(first_is_slow) as server:
+        box.lines("data.jsonl", records(1500))
+        process = box.start(*command(server))
+        wait_for(lambda: len(server.calls) == 1500)
+        assert any(call.prompt.endswith("= 0") for call in server.calls[:16])
+        assert server.in_flight >= 1
+        process.communicate(timeout=30)
+        assert server.most_in_flight == CONCURRENCY
