@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,11 +10,11 @@ from itertools import islice
 
 from fabe_ds.config import RunConfig
 from fabe_ds.engine.cache import RecordCache
-from fabe_ds.errors import FabeError, InputError, RecordFailed
+from fabe_ds.errors import InputError, RecordFailed
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import batches, field_target
 from fabe_ds.runner import Plan, make_plan
-from fabe_ds.transform import Transform
+from fabe_ds.transform import Transform, acceptance
 
 SHOWN = 3
 ROWS = 1000
@@ -94,14 +95,11 @@ def _count(
         return
     keys = [transform.provider.key(request) for request in requests]
     found = cache.get(keys)
+    accept = acceptance(transform.config, transform.provider)
     for request, key in zip(requests, keys, strict=True):
-        if key in found and _serves(transform, request, found[key]):
+        if key not in found:
+            continue
+        with contextlib.suppress(RecordFailed):
+            accept(request, found[key])
             seen.cached += 1
 
-
-def _serves(transform: Transform, request: Request, completion: object) -> bool:
-    try:
-        transform.accept(request, completion)  # type: ignore[arg-type]
-    except FabeError:
-        return False
-    return True

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = Path("outputs")
+REPORT, FAILURES = "run.json", "failures.jsonl"
 MAP_ROWS = 1000  # part of the fingerprint, so it is the same for every run
 
 Watch = Callable[[Stats, int], contextlib.AbstractContextManager[object]]
@@ -111,8 +112,9 @@ def make_plan(config: RunConfig) -> Plan:
     output = None if config.inplace else config.output_path or DEFAULT_OUTPUT
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"--output {output}: not a folder")
-    sources = discover(root, config.input_glob, output)
     folder = output or config.cache_dir / "runs" / root.resolve().name
+    reports = [_beside(folder, name) for name in (REPORT, FAILURES)]
+    sources = discover(root, config.input_glob, [output, *reports] if output else reports)
     plan = Plan(root, sources, output, folder)
     names: dict[str, str] = {}
     for source in sources:
@@ -295,11 +297,11 @@ def _report(
         retries=stats.retries,
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
-        failures_file=_beside(plan.reports, "failures.jsonl") if failed else None,
-        report=_beside(plan.reports, "run.json"),
+        failures_file=_beside(plan.reports, FAILURES) if failed else None,
+        report=_beside(plan.reports, REPORT),
         example=_example(written),
     )
-    _write_failures(written, _beside(plan.reports, "failures.jsonl"), failed)
+    _write_failures(written, _beside(plan.reports, FAILURES), failed)
     _write_report(config, result)
     return result
 

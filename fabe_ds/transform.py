@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import TransformConfig, setting, validated
-from fabe_ds.engine import Item, LocalEngine, Outcome, RecordCache, Stats
+from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats
 from fabe_ds.engine.intake import Intake
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.prompts import Instruction, clean_answer, load_instruction
@@ -23,6 +24,7 @@ from fabe_ds.providers import (
     Request,
     Sampling,
     build_provider,
+    provider_class,
 )
 from fabe_ds.records.load import encodable
 from fabe_ds.records.scan import parse_path
@@ -61,6 +63,7 @@ class Transform:
     """What `transform_fn` gives."""
 
     def __init__(self, config: TransformConfig) -> None:
+        provider_class(config.provider)  # a misspelled name is said before what else is missing
         if not config.instruction and config.provider != "echo":
             raise UsageError("--instruction is required: a text or a template file")
         if not config.model and config.provider != "echo":
@@ -142,7 +145,8 @@ class Transform:
         if self._session is None or self._session.pid != os.getpid():
             if self._session is not None:
                 self.provider = self._build_provider()
-            self._session = _Session(self.config, self.provider, self.accept)
+            self._session = _Session(self.config, self.provider)
+            weakref.finalize(self, self._session.close)  # a map's callable has no last call
         return self._session
 
     @property
@@ -155,7 +159,7 @@ class Transform:
         if self._ahead is not None:
             self._ahead.close()  # type: ignore[attr-defined]
             self._ahead = None
-        if self._session is not None and self._session.pid == os.getpid():
+        if self._session is not None:
             self._session.close()
         self._session = None
 
@@ -175,18 +179,6 @@ class Transform:
             self._sampling,
             config.use_chat_template,
             config.template_vars.get("language", "python"),
-        )
-
-    def accept(self, request: Request, completion: Completion) -> str:
-        """The new text of a record. Raises: RecordFailed."""
-        if not self.provider.cached:
-            return completion.text
-        return clean_answer(
-            completion.text,
-            completion.finish_reason,
-            original=request.text,
-            strip_fences=self.config.strips_fences,
-            on_truncated=self.config.on_truncated,
         )
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -244,6 +236,23 @@ class Transform:
         return changed
 
 
+def acceptance(config: TransformConfig, provider: Provider) -> Accept:
+    """What makes a record's new text of a completion. It may raise RecordFailed."""
+    if not provider.cached:
+        return lambda request, completion: completion.text
+
+    def accept(request: Request, completion: Completion) -> str:
+        return clean_answer(
+            completion.text,
+            completion.finish_reason,
+            original=request.text,
+            strip_fences=config.strips_fences,
+            on_truncated=config.on_truncated,
+        )
+
+    return accept
+
+
 class _Session:
     """The open side of a transform in one process."""
 
@@ -251,12 +260,14 @@ class _Session:
         self,
         config: TransformConfig,
         provider: Provider,
-        accept: Callable[[Request, Completion], str],
     ) -> None:
         self.pid = os.getpid()
+        self.closed = False
         self.stats = Stats()
         self.cache = RecordCache(config.cache_dir) if provider.cached else None
-        intake = Intake(provider, self.cache, accept, self.stats, config.resume)
+        intake = Intake(
+            provider, self.cache, acceptance(config, provider), self.stats, config.resume
+        )
         self.engine: LocalEngine | HttpEngine
         if isinstance(provider, HttpProvider):
             from fabe_ds.engine.http import HttpEngine, Policy
@@ -278,6 +289,9 @@ class _Session:
         return self.engine.outcomes(items)
 
     def close(self) -> None:
+        if self.closed or self.pid != os.getpid():
+            return
+        self.closed = True
         self.engine.close()
         if self.cache is not None:
             self.cache.close()

@@ -125,3 +125,9 @@ def llama_server(smollm: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose answers are never empty (and always cut)."""
+    return tiny_model(tmp_path_factory.mktemp("models") / "talkative", ends=False)

@@ -43,9 +43,13 @@ def save_as_folder(gguf: Path, folder: Path) -> Path:
 
 
 def tiny_model(
-    folder: Path, *, template: str | None = CHAT, pad: bool = True, longest: int = 256
+    folder: Path, *, template: str | None = CHAT, pad: bool = True, longest: int = 1024,
+    ends: bool = True,
 ) -> Path:
-    """A two-layer Llama with random weights and a byte-level tokenizer."""
+    """A two-layer Llama with random weights and a byte-level tokenizer.
+
+    With `ends` False it never ends an answer, nor writes a blank one.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -82,6 +86,9 @@ def tiny_model(
             initializer_range=0.4,
         )
         model = LlamaForCausalLM(config)
+    if not ends:
+        silent = [t for t in range(len(wrapped)) if not wrapped.decode([t]).strip() or t < 3]
+        model.lm_head.weight.data[silent] = 0
     model.generation_config = GenerationConfig(eos_token_id=[wrapped.eos_token_id])
     model.save_pretrained(folder)
     wrapped.save_pretrained(folder)

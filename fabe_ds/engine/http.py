@@ -69,7 +69,7 @@ class HttpEngine:
         self.provider, self.intake, self.policy = provider, intake, policy
         self.limiter = Limiter(policy.concurrency)
         self._checked = False
-        self._thread = LoopThread()
+        self._thread = LoopThread.shared()
         self._writer = ThreadPoolExecutor(1, "fabe-ds-writer")
         self._session = self._thread.call(self._open_session())
 
@@ -101,7 +101,6 @@ class HttpEngine:
     def close(self) -> None:
         self._thread.call(self._session.close())
         self._writer.shutdown()
-        self._thread.stop()
 
     async def _open_session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(

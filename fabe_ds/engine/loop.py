@@ -14,24 +14,29 @@ T = TypeVar("T")
 class LoopThread:
     """An event loop that runs in a daemon thread, uvloop's where it is installed."""
 
+    _shared: LoopThread | None = None
+    _guard = threading.Lock()
+
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = _new_loop()
-        self._thread = threading.Thread(target=self._run, name="fabe-ds-engine", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="fabe-ds-engine", daemon=True).start()
+
+    @classmethod
+    def shared(cls) -> LoopThread:
+        """This process's one; a forked child gets its own."""
+        with cls._guard:
+            if cls._shared is None or cls._shared.pid != os.getpid():
+                cls._shared = cls()
+            return cls._shared
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-        self.loop.close()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What the coroutine gives, run on the loop; the caller waits."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout=5)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

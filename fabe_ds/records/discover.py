@@ -50,11 +50,11 @@ class Source:
 
 
 def discover(
-    root: Path, globs: Sequence[str] = (), exclude: Path | None = None
+    root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()
 ) -> list[Source]:
     """The input files below `root` (or `root` itself), in the order of their names.
 
-    `exclude`: a folder whose files are never input, which is where the output goes.
+    `exclude`: files and folders that are never input, which is where the output goes.
     Raises: UsageError where nothing is there to read.
     """
     if not root.exists():
@@ -71,11 +71,11 @@ def discover(
         paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"--glob {' '.join(globs)}: {error}") from None
-    skip = exclude.resolve() if exclude else None
+    skipped = [path.resolve() for path in exclude if path.resolve() != root.resolve()]
     sources = []
     for path in sorted(paths):
         source = Source(path, path.relative_to(root).as_posix())
-        if skip is not None and skip != root.resolve() and path.resolve().is_relative_to(skip):
+        if any(path.resolve().is_relative_to(skip) for skip in skipped):
             continue
         if source.kind is None:
             log.warning("%s: not JSON or JSON lines, left out", path)

@@ -150,10 +150,10 @@ def test_a_moved_model_is_the_same_and_a_changed_one_is_not(tiny, tmp_path):
     assert provider(tiny).identity() != provider(moved).identity()
 
 
-def test_a_run_with_a_tiny_model_resumes_from_the_record_cache(box, tiny):
+def test_a_run_with_a_tiny_model_resumes_from_the_record_cache(box, talkative):
     box.lines("data.jsonl", [{"code": prompt} for prompt in PROMPTS])
     command = ["run", "--input", "data.jsonl", "--instruction", "Do", "--provider", "hf",
-               "--model", tiny, "--max-new-tokens", 8, "--on-truncated", "keep",
+               "--model", talkative, "--max-new-tokens", 8, "--on-truncated", "keep",
                "--no-strip-fences", "--dtype", "float32"]
     first = box.fabe(*command, "--batch-size", 4)
     before = box.read("outputs/data.jsonl")
