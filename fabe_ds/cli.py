@@ -27,7 +27,9 @@ app = typer.Typer(
     help="Rewrite one field of every record with a language model; give the rest back as it was.",
 )
 # Typer comes with a click of its own, or uses the installed one, by its version.
-_CallError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_CallError: type[Any] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -222,7 +224,9 @@ def _terminating() -> Iterator[None]:
         print("stopping: waiting for what is on its way (again to drop it)", file=sys.stderr)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
     finally:
@@ -241,7 +245,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except _CallError as error:
-        print(f"fabe-ds: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+        print(f"fabe-ds: {error.format_message()}", file=sys.stderr)
         code = USAGE
     except FabeError as error:
         print(f"fabe-ds: {error}", file=sys.stderr)
@@ -250,5 +254,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     if code == INTERRUPTED:  # typer makes an Exit of KeyboardInterrupt
-        print("stopped; what was answered is kept, run the same command again to go on", file=sys.stderr)
+        print(
+            "stopped; what was answered is kept, run the same command again to go on",
+            file=sys.stderr,
+        )
     sys.exit(code if isinstance(code, int) else 0)

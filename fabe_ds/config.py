@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -28,7 +28,7 @@ def _setting(
     **limits: Any,
 ) -> Any:
     """A setting. `changes`: it can change what comes out, so it is part of the fingerprint."""
-    extra = {"panel": panel, "flag": flag, "changes": changes, "environment": environment}
+    extra: Any = {"panel": panel, "flag": flag, "changes": changes, "environment": environment}
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
 
@@ -78,9 +78,7 @@ class TransformConfig(BaseModel):
         "fail",
         changes=True,
     )
-    provider: str = _setting(
-        "Model", "Who answers; see `fabe-ds providers`.", "echo", changes=True
-    )
+    provider: str = _setting("Model", "Who answers; see `fabe-ds providers`.", "echo", changes=True)
     model: str | None = _setting(
         "Model", "Model name, folder or .gguf file.", changes=True, environment="MODEL_PATH"
     )
@@ -112,9 +110,7 @@ class TransformConfig(BaseModel):
         "Model", "Sample tokens; by default where the temperature is above 0.", changes=True
     )
     seed: int | None = _setting("Model", "Seed for sampling.", changes=True)
-    stop: list[str] = _setting(
-        "Model", "Text that ends an answer; repeatable.", [], changes=True
-    )
+    stop: list[str] = _setting("Model", "Text that ends an answer; repeatable.", [], changes=True)
     use_chat_template: bool = _setting(
         "Model", "Ask through the model's chat template, where it has one.", True, changes=True
     )
@@ -163,7 +159,9 @@ class RunConfig(TransformConfig):
         _IO, "What to do with a file that is broken.", "fail"
     )
     dry_run: bool = _setting(
-        "Execution", "Show what would be sent; send and write nothing.", False,
+        "Execution",
+        "Show what would be sent; send and write nothing.",
+        False,
         environment="DRY_RUN",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
@@ -191,7 +189,7 @@ def read_config(flags: Mapping[str, Any], file: Path | None = None) -> RunConfig
 
     Raises: UsageError, naming the flag, variable or key that is wrong.
     """
-    layers = [
+    layers: list[tuple[dict[str, Any], Callable[[str], str]]] = [
         (_read_yaml(file) if file else {}, lambda name: f"{file}: {name}"),
         (_read_environment(), lambda name: str(setting(name, "environment"))),
         (dict(flags), flag),

@@ -102,4 +102,3 @@ def _count(
         with contextlib.suppress(RecordFailed):
             accept(request, found[key])
             seen.cached += 1
-

@@ -120,13 +120,17 @@ def make_plan(config: RunConfig) -> Plan:
     for source in sources:
         place = plan.destination(source)
         if output is not None and place.exists() and place.samefile(source.path):
-            raise UsageError(f"--output {output}: would replace the input {source.path}; ask for it "
-                             "with --inplace")
+            raise UsageError(
+                f"--output {output}: would replace the input {source.path}; ask for it "
+                "with --inplace"
+            )
         other = names.setdefault(source.name.casefold(), source.name)
         if other != source.name:
             log.warning("%s and %s differ in case alone", other, source.name)
         nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
-        if not os.access(nearest, os.W_OK) or (output is None and not os.access(place.parent, os.W_OK)):
+        if not os.access(nearest, os.W_OK) or (
+            output is None and not os.access(place.parent, os.W_OK)
+        ):
             raise UsageError(f"{place}: cannot be written")
     return plan
 
@@ -190,7 +194,7 @@ def _map(
             # stay for ever; the record cache makes that cheap.
             load_from_cache_file=finished,
         )
-    if not result.data.column("failure").null_count == len(result):
+    if result.data.column("failure").null_count != len(result):
         return datasets.concatenate_datasets([dataset, result], axis=1)
     state.clean = True
     state.save()

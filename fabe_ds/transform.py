@@ -135,7 +135,9 @@ class Transform:
             os.environ[_KEY + name] = self.config.api_key.get_secret_value()
 
     def __repr__(self) -> str:
-        return f"fabe_ds.transform_fn(provider={self.config.provider!r}, field={self.config.field!r})"
+        return (
+            f"fabe_ds.transform_fn(provider={self.config.provider!r}, field={self.config.field!r})"
+        )
 
     # The work.
 
@@ -214,9 +216,7 @@ class Transform:
         rows = zip(*(batch[name] for name in names), strict=True) if names else None
         records = [dict(zip(names, row, strict=True)) for row in rows] if rows else None
         texts = [_inside(value, inner) for value in values]
-        items = [
-            self.item(text, records[i] if records else None) for i, text in enumerate(texts)
-        ]
+        items = [self.item(text, records[i] if records else None) for i, text in enumerate(texts)]
         outcomes = list(self.session.outcomes(items))
         failed = [outcome for outcome in outcomes if outcome.kind is not None]
         if failed and self.config.on_error == "raise":

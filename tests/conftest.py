@@ -19,8 +19,16 @@ from tests.models import save_as_folder, smollm_gguf, tiny_model
 from tests.server import ModelServer
 
 COMMAND = [str(Path(sys.executable).parent / "fabe-ds")]
-_FORGET = ("MODEL_PATH", "DEVICE", "LOCAL_FILES_ONLY", "MAX_NEW_TOKENS", "TEMPERATURE", "DRY_RUN",
-           "LOG_LEVEL", "OPENAI_API_KEY")
+_FORGET = (
+    "MODEL_PATH",
+    "DEVICE",
+    "LOCAL_FILES_ONLY",
+    "MAX_NEW_TOKENS",
+    "TEMPERATURE",
+    "DRY_RUN",
+    "LOG_LEVEL",
+    "OPENAI_API_KEY",
+)
 
 
 @dataclass

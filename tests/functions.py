@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def functions(count: int, shortest: int = 80, longest: int = 1500) -> list[dict[str, object]]:
-    """The first `count` functions of a size between the two, in characters, over again if need be."""
+    """The first `count` functions of a size between the two, in characters; repeated if need be."""
     found: list[dict[str, object]] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")

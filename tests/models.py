@@ -43,7 +43,11 @@ def save_as_folder(gguf: Path, folder: Path) -> Path:
 
 
 def tiny_model(
-    folder: Path, *, template: str | None = CHAT, pad: bool = True, longest: int = 1024,
+    folder: Path,
+    *,
+    template: str | None = CHAT,
+    pad: bool = True,
+    longest: int = 1024,
     ends: bool = True,
 ) -> Path:
     """A two-layer Llama with random weights and a byte-level tokenizer.
@@ -52,7 +56,12 @@ def tiny_model(
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,7 +72,9 @@ def tiny_model(
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(["user assistant system the and of to in is that it"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        ["user assistant system the and of to in is that it"] * 4, trainer
+    )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",

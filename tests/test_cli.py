@@ -18,8 +18,14 @@ INFER = [COMMAND[0].replace("fabe-ds", "fabe-infer")]
 
 def seed_folder(box):
     """The files that the seed's command lines name."""
-    for name in ("path/to/data.jsonl", "path/to/dir/a.jsonl", "path/to/dir/b.jsonl", "dataset.jsonl",
-                 "data/data.jsonl", "large_dataset.jsonl"):
+    for name in (
+        "path/to/data.jsonl",
+        "path/to/dir/a.jsonl",
+        "path/to/dir/b.jsonl",
+        "dataset.jsonl",
+        "data/data.jsonl",
+        "large_dataset.jsonl",
+    ):
         box.lines(name, [{"code": f"{name} {i}"} for i in range(3)])
     template = (REPO / "configs/prompts/refactor_python.j2").read_text()
     for name in ("examples/prompts/refactor_python.j2", "prompts/refactor.j2"):
@@ -28,8 +34,19 @@ def seed_folder(box):
 
 def test_the_seeds_echo_line(box):
     seed_folder(box)
-    ended = box.fabe("run", "--input", "path/to/data.jsonl", "--field", "code",
-                     "--instruction", "请重构代码以提高可读性。", "--provider", "echo", "--model", "local")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "path/to/data.jsonl",
+        "--field",
+        "code",
+        "--instruction",
+        "请重构代码以提高可读性。",
+        "--provider",
+        "echo",
+        "--model",
+        "local",
+    )
     assert ended.code == 0, ended
     assert box.read("outputs/data.jsonl")[0] == {
         "code": "# echo: local\npath/to/data.jsonl 0",
@@ -42,10 +59,27 @@ def test_the_seeds_ollama_line(box):
     with ModelServer() as server:
         server.models = ["deepseek-coder:6.7b"]
         ended = box.fabe(
-            "run", "--input", "path/to/dir", "--glob", "*.jsonl", "--field", "code", "--instruction",
-            "examples/prompts/refactor_python.j2", "--provider", "ollama", "--model",
-            "deepseek-coder:6.7b", "--output", "outputs/", "--concurrency", 4, "--batch-size", 8,
-            "--base-url", server.root,
+            "run",
+            "--input",
+            "path/to/dir",
+            "--glob",
+            "*.jsonl",
+            "--field",
+            "code",
+            "--instruction",
+            "examples/prompts/refactor_python.j2",
+            "--provider",
+            "ollama",
+            "--model",
+            "deepseek-coder:6.7b",
+            "--output",
+            "outputs/",
+            "--concurrency",
+            4,
+            "--batch-size",
+            8,
+            "--base-url",
+            server.root,
         )
         assert ended.code == 0, ended
         assert sorted(p.name for p in (box.path / "outputs").iterdir()) == ["a.jsonl", "b.jsonl"]
@@ -55,21 +89,60 @@ def test_the_seeds_ollama_line(box):
 
 def test_the_seeds_modelscope_lines(box, talkative):
     seed_folder(box)
-    common = ["--field", "code", "--instruction", "prompts/refactor.j2", "--provider", "modelscope",
-              "--model", talkative, "--on-truncated", "keep", "--no-strip-fences"]
-    ended = box.fabe("run", "--input", "dataset.jsonl", *common, "--batch-size", 16,
-                     "--concurrency", 4, "--device", "cpu", "--max-new-tokens", 4)
+    common = [
+        "--field",
+        "code",
+        "--instruction",
+        "prompts/refactor.j2",
+        "--provider",
+        "modelscope",
+        "--model",
+        talkative,
+        "--on-truncated",
+        "keep",
+        "--no-strip-fences",
+    ]
+    ended = box.fabe(
+        "run",
+        "--input",
+        "dataset.jsonl",
+        *common,
+        "--batch-size",
+        16,
+        "--concurrency",
+        4,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        4,
+    )
     assert ended.code == 0, ended
-    ended = box.fabe("run", "--input", "large_dataset.jsonl", *common, "--batch-size", 16,
-                     "--concurrency", 2, "--device", "cpu", "--max-new-tokens", 5, "--cache-dir",
-                     ".cache_large", "--resume")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "large_dataset.jsonl",
+        *common,
+        "--batch-size",
+        16,
+        "--concurrency",
+        2,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        5,
+        "--cache-dir",
+        ".cache_large",
+        "--resume",
+    )
     assert ended.code == 0, ended
     assert (box.path / ".cache_large/records.sqlite").exists()
 
 
 def test_the_seeds_yaml_file(box, talkative):
     seed_folder(box)
-    box.write("examples/config.yaml", f"""
+    box.write(
+        "examples/config.yaml",
+        f"""
 provider: modelscope
 model: {talkative}
 input_path: ../data
@@ -88,10 +161,22 @@ cache_dir: .cache
 resume: true
 strip_fences: true
 auto_extract_code: true
-""")
-    command = [*INFER, "run", "--config", "examples/config.yaml", "--max-new-tokens", "4",
-               "--on-truncated", "keep", "--no-strip-fences"]
-    ended = subprocess.run(command, cwd=box.path, env=box.environment, capture_output=True, text=True)
+""",
+    )
+    command = [
+        *INFER,
+        "run",
+        "--config",
+        "examples/config.yaml",
+        "--max-new-tokens",
+        "4",
+        "--on-truncated",
+        "keep",
+        "--no-strip-fences",
+    ]
+    ended = subprocess.run(
+        command, cwd=box.path, env=box.environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     assert len((box.path / "examples/outputs/data.jsonl").read_text().splitlines()) == 3
     assert (box.path / "examples/.cache").is_dir()
@@ -100,11 +185,36 @@ auto_extract_code: true
 def test_the_shell_script_takes_the_seeds_short_options(box, talkative):
     box.lines("dataset.jsonl", [{"code": "x = 1"}])
     script = REPO / "scripts/run_infer.sh"
-    command = ["bash", str(script), "-m", str(talkative), "-i", "dataset.jsonl", "-o", "out", "-d", "cpu",
-               "-P", "modelscope", "-S", "16", "-C", "4", "-n", "4", "-t", "0.1"]
+    command = [
+        "bash",
+        str(script),
+        "-m",
+        str(talkative),
+        "-i",
+        "dataset.jsonl",
+        "-o",
+        "out",
+        "-d",
+        "cpu",
+        "-P",
+        "modelscope",
+        "-S",
+        "16",
+        "-C",
+        "4",
+        "-n",
+        "4",
+        "-t",
+        "0.1",
+    ]
     environment = {**box.environment, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    ended = subprocess.run([*command, "--", "--on-truncated", "keep", "--no-strip-fences"],
-                           cwd=box.path, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [*command, "--", "--on-truncated", "keep", "--no-strip-fences"],
+        cwd=box.path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     assert len((box.path / "out/dataset.jsonl").read_text().splitlines()) == 1
 
@@ -114,29 +224,48 @@ MISTAKES = {
     "missing file": (["--input", "nothing.jsonl"], "--input nothing.jsonl: no such file"),
     "wrong kind of file": (["--input", "x.txt"], "--input x.txt: not a .json"),
     "nothing matches": (["--input", "folder", "--glob", "*.nope"], "no file matches --glob *.nope"),
-    "no instruction": (["--input", "d.jsonl", "--provider", "openai", "--model", "m"],
-                       "--instruction is required"),
-    "no model": (["--input", "d.jsonl", "--provider", "openai", "--instruction", "x"],
-                 "--model is required"),
-    "unknown provider": (["--input", "d.jsonl", "--provider", "opnai", "--instruction", "x"],
-                         "did you mean openai?"),
+    "no instruction": (
+        ["--input", "d.jsonl", "--provider", "openai", "--model", "m"],
+        "--instruction is required",
+    ),
+    "no model": (
+        ["--input", "d.jsonl", "--provider", "openai", "--instruction", "x"],
+        "--model is required",
+    ),
+    "unknown provider": (
+        ["--input", "d.jsonl", "--provider", "opnai", "--instruction", "x"],
+        "did you mean openai?",
+    ),
     "unknown flag": (["--inptu", "d.jsonl"], "--inptu"),
     "not a number": (["--input", "d.jsonl", "--concurrency", "many"], "--concurrency"),
     "too small": (["--input", "d.jsonl", "--batch-size", "0"], "--batch-size 0"),
     "device": (["--input", "d.jsonl", "--device", "tpu"], "--device 'tpu'"),
-    "template var": (["--input", "d.jsonl", "--template-var", "x"], "--template-var x: write name="),
+    "template var": (
+        ["--input", "d.jsonl", "--template-var", "x"],
+        "--template-var x: write name=",
+    ),
     "template file": (["--input", "d.jsonl", "--instruction", "no.j2"], "--instruction no.j2"),
-    "undefined variable": (["--input", "d.jsonl", "--instruction", "{{ goal }}"],
-                           "instruction:1: 'goal' is undefined"),
+    "undefined variable": (
+        ["--input", "d.jsonl", "--instruction", "{{ goal }}"],
+        "instruction:1: 'goal' is undefined",
+    ),
     "both outputs": (["--input", "d.jsonl", "--inplace", "--output", "o"], "do not go together"),
     "same file": (["--input", "d.jsonl", "--output", "."], "would replace the input"),
-    "output is a file": (["--input", "d.jsonl", "--output", "x.txt"], "--output x.txt: not a folder"),
+    "output is a file": (
+        ["--input", "d.jsonl", "--output", "x.txt"],
+        "--output x.txt: not a folder",
+    ),
     "field": (["--input", "d.jsonl", "--field", "a..b"], "--field: field path 'a..b'"),
     "backup": (["--input", "d.jsonl", "--backup-field", "code"], "it is the target field itself"),
-    "aliases": (["--input", "d.jsonl", "--strip-fences", "--no-auto-extract-code"],
-                "are one setting"),
+    "aliases": (
+        ["--input", "d.jsonl", "--strip-fences", "--no-auto-extract-code"],
+        "are one setting",
+    ),
     "no config": (["--config", "no.yaml"], "--config no.yaml: No such file"),
-    "config key": (["--config", "typo.yaml"], "unknown setting 'provder'; did you mean 'provider'?"),
+    "config key": (
+        ["--config", "typo.yaml"],
+        "unknown setting 'provder'; did you mean 'provider'?",
+    ),
     "config value": (["--config", "value.yaml"], "value.yaml: retry"),
     "config syntax": (["--config", "syntax.yaml"], "--config syntax.yaml:2:"),
     "broken input": (["--input", "broken.jsonl"], "broken.jsonl:2:"),
@@ -168,7 +297,9 @@ def test_nothing_to_do_is_no_failure(box):
     assert ended.code == 0, ended
     assert "0 records" in ended.out
     assert {p.name: p.read_text() for p in (box.path / "outputs").iterdir()} == {
-        "empty.json": "[]\n", "nothing.jsonl": "", "blank.jsonl": "\n\n"
+        "empty.json": "[]\n",
+        "nothing.jsonl": "",
+        "blank.jsonl": "\n\n",
     }
 
 
@@ -207,11 +338,17 @@ def test_the_output_is_not_taken_for_input(box):
 def test_echo_puts_a_comment_of_the_language_on_top(box, language):
     box.lines("d.jsonl", [{"code": "x"}])
     box.fabe("run", "--input", "d.jsonl", "--template-var", f"language={language}")
-    assert box.read("outputs/d.jsonl")[0]["code"] == {
-        "python": "# echo: local\nx", "javascript": "// echo: local\nx", "sql": "-- echo: local\nx",
-        "html": "<!-- echo: local -->\nx", "css": "/* echo: local */\nx",
-        "unheard-of": "# echo: local\nx",
-    }[language]
+    assert (
+        box.read("outputs/d.jsonl")[0]["code"]
+        == {
+            "python": "# echo: local\nx",
+            "javascript": "// echo: local\nx",
+            "sql": "-- echo: local\nx",
+            "html": "<!-- echo: local -->\nx",
+            "css": "/* echo: local */\nx",
+            "unheard-of": "# echo: local\nx",
+        }[language]
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,8 +369,15 @@ def test_flag_over_environment_over_file_over_default(box, flags, yaml, environm
 
 @pytest.mark.parametrize(
     ("flags", "resume"),
-    [([], True), (["--resume"], True), (["--no-resume"], False), (["--resume", "false"], False),
-     (["--resume=false"], False), (["--resume", "1"], True), (["--no-resume", "--retry", "1"], False)],
+    [
+        ([], True),
+        (["--resume"], True),
+        (["--no-resume"], False),
+        (["--resume", "false"], False),
+        (["--resume=false"], False),
+        (["--resume", "1"], True),
+        (["--no-resume", "--retry", "1"], False),
+    ],
 )
 def test_switches_take_a_value_or_none(box, flags, resume):
     box.lines("d.jsonl", [{"code": "x"}])
@@ -249,8 +393,19 @@ def test_the_environment_asks_for_a_dry_run(box):
 
 def test_a_dry_run_sends_and_writes_nothing(box, server):
     box.lines("d.jsonl", [{"code": f"x = {i}"} for i in range(9)] + [{"code": ""}, {}])
-    command = ["run", "--input", "d.jsonl", "--instruction", "Up", "--provider", "openai",
-               "--model", "m", "--base-url", server.url]
+    command = [
+        "run",
+        "--input",
+        "d.jsonl",
+        "--instruction",
+        "Up",
+        "--provider",
+        "openai",
+        "--model",
+        "m",
+        "--base-url",
+        server.url,
+    ]
     ended = box.fabe(*command, "--dry-run")
     assert ended.code == 0
     assert ended.out.count("POST") == 3
@@ -271,8 +426,21 @@ def test_lines_of_progress_where_there_is_no_terminal(box):
 
     with ModelServer(slow) as server:
         box.lines("d.jsonl", [{"code": f"{i}"} for i in range(8)])
-        ended = box.fabe("run", "--input", "d.jsonl", "--instruction", "Up", "--provider", "openai",
-                         "--model", "m", "--base-url", server.url, "--concurrency", 1)
+        ended = box.fabe(
+            "run",
+            "--input",
+            "d.jsonl",
+            "--instruction",
+            "Up",
+            "--provider",
+            "openai",
+            "--model",
+            "m",
+            "--base-url",
+            server.url,
+            "--concurrency",
+            1,
+        )
     assert "records/s" in ended.err
     assert "left" in ended.err
 
@@ -289,19 +457,38 @@ def test_help_is_quick_to_load_and_grouped(box):
     for panel in ("Input and output", "Prompt", "Model", "Execution"):
         assert panel in ended.out
     code = "import sys, fabe_ds.cli; print(sorted({'torch','datasets','aiohttp','pyarrow','transformers'} & set(sys.modules)))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert loaded.stdout.strip() == "[]"
 
 
 def test_dotted_fields_and_several_globs(box):
-    box.lines("in/a.jsonl", [{"messages": [{"role": "user", "content": "q"},
-                                           {"role": "assistant", "content": "a"}]}])
+    box.lines(
+        "in/a.jsonl",
+        [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}],
+    )
     box.write("in/sub/b.json", json.dumps({"messages": [{"content": "z"}]}, indent=1))
-    ended = box.fabe("run", "--input", "in", "--glob", "*.jsonl", "--glob", "**/*.json",
-                     "--field", "messages.-1.content", "--backup-field", "was")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "in",
+        "--glob",
+        "*.jsonl",
+        "--glob",
+        "**/*.json",
+        "--field",
+        "messages.-1.content",
+        "--backup-field",
+        "was",
+    )
     assert ended.code == 0, ended
     assert box.read("outputs/a.jsonl")[0]["messages"][1] == {
-        "role": "assistant", "content": "# echo: local\na", "was": "a"
+        "role": "assistant",
+        "content": "# echo: local\na",
+        "was": "a",
     }
-    assert '\n   "content": "# echo: local\\nz",\n   "was": "z"\n' in (
-        box.path / "outputs/sub/b.json").read_text()
+    assert (
+        '\n   "content": "# echo: local\\nz",\n   "was": "z"\n'
+        in (box.path / "outputs/sub/b.json").read_text()
+    )

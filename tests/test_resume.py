@@ -22,13 +22,29 @@ def records(count=N):
 
 
 def command(server, *more):
-    return ["run", "--input", "data.jsonl", "--instruction", "Up", "--provider", "openai",
-            "--model", "m", "--base-url", server.url, "--concurrency", CONCURRENCY, *more]
+    return [
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Up",
+        "--provider",
+        "openai",
+        "--model",
+        "m",
+        "--base-url",
+        server.url,
+        "--concurrency",
+        CONCURRENCY,
+        *more,
+    ]
 
 
 def expected(count=N):
     return "".join(
-        json.dumps({"id": i, "code": f"VALUE_{i} = {i}", "original_code": f"value_{i} = {i}", "n": 1.0})
+        json.dumps(
+            {"id": i, "code": f"VALUE_{i} = {i}", "original_code": f"value_{i} = {i}", "n": 1.0}
+        )
         + "\n"
         for i in range(count)
     )
@@ -88,8 +104,15 @@ def test_a_second_ctrl_c_does_not_wait(box):
 
 @pytest.mark.parametrize(
     "change",
-    [[], ["--concurrency", 3], ["--batch-size", 1], ["--retry", 9], ["--timeout", 99],
-     ["--api-key", "sk-x"], ["--output", "elsewhere"]],
+    [
+        [],
+        ["--concurrency", 3],
+        ["--batch-size", 1],
+        ["--retry", 9],
+        ["--timeout", 99],
+        ["--api-key", "sk-x"],
+        ["--output", "elsewhere"],
+    ],
     ids=lambda change: change[0] if change else "unchanged",
 )
 def test_R7_a_repeated_run_sends_nothing(box, server, change):
@@ -102,9 +125,16 @@ def test_R7_a_repeated_run_sends_nothing(box, server, change):
 
 @pytest.mark.parametrize(
     "change",
-    [["--instruction", "Down"], ["--model", "llama3"], ["--temperature", "0.5"],
-     ["--max-new-tokens", "9"], ["--system-prompt", "Other"], ["--use-chat-template", "false"],
-     ["--top-p", "0.9", "--temperature", "1"], ["--no-resume"]],
+    [
+        ["--instruction", "Down"],
+        ["--model", "llama3"],
+        ["--temperature", "0.5"],
+        ["--max-new-tokens", "9"],
+        ["--system-prompt", "Other"],
+        ["--use-chat-template", "false"],
+        ["--top-p", "0.9", "--temperature", "1"],
+        ["--no-resume"],
+    ],
     ids=lambda change: change[0],
 )
 def test_R8_what_changes_the_request_sends_it_again(box, server, change):
@@ -142,7 +172,9 @@ def test_equal_records_are_sent_once(box, slow_server):
     box.lines("data.jsonl", [{"code": f"same_{i % 3}"} for i in range(60)])
     ended = box.fabe(*command(slow_server))
     assert len(slow_server.calls) == 3
-    assert [r["code"] for r in box.read("outputs/data.jsonl")] == [f"SAME_{i % 3}" for i in range(60)]
+    assert [r["code"] for r in box.read("outputs/data.jsonl")] == [
+        f"SAME_{i % 3}" for i in range(60)
+    ]
     assert "3 rewritten, 57 from cache" in ended.out
 
 
@@ -230,7 +262,9 @@ def test_R13_a_damaged_cache_is_set_aside(box, server, damage):
     path = box.path / ".cache/records.sqlite"
     data = path.read_bytes()
     shutil.rmtree(box.path / ".cache/datasets")
-    path.write_bytes({"garbage": b"x" * 5000, "empty": b"", "cut": data[: len(data) * 2 // 3]}[damage])
+    path.write_bytes(
+        {"garbage": b"x" * 5000, "empty": b"", "cut": data[: len(data) * 2 // 3]}[damage]
+    )
     ended = box.fabe(*command(server, "--output", "b"))
     assert ended.code == 0, ended
     assert (box.path / "b/data.jsonl").read_text() == expected(200)
@@ -287,7 +321,9 @@ def test_R5_in_place_goes_on_where_it_was_stopped(box):
         broken = False
         assert box.fabe(*run).code == 0
         assert len(server.calls) == calls + 1
-        assert [r["code"] for r in box.read("in/b.jsonl")] == [f"VALUE_{i} = {i}" for i in range(10)]
+        assert [r["code"] for r in box.read("in/b.jsonl")] == [
+            f"VALUE_{i} = {i}" for i in range(10)
+        ]
 
 
 def test_H19_order_is_kept_whatever_the_latency(box):

@@ -20,14 +20,31 @@ ROWS = [{"id": i, "code": f"x = {i}"} for i in range(30)]
 
 
 def options(server: ModelServer, tmp_path, **more):
-    return {"field": "code", "instruction": "Up", "provider": "openai", "model": "m",
-            "base_url": server.url, "cache_dir": tmp_path / "cache", **more}
+    return {
+        "field": "code",
+        "instruction": "Up",
+        "provider": "openai",
+        "model": "m",
+        "base_url": server.url,
+        "cache_dir": tmp_path / "cache",
+        **more,
+    }
 
 
 def test_the_public_names():
     assert sorted(fabe_ds.__all__) == [
-        "FabeError", "InputError", "RunConfig", "RunResult", "RunStopped", "TemplateError",
-        "UsageError", "__version__", "export_records", "load_records", "run", "transform_fn",
+        "FabeError",
+        "InputError",
+        "RunConfig",
+        "RunResult",
+        "RunStopped",
+        "TemplateError",
+        "UsageError",
+        "__version__",
+        "export_records",
+        "load_records",
+        "run",
+        "transform_fn",
     ]
     assert all(hasattr(fabe_ds, name) for name in fabe_ds.__all__)
 
@@ -58,9 +75,12 @@ def test_R16_the_fingerprint_is_the_same_in_every_process(tmp_path, server):
     seen = []
     for hash_seed, concurrency in (("1", "2"), ("2", "9")):
         command = [sys.executable, "-c", SCRIPT, tmp_path / "data", server.url, tmp_path / "cache"]
-        ended = subprocess.run([*map(str, command), concurrency], capture_output=True, text=True,
-                               env={**os.environ, "PYTHONHASHSEED": hash_seed,
-                                    "OPENAI_API_KEY": f"sk-{hash_seed}"})
+        ended = subprocess.run(
+            [*map(str, command), concurrency],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "OPENAI_API_KEY": f"sk-{hash_seed}"},
+        )
         assert ended.returncode == 0, ended.stderr
         seen.append(ended.stdout.split("\n")[0])
     assert seen[0] == seen[1]
@@ -98,9 +118,18 @@ def test_R16_the_pickle_is_configuration_without_the_key(tmp_path, server):
 
 @pytest.mark.parametrize(
     "change",
-    [{"instruction": "Down"}, {"model": "n"}, {"temperature": 0.5}, {"field": "id"},
-     {"base_url": "http://other/v1"}, {"backup_field": "was"}, {"strip_fences": False},
-     {"system_prompt": None}, {"template_vars": {"a": "b"}}, {"on_truncated": "keep"}],
+    [
+        {"instruction": "Down"},
+        {"model": "n"},
+        {"temperature": 0.5},
+        {"field": "id"},
+        {"base_url": "http://other/v1"},
+        {"backup_field": "was"},
+        {"strip_fences": False},
+        {"system_prompt": None},
+        {"template_vars": {"a": "b"}},
+        {"on_truncated": "keep"},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_the_fingerprint_changes_with_what_changes_the_result(tmp_path, server, change):
@@ -110,8 +139,16 @@ def test_the_fingerprint_changes_with_what_changes_the_result(tmp_path, server, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"concurrency": 9}, {"retry": 0}, {"timeout": 9.0}, {"cache_dir": "x"},
-               {"api_key": "k"}, {"batch_size": 99}, {"resume": False}],
+    "change",
+    [
+        {"concurrency": 9},
+        {"retry": 0},
+        {"timeout": 9.0},
+        {"cache_dir": "x"},
+        {"api_key": "k"},
+        {"batch_size": 99},
+        {"resume": False},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_the_fingerprint_stays_with_what_does_not(tmp_path, server, change):
@@ -147,7 +184,7 @@ def test_R11_failures_are_not_cached_by_a_map(tmp_path):
     with ModelServer(one_fails) as server:
         datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data")
         data = datasets.load_from_disk(tmp_path / "data")
-        with pytest.raises(FabeError, match="1 of 30 records of this batch failed.*no such luck"):
+        with pytest.raises(FabeError, match=r"1 of 30 records of this batch failed.*no such luck"):
             data.map(transform_fn(**options(server, tmp_path)), batched=True)
         assert len(server.calls) == 30
         kept = data.map(transform_fn(**options(server, tmp_path, on_error="keep")), batched=True)
@@ -167,11 +204,16 @@ def test_R15_a_map_runs_inside_a_running_event_loop(tmp_path, server):
 
 
 def test_a_nested_field_of_an_ordinary_dataset(tmp_path, server):
-    rows = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
-            for i in range(3)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(3)
+    ]
     fn = transform_fn(**options(server, tmp_path, field="messages.0.content", backup_field="was"))
     new = datasets.Dataset.from_list(rows).map(fn, batched=True)
-    assert new[1]["messages"] == [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "a"}]
+    assert new[1]["messages"] == [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "a"},
+    ]
     assert new["was"] == ["q0", "q1", "q2"]
 
 
@@ -222,8 +264,9 @@ def test_load_map_export_by_hand(tmp_path, server):
 def test_a_run_by_its_python_name(tmp_path, server):
     source = tmp_path / "d.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    config = fabe_ds.RunConfig(input_path=source, output_path=tmp_path / "out",
-                               **options(server, tmp_path))
+    config = fabe_ds.RunConfig(
+        input_path=source, output_path=tmp_path / "out", **options(server, tmp_path)
+    )
     result = fabe_ds.run(config)
     assert (result.records, result.done, result.failed, result.exit_code) == (30, 30, 0, 0)
     assert result.outputs == [tmp_path / "out/d.jsonl"]
@@ -232,8 +275,11 @@ def test_a_run_by_its_python_name(tmp_path, server):
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"modle": "x"}, "did you mean 'model'"), ({"retry": -1}, "retry -1"),
-     ({"provider": "nope"}, "no such provider")],
+    [
+        ({"modle": "x"}, "did you mean 'model'"),
+        ({"retry": -1}, "retry -1"),
+        ({"provider": "nope"}, "no such provider"),
+    ],
 )
 def test_wrong_options_are_named(tmp_path, server, wrong, says):
     with pytest.raises(UsageError, match=says):

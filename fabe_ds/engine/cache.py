@@ -93,7 +93,9 @@ class RecordCache:
         rows = list(_readable(aside))
         if rows:
             fresh = self._connect()
-            statement = f"INSERT OR IGNORE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)"
+            statement = (
+                f"INSERT OR IGNORE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)"
+            )
             fresh.executemany(statement, [(*row, time.time()) for row in rows])
             fresh.close()
             log.warning("%d completions of it could be kept", len(rows))
@@ -120,7 +122,7 @@ class RecordCache:
             for start in range(0, len(keys), _IN):
                 part = keys[start : start + _IN]
                 marks = ",".join("?" * len(part))
-                query = f"SELECT {_COLUMNS} FROM completions WHERE key IN ({marks})"  # noqa: S608
+                query = f"SELECT {_COLUMNS} FROM completions WHERE key IN ({marks})"
                 for key, *fields in connection.execute(query, part):
                     found[key] = Completion(*fields)
             return found
@@ -158,11 +160,11 @@ class RecordCache:
             connection.executemany(
                 "INSERT OR IGNORE INTO claims VALUES (?, ?)", [(key, owner) for key in keys]
             )
-            held = {}
+            held: dict[bytes, str] = {}
             for start in range(0, len(keys), _IN):
                 part = keys[start : start + _IN]
                 marks = ",".join("?" * len(part))
-                query = f"SELECT key, owner FROM claims WHERE key IN ({marks})"  # noqa: S608
+                query = f"SELECT key, owner FROM claims WHERE key IN ({marks})"
                 held.update(connection.execute(query, part).fetchall())
             connection.execute("COMMIT")
             return {key: holder for key, holder in held.items() if holder != owner}
@@ -172,8 +174,11 @@ class RecordCache:
         if not dead:
             return set(held)
         for holder in dead:
-            self._do(lambda c, holder=holder: c.execute("DELETE FROM claims WHERE owner = ?", (holder,)))  # type: ignore[misc]
+            self._forget(holder)
         return self.claim(list(held))
+
+    def _forget(self, owner: str) -> None:
+        self._do(lambda c: c.execute("DELETE FROM claims WHERE owner = ?", (owner,)))
 
     def release(self, keys: Sequence[bytes]) -> None:
         """Gives up claims whose requests failed."""
@@ -202,8 +207,7 @@ class RecordCache:
         with self._lock:
             if self._owner is not None:
                 with contextlib.suppress(CacheError):
-                    owner = self._owner
-                    self._do(lambda c: c.execute("DELETE FROM claims WHERE owner = ?", (owner,)))
+                    self._forget(self._owner)
             self._connection.close()
             if self._owner_lock is not None:
                 self._owner_lock.release()
@@ -247,5 +251,8 @@ def written_mark(job: str, path: str, index: int, value: str) -> bytes:
 
 def _readable(path: Path) -> Iterator[tuple[object, ...]]:
     """The rows of a damaged file, up to where it cannot be read."""
-    with contextlib.closing(sqlite3.connect(path)) as connection, contextlib.suppress(sqlite3.Error):
-        yield from connection.execute(f"SELECT {_COLUMNS} FROM completions")  # noqa: S608
+    with (
+        contextlib.closing(sqlite3.connect(path)) as connection,
+        contextlib.suppress(sqlite3.Error),
+    ):
+        yield from connection.execute(f"SELECT {_COLUMNS} FROM completions")

@@ -132,7 +132,9 @@ class HttpEngine:
                 data = await _read(response)
                 status, headers = response.status, response.headers
         except aiohttp.ClientSSLError as error:
-            return Verdict("stop", "certificate", f"the server's certificate is not accepted: {error}")
+            return Verdict(
+                "stop", "certificate", f"the server's certificate is not accepted: {error}"
+            )
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
             return Verdict("stop", "url", "--base-url is not an http address")
         except aiohttp.ServerDisconnectedError:
@@ -456,4 +458,3 @@ class _Job:
                 self._timer.cancel()
             self.drained.set()
             self.ready.put(None)
-

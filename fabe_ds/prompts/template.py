@@ -114,6 +114,7 @@ def _record_mentions(tree: nodes.Template, key: str) -> bool:
     """Whether `record` is used whole, or its member `key` is."""
     parts = 0
     for node in tree.find_all((nodes.Getattr, nodes.Getitem)):
+        assert isinstance(node, nodes.Getattr | nodes.Getitem)
         if isinstance(node.node, nodes.Name) and node.node.name == "record":
             parts += 1
             name = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", key)

@@ -118,7 +118,7 @@ class Provider(ABC):
         sent = [self.name, self.identity(), self.body(request), request.sample]
         return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).digest()
 
-    def preflight(self) -> None:
+    def preflight(self) -> None:  # noqa: B027 - most have nothing to check
         """Checks, before the first record is spent, that the model can be reached.
 
         Raises: RunStopped, Requirement.

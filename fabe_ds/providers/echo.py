@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from fabe_ds.providers.base import Completion, LocalProvider, Request
 
 _STYLES = {
-    "//": "c cpp c++ csharp c# java javascript js typescript ts go rust swift kotlin scala dart php",
+    "//": "c cpp c++ csharp java javascript js typescript ts go rust swift kotlin scala dart php",
     "--": "sql lua haskell ada elm vhdl",
     "%": "tex latex matlab erlang prolog",
     ";": "lisp clojure scheme asm assembly ini",

@@ -19,12 +19,10 @@ class HFProvider(TransformersProvider):
         if path.exists() or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
             raise Requirement(f"--model {model}: no such model folder or .gguf file")
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         try:
-            return Path(
-                snapshot_download(model, local_files_only=self.endpoint.local_files_only)
-            )
+            return Path(snapshot_download(model, local_files_only=self.endpoint.local_files_only))
         except HFValidationError:
             raise Requirement(f"--model {model}: neither a folder nor a hub id") from None
         except FileNotFoundError:  # LocalEntryNotFoundError is one
@@ -34,4 +32,6 @@ class HFProvider(TransformersProvider):
             ) from None
         except (HfHubHTTPError, OSError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise Requirement(f"--model {model}: cannot be fetched from the Hub: {reason}") from None
+            raise Requirement(
+                f"--model {model}: cannot be fetched from the Hub: {reason}"
+            ) from None

@@ -24,7 +24,9 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".msgpack", ".h5", "
 class TransformersProvider(LocalProvider):
     """What hf and modelscope share: all but how a model's name becomes a folder."""
 
-    needs = "torch and transformers: pip install 'fabe-ds[hf]'; a local folder, .gguf file or hub id"
+    needs = (
+        "torch and transformers: pip install 'fabe-ds[hf]'; a local folder, .gguf file or hub id"
+    )
 
     @classmethod
     def missing(cls) -> str | None:
@@ -114,7 +116,9 @@ class TransformersProvider(LocalProvider):
         try:
             tokenizer = AutoTokenizer.from_pretrained(**self._source)
         except (OSError, ValueError, ImportError) as error:
-            raise RunStopped(f"--model {self.endpoint.model}: no tokenizer: {_line(error)}") from None
+            raise RunStopped(
+                f"--model {self.endpoint.model}: no tokenizer: {_line(error)}"
+            ) from None
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:  # masked out wherever it stands, so any token serves
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -290,7 +294,9 @@ class TransformersProvider(LocalProvider):
         }
         if sampling.samples:
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return GenerationConfig(**{key: value for key, value in settings.items() if value is not None})
+        return GenerationConfig(
+            **{key: value for key, value in settings.items() if value is not None}
+        )
 
     @cached_property
     def _ends(self) -> list[int]:

@@ -11,7 +11,9 @@ from fabe_ds.providers.local import TransformersProvider
 
 class ModelScopeProvider(TransformersProvider):
     name = "modelscope"
-    needs = "torch, transformers, modelscope: pip install 'fabe-ds[modelscope]'; a folder or model id"
+    needs = (
+        "torch, transformers, modelscope: pip install 'fabe-ds[modelscope]'; a folder or model id"
+    )
 
     def resolve(self) -> Path:
         model = self.endpoint.model
@@ -33,4 +35,6 @@ class ModelScopeProvider(TransformersProvider):
         except Exception as error:  # the client's exceptions share no base
             reason = str(error).strip().split("\n")[0]
             advice = "; download it, or allow it with --no-local-files-only" if local else ""
-            raise Requirement(f"--model {model}: not found by ModelScope: {reason}{advice}") from None
+            raise Requirement(
+                f"--model {model}: not found by ModelScope: {reason}{advice}"
+            ) from None

@@ -70,4 +70,6 @@ class OllamaProvider(HttpProvider):
             raise RunStopped(f"{where}: answers, but not as an Ollama server does") from None
         wanted = self.endpoint.model
         if wanted not in models and f"{wanted}:latest" not in models:
-            raise RunStopped(f"{where}: the model is not there; pull it with `ollama pull {wanted}`")
+            raise RunStopped(
+                f"{where}: the model is not there; pull it with `ollama pull {wanted}`"
+            )

@@ -68,7 +68,9 @@ class OpenAIProvider(HttpProvider):
                 f"{self.base_url}/models", headers=self.headers(), timeout=10, allow_redirects=False
             )
         except requests.exceptions.SSLError:
-            raise RunStopped(f"{self.identity()}: the server's certificate is not accepted") from None
+            raise RunStopped(
+                f"{self.identity()}: the server's certificate is not accepted"
+            ) from None
         except requests.exceptions.RequestException:
             raise RunStopped(
                 f"{self.identity()}: no server answers there; start it, or give its --base-url"

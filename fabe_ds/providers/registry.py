@@ -21,7 +21,9 @@ def provider_class(name: str) -> type[Provider]:
         try:
             found = entry.load()
         except ImportError as error:
-            raise UsageError(f"--provider {name}: {entry.value} cannot be imported: {error}") from error
+            raise UsageError(
+                f"--provider {name}: {entry.value} cannot be imported: {error}"
+            ) from error
         if not (isinstance(found, type) and issubclass(found, Provider)):
             raise UsageError(f"--provider {name}: {entry.value} is not a Provider")
         return found

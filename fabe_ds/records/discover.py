@@ -49,9 +49,7 @@ class Source:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def discover(
-    root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()
-) -> list[Source]:
+def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) -> list[Source]:
     """The input files below `root` (or `root` itself), in the order of their names.
 
     `exclude`: files and folders that are never input, which is where the output goes.

@@ -28,7 +28,7 @@ COLUMNS = ("file", "index", "before", "raw", "start", "end", "joint", "after", "
 
 class _Row(NamedTuple):
     file: str
-    index: int
+    number: int
     before: str
     raw: str
     start: int
@@ -97,7 +97,7 @@ def _write_file(file: IO[bytes], row: _Row, rows: Iterator[_Row]) -> _Row | None
     name, expected = row.file, 0
     parts: list[str] = []
     current: _Row | None = row
-    while current is not None and current.file == name and current.index == expected:
+    while current is not None and current.file == name and current.number == expected:
         expected += 1
         parts.append(current.before)
         if current.completion is None:
@@ -128,7 +128,7 @@ def spliced(row: _Row) -> Sequence[str]:
 
 
 def literal(value: str, raw: str) -> str:
-    """The value as a JSON string in the record's own manner: escaped to ASCII only where that is."""
+    """The value as a JSON string in the record's own manner: escaped to ASCII where that is."""
     if value.isascii() or (raw.isascii() and "\\u" in raw and _escaped_character.search(raw)):
         return encode_basestring_ascii(value)
     return encode_basestring(value)
@@ -190,5 +190,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-

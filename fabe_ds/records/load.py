@@ -124,9 +124,7 @@ def field_target(field: str, backup_field: str | None) -> Field:
     return Field(path, backup_field or None)
 
 
-def batches(
-    source: Source, field: Field, records_key: str | None
-) -> Iterator[dict[str, Any]]:
+def batches(source: Source, field: Field, records_key: str | None) -> Iterator[dict[str, Any]]:
     """The rows of one file in columns, some thousands at a time.
 
     Raises: InputError.

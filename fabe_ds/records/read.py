@@ -68,9 +68,7 @@ def _not_utf8(source: Source, error: UnicodeDecodeError, line: int) -> InputErro
     return InputError(source.path, f"not UTF-8: byte 0x{data[error.start]:02x}", line, column)
 
 
-def _read_lines(
-    source: Source, file: BinaryIO, field: Field
-) -> Iterator[Record | Tail]:
+def _read_lines(source: Source, file: BinaryIO, field: Field) -> Iterator[Record | Tail]:
     number, before = 1, ""
     for chunk in _whole_lines(source, file):
         try:
@@ -147,7 +145,9 @@ class _Document:
         elif opening == "{":
             yield from self.sequence(field)
         elif opening:
-            raise self.error("Expecting a list of objects or an object", skip_space(self.text, self.mark))
+            raise self.error(
+                "Expecting a list of objects or an object", skip_space(self.text, self.mark)
+            )
         if rest := self.peek():
             hint = " (JSON lines? name it .jsonl)" if rest in "{[" else ""
             raise self.error(f"Extra data{hint}", skip_space(self.text, self.mark))

@@ -8,12 +8,12 @@ Grammar: RFC 8259, with NaN and Infinity allowed as Python's json allows them.
 from __future__ import annotations
 
 import re
-from json.decoder import JSONDecodeError, JSONDecoder, scanstring
+from json.decoder import JSONDecodeError, JSONDecoder, scanstring  # type: ignore[attr-defined]
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 # Numbers stay text: their value is never needed, and int() refuses more than 4,300 digits.
-_scan_once = JSONDecoder(parse_int=str, parse_float=str).scan_once
+_scan_once = JSONDecoder(parse_int=str, parse_float=str).scan_once  # type: ignore[attr-defined]
 
 _space = re.compile(r"[ \t\n\r]*").match
 _colon = re.compile(r"[ \t\n\r]*:[ \t\n\r]*").match
@@ -98,7 +98,9 @@ class Field:
                     stop = scanstring(text, start + 1, True)[1]
                     if self.backup is None or self.backup in record:
                         return end, Target(start, stop, value, "")
-                    return end, Target(start, stop, value, self._joint_at(text, key, stop, colon[1]))
+                    return end, Target(
+                        start, stop, value, self._joint_at(text, key, stop, colon[1])
+                    )
         return end, self._walk(text, pos)
 
     def _joint_at(self, text: str, key: int, stop: int, colon: str) -> str:

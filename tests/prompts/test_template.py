@@ -6,7 +6,9 @@ from fabe_ds.errors import RecordFailed, TemplateError, UsageError
 from fabe_ds.prompts import Instruction, load_instruction
 
 
-def prompt(template, text="x = 1", record='{"code": "x = 1", "lang": "py"}', path=("code",), **names):
+def prompt(
+    template, text="x = 1", record='{"code": "x = 1", "lang": "py"}', path=("code",), **names
+):
     return Instruction(template, "i.j2", names, path).prompt(text, record)
 
 

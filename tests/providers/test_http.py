@@ -87,7 +87,9 @@ def test_ollama_answers_without_a_message_are_malformed(payload):
 
 def test_the_key_of_a_request_is_what_is_sent_and_nothing_else():
     def key(asked=None, endpoint=None, api_key=None):
-        return OpenAIProvider(endpoint or Endpoint("m", "http://h/v1"), api_key).key(asked or request())
+        return OpenAIProvider(endpoint or Endpoint("m", "http://h/v1"), api_key).key(
+            asked or request()
+        )
 
     assert key() == key(api_key="sk-1")
     assert key() == key(endpoint=Endpoint("m", "http://h/v1/", device="cuda", batch_size=99))
@@ -105,8 +107,17 @@ def test_the_key_of_a_request_is_what_is_sent_and_nothing_else():
 
 def common(server: ModelServer, provider: str) -> list[str]:
     url = server.url if provider == "openai" else server.root
-    return ["run", "--input", "data.jsonl", "--instruction", "Up", "--provider", provider,
-            "--base-url", url]
+    return [
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Up",
+        "--provider",
+        provider,
+        "--base-url",
+        url,
+    ]
 
 
 @pytest.mark.parametrize("chat", ["true", "false"])
@@ -118,8 +129,12 @@ def test_every_record_is_rewritten(box, server, provider, model, chat):
     assert box.read("outputs/data.jsonl") == [
         {"code": f"PRINT({i})", "original_code": f"print({i})", "n": i} for i in range(50)
     ]
-    paths = {("openai", "true"): "/v1/chat/completions", ("openai", "false"): "/v1/completions",
-             ("ollama", "true"): "/api/chat", ("ollama", "false"): "/api/generate"}
+    paths = {
+        ("openai", "true"): "/v1/chat/completions",
+        ("openai", "false"): "/v1/completions",
+        ("ollama", "true"): "/api/chat",
+        ("ollama", "false"): "/api/generate",
+    }
     assert {call.path for call in server.calls} == {paths[provider, chat]}
     assert len(server.calls) == 50
     assert box.report()["completion_tokens"] == 50
@@ -134,8 +149,19 @@ def test_every_record_is_rewritten(box, server, provider, model, chat):
 )
 def test_a_server_that_is_not_there_is_one_line(box, provider, model, says):
     box.lines("data.jsonl", [{"code": "x"}])
-    ended = box.fabe("run", "--input", "data.jsonl", "--instruction", "Up", "--provider", provider,
-                     "--model", model, "--base-url", "http://127.0.0.1:9")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Up",
+        "--provider",
+        provider,
+        "--model",
+        model,
+        "--base-url",
+        "http://127.0.0.1:9",
+    )
     assert (ended.code, ended.err.count("\n")) == (1, 1)
     assert says in ended.err
     assert not (box.path / "outputs").exists()
@@ -156,8 +182,9 @@ def test_the_key_is_sent_and_appears_nowhere(box, server, given):
     box.lines("data.jsonl", [{"code": "x"}])
     flags = {"flag": ["--api-key", key], "wrong": ["--api-key", f"{key}-wrong"]}.get(given, [])
     environment = {"OPENAI_API_KEY": key} if given == "environment" else {}
-    ended = box.fabe(*common(server, "openai"), "--model", "m", "--log-level", "DEBUG", *flags,
-                     **environment)
+    ended = box.fabe(
+        *common(server, "openai"), "--model", "m", "--log-level", "DEBUG", *flags, **environment
+    )
     assert ended.code == (1 if given == "wrong" else 0)
     if given == "wrong":
         assert "the key is not accepted (401)" in ended.err
@@ -169,12 +196,28 @@ def test_the_key_is_sent_and_appears_nowhere(box, server, given):
 @pytest.mark.slow
 def test_a_real_server(box, llama_server):
     box.lines("data.jsonl", [{"code": f"def f{i}(a):\n  return a+{i}"} for i in range(6)])
-    ended = box.fabe("run", "--input", "data.jsonl", "--instruction", "Add a docstring.",
-                     "--provider", "openai", "--model", "smollm2", "--base-url", llama_server,
-                     "--max-new-tokens", 48, "--on-truncated", "keep")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Add a docstring.",
+        "--provider",
+        "openai",
+        "--model",
+        "smollm2",
+        "--base-url",
+        llama_server,
+        "--max-new-tokens",
+        48,
+        "--on-truncated",
+        "keep",
+    )
     assert ended.code == 0, ended
     records = box.read("outputs/data.jsonl")
-    assert [r["original_code"] for r in records] == [f"def f{i}(a):\n  return a+{i}" for i in range(6)]
+    assert [r["original_code"] for r in records] == [
+        f"def f{i}(a):\n  return a+{i}" for i in range(6)
+    ]
     assert all(r["code"].strip() for r in records)
     assert any(r["code"] != r["original_code"] for r in records)
     report = json.loads((box.path / "outputs.run.json").read_text())
@@ -185,9 +228,23 @@ def test_a_real_server(box, llama_server):
 @pytest.mark.slow
 def test_a_real_servers_complaint_fails_that_record_alone(box, llama_server):
     box.lines("data.jsonl", [{"code": "x = 1"}, {"code": "word " * 4000}, {"code": "y = 2"}])
-    ended = box.fabe("run", "--input", "data.jsonl", "--instruction", "Repeat.", "--provider",
-                     "openai", "--model", "smollm2", "--base-url", llama_server,
-                     "--max-new-tokens", 8, "--on-truncated", "keep")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Repeat.",
+        "--provider",
+        "openai",
+        "--model",
+        "smollm2",
+        "--base-url",
+        llama_server,
+        "--max-new-tokens",
+        8,
+        "--on-truncated",
+        "keep",
+    )
     assert ended.code == 1
     (failure,) = box.read("outputs.failures.jsonl")
     assert (failure["record"], failure["line"], failure["failure"]) == (1, 2, "context")

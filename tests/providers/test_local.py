@@ -117,15 +117,23 @@ def test_a_record_that_is_too_much_alone_fails_alone(tiny, monkeypatch):
 
 
 def test_an_encoder_decoder_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "t5", "is_encoder_decoder": True})
+    )
     with pytest.raises(RunStopped, match="encoder-decoder"):
         _ = provider(tmp_path).model
 
 
 @pytest.mark.parametrize(
-    ("cls", "model"), [(HFProvider, "./nothing"), (HFProvider, "org/absent"),
-                       (HFProvider, "a b/c"), (HFProvider, "gone.gguf"),
-                       (ModelScopeProvider, "org/absent"), (ModelScopeProvider, "./nothing")]
+    ("cls", "model"),
+    [
+        (HFProvider, "./nothing"),
+        (HFProvider, "org/absent"),
+        (HFProvider, "a b/c"),
+        (HFProvider, "gone.gguf"),
+        (ModelScopeProvider, "org/absent"),
+        (ModelScopeProvider, "./nothing"),
+    ],
 )
 def test_a_model_that_is_not_there_is_one_line(cls, model, tmp_path, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
@@ -152,9 +160,24 @@ def test_a_moved_model_is_the_same_and_a_changed_one_is_not(tiny, tmp_path):
 
 def test_a_run_with_a_tiny_model_resumes_from_the_record_cache(box, talkative):
     box.lines("data.jsonl", [{"code": prompt} for prompt in PROMPTS])
-    command = ["run", "--input", "data.jsonl", "--instruction", "Do", "--provider", "hf",
-               "--model", talkative, "--max-new-tokens", 8, "--on-truncated", "keep",
-               "--no-strip-fences", "--dtype", "float32"]
+    command = [
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Do",
+        "--provider",
+        "hf",
+        "--model",
+        talkative,
+        "--max-new-tokens",
+        8,
+        "--on-truncated",
+        "keep",
+        "--no-strip-fences",
+        "--dtype",
+        "float32",
+    ]
     first = box.fabe(*command, "--batch-size", 4)
     before = box.read("outputs/data.jsonl")
     again = box.fabe(*command, "--batch-size", 2, "--output", "second")
@@ -167,9 +190,24 @@ def test_a_run_with_a_tiny_model_resumes_from_the_record_cache(box, talkative):
 @pytest.mark.parametrize("name", ["hf", "modelscope"])
 def test_a_real_model_from_a_folder(box, smollm_folder, name):
     box.lines("data.jsonl", [{"code": f"def f{i}(a):\n  return a+{i}"} for i in range(3)])
-    ended = box.fabe("run", "--input", "data.jsonl", "--instruction", "Rename the function.",
-                     "--provider", name, "--model", smollm_folder, "--device", "cpu",
-                     "--max-new-tokens", 24, "--on-truncated", "keep", timeout=280)
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Rename the function.",
+        "--provider",
+        name,
+        "--model",
+        smollm_folder,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        24,
+        "--on-truncated",
+        "keep",
+        timeout=280,
+    )
     assert ended.code == 0, ended
     assert all(record["code"].strip() for record in box.read("outputs/data.jsonl"))
 
@@ -178,9 +216,22 @@ def test_a_real_model_from_a_folder(box, smollm_folder, name):
 @pytest.mark.parametrize("name", ["hf", "modelscope"])
 def test_a_real_model_from_one_gguf_file(box, smollm, name):
     box.lines("data.jsonl", [{"code": "def f(a):\n  return a+1"}])
-    ended = box.fabe("run", "--input", "data.jsonl", "--instruction", "Rename the function.",
-                     "--provider", name, "--model", smollm, "--max-new-tokens", 16,
-                     "--on-truncated", "keep", timeout=280)
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Rename the function.",
+        "--provider",
+        name,
+        "--model",
+        smollm,
+        "--max-new-tokens",
+        16,
+        "--on-truncated",
+        "keep",
+        timeout=280,
+    )
     assert ended.code == 0, ended
     assert box.read("outputs/data.jsonl")[0]["code"].strip()
 
@@ -188,10 +239,22 @@ def test_a_real_model_from_one_gguf_file(box, smollm, name):
 @pytest.mark.slow
 def test_the_dry_run_shows_the_chat_template_applied(box, smollm_folder):
     box.lines("data.jsonl", [{"code": "x = 1"}])
-    ended = box.fabe("run", "--input", "data.jsonl", "--instruction", "Improve.", "--provider",
-                     "hf", "--model", smollm_folder, "--system-prompt", "Be brief.", "--dry-run")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Improve.",
+        "--provider",
+        "hf",
+        "--model",
+        smollm_folder,
+        "--system-prompt",
+        "Be brief.",
+        "--dry-run",
+    )
     assert ended.code == 0, ended
-    assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nImprove.\n\nx = 1" in ended.out
+    assert (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nImprove.\n\nx = 1" in ended.out
+    )
     assert "tokens)" in ended.out
-
-

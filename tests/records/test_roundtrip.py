@@ -15,7 +15,7 @@ from fabe_ds import InputError, UsageError, export_records, load_records
 from fabe_ds.errors import ExportError
 from tests.records.zoo import BROKEN, JSON, LINES
 
-ZOO = [(f"d.json", name) for name in JSON] + [("d.jsonl", name) for name in LINES]
+ZOO = [("d.json", name) for name in JSON] + [("d.jsonl", name) for name in LINES]
 FEATURES = datasets.Features({"completion": datasets.Value("large_string")})
 
 
@@ -96,7 +96,9 @@ def test_a_record_of_50_mb(tmp_path):
     assert records["text"] == ["x", "y"]
     export_records(rewritten(records), tmp_path / "out")
     after = (tmp_path / "out" / "d.json").read_text()
-    assert after.endswith('p", "code": "x", "original_code": "x"}, {"code": "y", "original_code": "y"}]')
+    assert after.endswith(
+        'p", "code": "x", "original_code": "x"}, {"code": "y", "original_code": "y"}]'
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -110,7 +112,9 @@ def test_where_a_file_is_cut_into_chunks_does_not_matter(tmp_path, monkeypatch, 
 
 
 def test_wrapped_records(tmp_path):
-    text = '{"version": 1, "data": {"x": [], "items": [ {"code": "a"},{"code": "b"} ]}, "n": 1e-12}\n'
+    text = (
+        '{"version": 1, "data": {"x": [], "items": [ {"code": "a"},{"code": "b"} ]}, "n": 1e-12}\n'
+    )
     source = tmp_path / "d.json"
     source.write_text(text)
     records = load_records(source, records_key="data.items", cache_dir=tmp_path / "cache")
@@ -123,7 +127,11 @@ def test_wrapped_records(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "says"),
-    [("nothing", "no key 'nothing'"), ("version", "'version' is not a list"), ("data", "not a list")],
+    [
+        ("nothing", "no key 'nothing'"),
+        ("version", "'version' is not a list"),
+        ("data", "not a list"),
+    ],
 )
 def test_a_wrong_records_key_is_named(tmp_path, key, says):
     source = tmp_path / "d.json"
@@ -136,7 +144,7 @@ def test_the_new_value_is_escaped_in_the_records_own_manner(tmp_path):
     source = tmp_path / "d.jsonl"
     source.write_text('{"code": "gr\\u00f6\\u00dfe"}\n{"code": "größe"}\n{"code": "x"}\n')
     records = load_records(source, backup_field=None, cache_dir=tmp_path / "cache")
-    export_records(rewritten(records, lambda _: "é\u2028\"\n"), tmp_path / "out")
+    export_records(rewritten(records, lambda _: 'é\u2028"\n'), tmp_path / "out")
     assert (tmp_path / "out" / "d.jsonl").read_text().split("\n")[:3] == [
         '{"code": "\\u00e9\\u2028\\"\\n"}',
         '{"code": "é\u2028\\"\\n"}',
@@ -149,7 +157,9 @@ def test_gzip_goes_out_as_gzip(tmp_path):
     source.write_bytes(gzip.compress(LINES["plain"].encode()))
     records = load_records(source, cache_dir=tmp_path / "cache")
     export_records(rewritten(records, lambda _: None), tmp_path / "out")
-    assert gzip.decompress((tmp_path / "out" / "d.jsonl.gz").read_bytes()).decode() == LINES["plain"]
+    assert (
+        gzip.decompress((tmp_path / "out" / "d.jsonl.gz").read_bytes()).decode() == LINES["plain"]
+    )
 
 
 def test_a_folder_is_mirrored(tmp_path):
@@ -159,10 +169,14 @@ def test_a_folder_is_mirrored(tmp_path):
         path.write_text('{"code": "x"}\n')
     everything = load_records(tmp_path / "in", cache_dir=tmp_path / "cache")
     assert everything["file"] == ["a.jsonl", "sub/b.jsonl", "sub/deep/c.json"]
-    some = load_records(tmp_path / "in", glob=["*.jsonl", "**/*.json"], cache_dir=tmp_path / "cache")
+    some = load_records(
+        tmp_path / "in", glob=["*.jsonl", "**/*.json"], cache_dir=tmp_path / "cache"
+    )
     assert some["file"] == ["a.jsonl", "sub/deep/c.json"]
     export_records(rewritten(everything), tmp_path / "out")
-    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.json*")}
+    written = {
+        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.json*")
+    }
     assert written == {"a.jsonl", "sub/b.jsonl", "sub/deep/c.json"}
 
 
@@ -212,8 +226,9 @@ def test_in_place_keeps_mode_and_follows_links(tmp_path):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 records_strategy = st.lists(
@@ -221,7 +236,9 @@ records_strategy = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+)
 @given(
     records=records_strategy,
     indent=st.sampled_from([None, 0, 2, "\t"]),

@@ -95,7 +95,11 @@ def test_a_path_with_an_empty_step_is_refused(field):
 
 keys = st.sampled_from(["code", "a", "co\u0064e", "meta", "original", "", 'x"y', "é", "\\code"])
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
     | st.sampled_from(["code", '"code"', 'x\\"code', "\\u0063ode", '"code": "no"']),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
     max_leaves=12,

@@ -6,7 +6,7 @@ import json
 
 _RECORDS = [
     {"id": 1, "code": "x = 1\nprint(x)", "tags": ["a", {"code": "inner"}], "n": None},
-    {"id": 2, "code": "y = \"zwei\" # ü 你好 \U0001f600", "meta": {"code": "deeper", "k": []}},
+    {"id": 2, "code": 'y = "zwei" # ü 你好 \U0001f600', "meta": {"code": "deeper", "k": []}},
     {"code": "\tz\\n", "id": 3.0},
 ]
 
@@ -29,7 +29,7 @@ JSON: dict[str, str | bytes] = {
     "empty file": "",
     "only white space": " \n\n",
     "only a bom": b"\xef\xbb\xbf",
-    "empty objects": "[{}, {  }, {\"code\": \"x\"}]",
+    "empty objects": '[{}, {  }, {"code": "x"}]',
     "other kinds of items": '[1, "two", null, [{"code": "no"}], {"code": "x"}, true]',
     "json lines called json": '{"code": "x"}\n{"code": "y"}\n',
     "objects end to end": '{"code": "x"}{"code": "y"}',
