@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import os
@@ -79,6 +80,10 @@ def _run(config: Path | None, **flags: Any) -> None:
     from fabe_ds.progress import watching
     from fabe_ds.runner import run
 
+    # Records make millions of small objects and no cycles; collecting at every 700th of them
+    # takes a third of the time of a run without a model.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     result = run(settings, watching)
     _print_summary(result)
     raise typer.Exit(result.exit_code)

@@ -19,6 +19,7 @@ from fabe_ds.engine.intake import Item, Stats
 from fabe_ds.errors import RECORDS_FAILED, UsageError
 from fabe_ds.records import Loaded, Source, discover, export_records, load
 from fabe_ds.records.export import copy_unchanged, replacing
+from fabe_ds.records.mapped import passed_over
 from fabe_ds.transform import Transform, result_features
 from fabe_ds.version import __version__
 
@@ -207,7 +208,7 @@ def _items(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[Item]
         columns += ["file", "index"]
     rows = dataset.select_columns(columns).with_format("arrow")
     written = _written(transform, plan) if plan.output is None else None
-    for table in rows.iter(batch_size=MAP_ROWS):
+    for table in passed_over(rows.iter(batch_size=MAP_ROWS)):
         batch = table.to_pydict()
         if written is not None:
             batch["text"] = [
@@ -240,7 +241,7 @@ def _mark_written(transform: Transform, plan: Plan, written: Dataset) -> None:
     job, cache = transform.digest(), _marks(transform)
     places = {source.name: str(source.path.resolve()) for source in plan.sources}
     rows = written.select_columns(["file", "index", "completion"]).with_format("arrow")
-    for table in rows.iter(batch_size=MAP_ROWS):
+    for table in passed_over(rows.iter(batch_size=MAP_ROWS)):
         batch = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
         cache.mark_written(
             written_mark(job, places[file], index, value)

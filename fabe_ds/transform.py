@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from fabe_ds.config import TransformConfig, setting, validated
 from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats
 from fabe_ds.engine.intake import Intake
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     from fabe_ds.engine.http import HttpEngine
 
-CARRIER = ("raw", "text", "skip", "joint")
+CARRIER = ("raw", "text", "index", "joint")
 WINDOW_BATCHES = 32
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
@@ -83,6 +85,8 @@ class Transform:
             config.seed,
             tuple(config.stop),
         )
+        self._system, self._chat = config.system_prompt or None, config.use_chat_template
+        self._language = config.template_vars.get("language", "python")
         self._session: _Session | None = None
         self._ahead: Iterator[Outcome] | None = None
         self.provider = self._build_provider()
@@ -173,21 +177,13 @@ class Transform:
             prompt = self.instruction.prompt(text, record)
         except RecordFailed as error:
             return error
-        config = self.config
-        return Request(
-            text,
-            prompt,
-            config.system_prompt or None,
-            self._sampling,
-            config.use_chat_template,
-            config.template_vars.get("language", "python"),
-        )
+        return Request(text, prompt, self._system, self._sampling, self._chat, self._language)
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]] | pa.Table:
         if all(name in batch for name in CARRIER):
             if self._ahead is not None:
-                return result_columns(islice(self._ahead, len(batch["text"])))
-            return result_columns(self.session.outcomes(self.carrier_items(batch)))
+                return result_table(islice(self._ahead, len(batch["index"])))
+            return result_table(self.session.outcomes(self.carrier_items(batch)))
         return self._rewrite(batch)
 
     def carrier_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
@@ -238,8 +234,6 @@ class Transform:
 
 def acceptance(config: TransformConfig, provider: Provider) -> Accept:
     """What makes a record's new text of a completion. It may raise RecordFailed."""
-    if not provider.cached:
-        return lambda request, completion: completion.text
 
     def accept(request: Request, completion: Completion) -> str:
         return clean_answer(
@@ -309,34 +303,36 @@ def _rebuild(spec: str, version: int) -> Transform:
 
 
 RESULT = {
-    "completion": "large_string",  # the new value; null where the record keeps its own
-    "failure": "string",  # class of what went wrong, or null
-    "message": "string",  # and what that was
-    "finish_reason": "string",
-    "prompt_tokens": "int64",
-    "completion_tokens": "int64",
+    "completion": pa.large_string(),  # the new value; null where the record keeps its own
+    "failure": pa.string(),  # class of what went wrong, or null
+    "message": pa.string(),  # and what that was
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int64(),
+    "completion_tokens": pa.int64(),
 }
 """The columns that a transform gives for a carrier."""
+_SCHEMA = pa.schema(list(RESULT.items()))
 
 
 def result_features() -> Features:
-    from datasets import Features, Value
+    from datasets import Features
 
-    return Features({name: Value(kind) for name, kind in RESULT.items()})
+    return Features.from_arrow_schema(_SCHEMA)
 
 
-def result_columns(outcomes: Iterable[Outcome]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in RESULT}
-    text, kind, message, reason, asked, answered = (column.append for column in columns.values())
-    for outcome in outcomes:
-        completion = outcome.completion
-        text(None if outcome.text is None else encodable(outcome.text))
-        kind(outcome.kind)
-        message(outcome.message)
-        reason(completion.finish_reason if completion else None)
-        asked(completion.prompt_tokens if completion else None)
-        answered(completion.completion_tokens if completion else None)
-    return columns
+def result_table(outcomes: Iterable[Outcome]) -> pa.Table:
+    """The outcomes as columns of `RESULT`; a table, which a map writes as it is."""
+    got = list(outcomes)
+    answers = [outcome.completion for outcome in got]
+    columns = {
+        "completion": [None if o.text is None else encodable(o.text) for o in got],
+        "failure": [outcome.kind for outcome in got],
+        "message": [outcome.message for outcome in got],
+        "finish_reason": [answer and answer.finish_reason for answer in answers],
+        "prompt_tokens": [answer and answer.prompt_tokens for answer in answers],
+        "completion_tokens": [answer and answer.completion_tokens for answer in answers],
+    }
+    return pa.table(columns, schema=_SCHEMA)
 
 
 def _inside(value: Any, steps: Sequence[str]) -> Any:

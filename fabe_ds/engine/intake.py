@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fabe_ds.engine.cache import RecordCache
 from fabe_ds.errors import RecordFailed
@@ -18,8 +18,7 @@ Accept = Callable[[Request, Completion], str]
 """Makes a record's new text of a completion. Raises: RecordFailed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one record. `text` is None where it keeps what it has."""
 
     text: str | None = None
@@ -165,7 +164,7 @@ class Intake:
         if self.cache is None:
             return
         for other in self._waiting.pop(slot.key, ())[1:]:
-            self._settle(other, dataclasses.replace(outcome, cached=outcome.kind is None))
+            self._settle(other, outcome._replace(cached=outcome.kind is None))
         if outcome.kind is not None:
             self._failed[slot.key] = outcome
 
@@ -208,5 +207,5 @@ class Intake:
             number = self._samples[slot.key]
             self._samples[slot.key] += 1
             if number:
-                slot.request = dataclasses.replace(request, sample=request.sample + number)
+                slot.request = request._replace(sample=request.sample + number)
                 slot.key = self.provider.key(slot.request)

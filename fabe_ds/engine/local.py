@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
+from fabe_ds.engine.intake import SKIPPED, Intake, Item, Outcome, Slot
 from fabe_ds.errors import RecordFailed
-from fabe_ds.providers.base import Completion, LocalProvider
+from fabe_ds.providers.base import Completion, LocalProvider, Request
 
 POLL_SECONDS = 0.5
 
@@ -24,6 +24,9 @@ class LocalEngine:
         """One outcome an item, in order; each completion is stored before the next batch runs."""
         iterator = iter(items)
         while window := list(islice(iterator, self.window)):
+            if self.intake.cache is None:
+                yield from self._straight(window)
+                continue
             slots, todo, foreign = self.intake.take(window)
             self._answer(todo)
             while foreign:
@@ -34,6 +37,23 @@ class LocalEngine:
             for slot in slots:
                 assert slot.outcome is not None
                 yield slot.outcome
+
+    def _straight(self, items: list[Item]) -> Iterator[Outcome]:
+        """Answers that nothing is kept of: no keys, no look-ups."""
+        stats = self.intake.stats
+        requests = [item for item in items if isinstance(item, Request)]
+        answers = iter(self.provider.complete(requests))
+        for item in items:
+            answer = next(answers) if isinstance(item, Request) else item
+            if isinstance(answer, Completion):
+                stats.done += 1
+                yield Outcome(answer.text, answer)
+            elif answer is None:
+                stats.skipped += 1
+                yield SKIPPED
+            else:
+                stats.failed += 1
+                yield Outcome(kind=answer.kind, message=str(answer))
 
     def close(self) -> None:
         """Nothing is open."""

@@ -63,7 +63,8 @@ class Instruction:
         used = meta.find_undeclared_variables(tree)
         self.needs_record = "record" in used
         self._mentions = bool(used & {"text", self.field}) or _record_mentions(tree, path[0])
-        self._fixed = None if self._mentions or self.needs_record else self._render("", None)
+        alone = not self._mentions and not self.needs_record
+        self._start = f"{self._render('', None).rstrip()}\n\n" if alone else None
 
     def prompt(self, text: str, record: str | Mapping[str, Any] | None) -> str:
         """The prompt for one record; `record` is its JSON text, or the record itself.
@@ -71,9 +72,9 @@ class Instruction:
         Raises: RecordFailed (kind "prompt") where this record's data cannot be rendered,
         TemplateError where no record's could.
         """
-        rendered = self._fixed
-        if rendered is None:
-            rendered = self._render(text, record if self.needs_record else None)
+        if self._start is not None:
+            return self._start + text
+        rendered = self._render(text, record if self.needs_record else None)
         return rendered if self._mentions else f"{rendered.rstrip()}\n\n{text}"
 
     def _render(self, text: str, record: str | Mapping[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from fabe_ds.errors import FabeError, RecordFailed
 
@@ -44,8 +44,7 @@ class Endpoint:
     batch_size: int = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass
     """One question to a model. `text` is the record's own value, which `prompt` holds too.
 
     With `chat`, the model's chat template is applied to a system and a user turn; without it the
@@ -73,8 +72,7 @@ class Request:
         return f"{self.system_prompt}\n\n{self.prompt}" if self.system_prompt else self.prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """What a model answered, as it came. `finish_reason`: stop, length, content_filter or None."""
 
     text: str

@@ -39,7 +39,5 @@ class EchoProvider(LocalProvider):
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:  # type: ignore[override]
         name = f"echo: {self.endpoint.model}"
-        return [
-            Completion(f"{comment(name, request.language)}\n{request.text}", "stop")
-            for request in requests
-        ]
+        header = {language: comment(name, language) for language in {r.language for r in requests}}
+        return [Completion(f"{header[r.language]}\n{r.text}", "stop") for r in requests]

@@ -9,12 +9,14 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from json.encoder import encode_basestring, encode_basestring_ascii
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from fabe_ds.errors import ExportError, UsageError
 from fabe_ds.records.discover import Source
+from fabe_ds.records.mapped import passed_over
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +89,7 @@ def copy_unchanged(source: Source, path: Path) -> None:
 
 def _rows(dataset: Dataset) -> Iterator[_Row]:
     arrow = dataset.select_columns(list(COLUMNS)).with_format("arrow")
-    for table in arrow.iter(batch_size=ROWS):
+    for table in passed_over(arrow.iter(batch_size=ROWS)):
         columns = [table.column(name).to_pylist() for name in COLUMNS]
         yield from map(_Row._make, zip(*columns, strict=True))
 
@@ -97,25 +99,53 @@ def _write_file(file: IO[bytes], row: _Row, rows: Iterator[_Row]) -> _Row | None
     name, expected = row.file, 0
     parts: list[str] = []
     current: _Row | None = row
-    while current is not None and current.file == name and current.number == expected:
-        expected += 1
-        parts.append(current.before)
-        if current.completion is None:
-            parts.append(current.raw)
-        else:
-            parts += spliced(current)
-        if len(parts) > ROWS:
-            file.write("".join(parts).encode())
-            parts.clear()
-        if current.after is not None:
-            parts.append(current.after)
-            file.write("".join(parts).encode())
-            return next(rows, None)
-        current = next(rows, None)
+    with _Behind(file) as sink:
+        while current is not None and current.file == name and current.number == expected:
+            expected += 1
+            parts.append(current.before)
+            if current.completion is None:
+                parts.append(current.raw)
+            else:
+                parts += spliced(current)
+            if current.after is not None:
+                parts.append(current.after)
+                sink.write("".join(parts))
+                return next(rows, None)
+            if len(parts) > ROWS:
+                sink.write("".join(parts))
+                parts.clear()
+            current = next(rows, None)
     raise ExportError(
         f"{name}: record {expected} is missing or out of order; export takes all the records of "
         "a file, in the order they were loaded"
     )
+
+
+class _Behind:
+    """Writes text to a file a piece behind, in a thread: the disk's time is not ours."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[int] | None = None
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._settle()
+        finally:
+            self._pool.shutdown()
+
+    def write(self, text: str) -> None:
+        self._settle()
+        self._last = self._pool.submit(self._file.write, text.encode())
+
+    def _settle(self) -> None:
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
 
 
 def spliced(row: _Row) -> Sequence[str]:

@@ -92,8 +92,12 @@ def _read_lines(source: Source, file: BinaryIO, field: Field) -> Iterator[Record
                 if stop != len(raw):
                     column = start + skip_space(raw, stop) + 1
                     raise InputError(source.path, "Extra data on the line", number, column)
-                yield Record(number, before + line[:start], raw, target)
-                before = line[start + len(raw) :] + newline
+                if len(raw) == len(line):
+                    yield Record(number, before, raw, target)
+                    before = newline
+                else:
+                    yield Record(number, before + line[:start], raw, target)
+                    before = line[start + len(raw) :] + newline
             else:
                 before += line + newline
             number += index != last

@@ -71,7 +71,7 @@ class Field:
     def __init__(self, path: FieldPath, backup: str | None) -> None:
         self.path, self.backup = path, backup
         self._key = path[0]
-        self._joints: dict[tuple[str, str], str] = {}
+        self._usual = (": ", self._joint(" ", ": "))  # as most files are spaced
         self._quoted = encode_basestring(path[0])
         # A key with no other spelling than its own, but for \\u escapes.
         self._plain = len(path) == 1 and self._quoted == f'"{path[0]}"' and "/" not in path[0]
@@ -83,7 +83,10 @@ class Field:
         Of equal keys the last counts, as it does for every common JSON reader.
         Raises: JSONDecodeError.
         """
-        record, end = scan_value(text, pos)
+        try:
+            record, end = _scan_once(text, pos)
+        except (StopIteration, RecursionError):
+            record, end = scan_value(text, pos)
         if self._plain and type(record) is dict:
             value = record.get(self._key, self)
             if value is self:
@@ -92,15 +95,15 @@ class Field:
             # the key would have to be spelled with an escape here. Half the time of the walk.
             key = text.find(self._quoted, pos, end)
             if text.find(self._quoted, key + 1, end) < 0 and text.find("\\u", pos, end) < 0:
-                colon = self._colon(text, key)
-                if colon is not None and text[key - 1] != "\\":
-                    start = colon.end() - 1
+                match = self._colon(text, key)
+                if match is not None and text[key - 1] != "\\":
+                    start, colon = match.end() - 1, match[1]
                     stop = scanstring(text, start + 1, True)[1]
                     if self.backup is None or self.backup in record:
                         return end, Target(start, stop, value, "")
-                    return end, Target(
-                        start, stop, value, self._joint_at(text, key, stop, colon[1])
-                    )
+                    if text[key - 2 : key] == ", " and self._usual[0] == colon:
+                        return end, Target(start, stop, value, self._usual[1])
+                    return end, Target(start, stop, value, self._joint_at(text, key, stop, colon))
         return end, self._walk(text, pos)
 
     def _joint_at(self, text: str, key: int, stop: int, colon: str) -> str:
@@ -162,11 +165,7 @@ class Field:
         return Target(start, end, value, self._joint(lead, colon))
 
     def _joint(self, lead: str, colon: str) -> str:
-        known = self._joints.get((lead, colon))
-        if known is None:
-            known = f",{lead}{encode_basestring(str(self.backup))}{colon}"
-            self._joints = {(lead, colon): known}  # files keep to one manner, so one is enough
-        return known
+        return f",{lead}{encode_basestring(str(self.backup))}{colon}"
 
 
 def skip_space(text: str, pos: int) -> int:

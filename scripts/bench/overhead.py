@@ -2,14 +2,16 @@
 
     python scripts/bench/overhead.py [RECORDS ...]        (default: 200000 1000000)
 
-Records are functions of the standard library. Every measurement is a process of its own; start-up
-is what a run over one record takes. Peak memory: resident memory that belongs to the process
+Records are functions of the standard library. Every measurement is the quickest of three
+processes; start-up is what a run over one record takes. Peak memory: resident memory that belongs to the process
 (anonymous), and all of it with the mapped cache file's pages, which the system takes back at will.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.functions import functions
 
+ROUNDS = 3
 LOOP = """
 import json, sys
 with open(sys.argv[1]) as source, open(sys.argv[2], "w") as sink:
@@ -35,6 +38,7 @@ with open(sys.argv[1]) as source, open(sys.argv[2], "w") as sink:
 
 def measure(command: list[str], cwd: Path) -> tuple[float, float, float]:
     """Seconds, peak anonymous MB, peak resident MB."""
+    os.sync()  # or our fsync waits for what the one before has left to write
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
     peaks = [0.0, 0.0]
@@ -48,7 +52,7 @@ def measure(command: list[str], cwd: Path) -> tuple[float, float, float]:
                 return
             peaks[0] = max(peaks[0], (memory.rss - memory.shared) / 1e6)
             peaks[1] = max(peaks[1], memory.rss / 1e6)
-            time.sleep(0.01)
+            time.sleep(0.1)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -58,32 +62,49 @@ def measure(command: list[str], cwd: Path) -> tuple[float, float, float]:
     return seconds, *peaks
 
 
+def best(command: list[str], cwd: Path, rounds: int, fresh: bool = False) -> tuple[float, ...]:
+    """The quickest of some rounds, with its peaks; `fresh` starts each without a cache."""
+    runs = []
+    for _ in range(rounds):
+        if fresh:
+            shutil.rmtree(cwd / ".cache", ignore_errors=True)
+            shutil.rmtree(cwd / "outputs", ignore_errors=True)
+        runs.append(measure(command, cwd))
+    return min(runs)
+
+
 def main(sizes: list[int]) -> None:
     base = functions(20_000, 80, 1500)
-    print(f"{'records':>9} {'what':<24} {'s':>7} {'records/s':>10} {'of loop':>8} {'MB own':>7} {'MB all':>7}")
+    head = ("records", "what", "s", "records/s", "of loop", "MB own", "MB all")
+    print("{:>9} {:<20} {:>7} {:>10} {:>8} {:>7} {:>7}".format(*head))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fabe = str(Path(sys.executable).parent / "fabe-ds")
         (folder / "one.jsonl").write_text(json.dumps(base[0]) + "\n")
         loop = [sys.executable, "-c", LOOP]
-        idle = measure([*loop, "one.jsonl", "loop.out"], folder)[0]
-        start = measure([fabe, "run", "--input", "one.jsonl"], folder)[0]
-        start = min(start, measure([fabe, "run", "--input", "one.jsonl", "--output", "o2"], folder)[0])
-        print(f"start-up: loop {idle:.2f} s, fabe-ds {start:.2f} s (left out of records/s below)")
+        idle = best([*loop, "one.jsonl", "loop.out"], folder, ROUNDS)[0]
+        start = best([fabe, "run", "--input", "one.jsonl"], folder, ROUNDS, fresh=True)[0]
         for size in sizes:
             with (folder / "data.jsonl").open("w") as file:
                 for i in range(size):
                     file.write(json.dumps({**base[i % len(base)], "id": i}) + "\n")
-            plain = measure([*loop, "data.jsonl", "loop.out"], folder)
             run = [fabe, "run", "--input", "data.jsonl"]
-            ours = measure(run, folder)
-            again = measure(run, folder)
+            plain = best([*loop, "data.jsonl", "loop.out"], folder, ROUNDS)
+            ours = best(run, folder, ROUNDS, fresh=True)
+            again = best(run, folder, ROUNDS)
             rate = size / (plain[0] - idle)
-            rows = (("json loop", plain, idle), ("load, echo, export", ours, start), ("the same again", again, 0.0))
+            rows = (
+                ("json loop", plain, idle),
+                ("load, echo, export", ours, start),
+                ("the same again", again, 0.0),
+            )
             for what, (seconds, own, whole), offset in rows:
                 mine = size / (seconds - offset)
-                print(f"{size:>9} {what:<24} {seconds:>7.2f} {mine:>10.0f} {mine / rate:>8.2f} {own:>7.0f} {whole:>7.0f}")
-            (folder / "data.jsonl").unlink()
+                print(
+                    f"{size:>9} {what:<20} {seconds:>7.2f} {mine:>10.0f} {mine / rate:>8.2f} "
+                    f"{own:>7.0f} {whole:>7.0f}"
+                )
+    print(f"start-up, left out of records/s but the last row's: {idle:.2f} s and {start:.2f} s")
 
 
 if __name__ == "__main__":
