@@ -30,10 +30,10 @@ def watching(stats: Stats, total: int) -> Iterator[None]:
         thread.join()
 
 
-def describe(stats: Stats, total: int, seconds: float, settled_before: int = 0) -> str:
+def describe(stats: Stats, total: int, seconds: float) -> str:
     """One line: counts, rates a second, and the time that is left."""
     seconds = max(seconds, 1e-9)
-    rate = (stats.settled - settled_before) / seconds
+    rate = (stats.settled - stats.skipped) / seconds
     parts = [f"{stats.settled}/{total}", f"{stats.done} done"]
     for name in ("cached", "failed", "skipped"):
         if count := getattr(stats, name):

@@ -183,7 +183,8 @@ class Transform:
         if all(name in batch for name in CARRIER):
             if self._ahead is not None:
                 return result_table(islice(self._ahead, len(batch["index"])))
-            return result_table(self.session.outcomes(self.carrier_items(batch)))
+            # A dict: a map that is given a table takes it for all the columns there are.
+            return result_table(self.session.outcomes(self.carrier_items(batch))).to_pydict()
         return self._rewrite(batch)
 
     def carrier_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:

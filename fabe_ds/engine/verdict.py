@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CONTEXT_CODES = ("context_length_exceeded", "exceed_context_size_error", "string_above_max_length")
+CONTEXT_TEXTS = ("maximum context length", "exceeds the context", "context window")
 QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_balance")
 MODEL_CODES = ("model_not_found", "model_not_available")
 _RETRIED = {408, 409, 425, 429}
@@ -46,7 +47,7 @@ def judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
         where = headers.get("Location", "elsewhere")
         return Verdict("stop", "redirect", f"the server redirects to {where}; use that --base-url")
     lowered = message.lower()
-    if codes & set(CONTEXT_CODES) or "maximum context length" in lowered:
+    if codes & set(CONTEXT_CODES) or any(text in lowered for text in CONTEXT_TEXTS):
         return Verdict("fail", "context", text)
     if status == 429:
         return Verdict("retry", "rate", text, floor, busy=True)
@@ -78,6 +79,8 @@ def read_error(body: bytes) -> tuple[str, set[str]]:
     except (ValueError, RecursionError):
         text = body[:_MESSAGE_LENGTH].decode("utf-8", "replace").strip()
         return ("an HTML page" if text.startswith("<") else text), set()
+    if isinstance(payload, list) and payload:  # as Gemini's servers wrap it
+        payload = payload[0]
     if not isinstance(payload, Mapping):
         return str(payload)[:_MESSAGE_LENGTH], set()
     error = payload.get("error", payload)

@@ -38,7 +38,8 @@ class OllamaProvider(HttpProvider):
             options["stop"] = list(sampling.stop)
         body: dict[str, Any] = {"model": self.endpoint.model, "stream": False, "options": options}
         if request.chat:
-            return {**body, "messages": request.messages}
+            # Without it a prompt that is too long loses its beginning, and nothing says so.
+            return {**body, "messages": request.messages, "truncate": False}
         return {**body, "prompt": request.plain, "raw": True}
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:
@@ -69,7 +70,8 @@ class OllamaProvider(HttpProvider):
         except (requests.exceptions.RequestException, ValueError, KeyError, TypeError):
             raise RunStopped(f"{where}: answers, but not as an Ollama server does") from None
         wanted = self.endpoint.model
-        if wanted not in models and f"{wanted}:latest" not in models:
+        known = {name.lower().removesuffix(":latest") for name in models}
+        if wanted.lower().removesuffix(":latest") not in known:
             raise RunStopped(
                 f"{where}: the model is not there; pull it with `ollama pull {wanted}`"
             )

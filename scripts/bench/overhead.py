@@ -3,8 +3,8 @@
     python scripts/bench/overhead.py [RECORDS ...]        (default: 200000 1000000)
 
 Records are functions of the standard library. Every measurement is the quickest of three
-processes; start-up is what a run over one record takes. Peak memory: resident memory that belongs to the process
-(anonymous), and all of it with the mapped cache file's pages, which the system takes back at will.
+processes; start-up is what a run over one record takes. Peak memory: resident memory that belongs
+to the process (anonymous), and all of it with the pages of files that it has mapped.
 """
 
 from __future__ import annotations

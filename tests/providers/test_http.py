@@ -37,7 +37,7 @@ def test_the_body_of_an_ollama_request():
     provider = OllamaProvider(Endpoint("m"))
     options = {"num_predict": 64, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["END"]}
     common = {"model": "m", "stream": False, "options": options}
-    assert provider.body(request()) == {**common, "messages": TURNS}
+    assert provider.body(request()) == {**common, "messages": TURNS, "truncate": False}
     assert provider.body(request(chat=False)) == {
         **common,
         "prompt": "sys\n\nDo\n\nx",
