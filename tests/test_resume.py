@@ -98,7 +98,7 @@ def test_a_second_ctrl_c_does_not_wait(box):
         process.send_signal(signal.SIGINT)
         assert "waiting for what is on its way" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
+        process.communicate(timeout=30)
         assert process.returncode == 130
 
 
