@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -129,6 +129,8 @@ def _flag_type(annotation: Any) -> type:
     options = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
     if get_origin(annotation) in (list, dict):
         return list
+    if any(get_origin(option) is Literal for option in options):
+        return str
     for kind in (bool, int, float):
         if kind in options:
             return kind

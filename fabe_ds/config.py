@@ -114,7 +114,11 @@ class TransformConfig(BaseModel):
     use_chat_template: bool = _setting(
         "Model", "Ask through the model's chat template, where it has one.", True, changes=True
     )
-    concurrency: int = _setting("Execution", "Requests in flight at once.", 4, gt=0)
+    concurrency: Annotated[int, Field(gt=0)] | Literal["auto"] = _setting(
+        "Execution", "Requests in flight at once; auto finds out what the server takes.", 4
+    )
+    rpm: float | None = _setting("Execution", "Most requests a minute.", gt=0)
+    tpm: float | None = _setting("Execution", "Most tokens a minute, prompts and answers.", gt=0)
     batch_size: int = _setting(
         "Execution", "Records a local model takes at once, at most.", 8, gt=0
     )

@@ -266,14 +266,22 @@ class _Session:
         self.engine: LocalEngine | HttpEngine
         if isinstance(provider, HttpProvider):
             from fabe_ds.engine.http import HttpEngine, Policy
+            from fabe_ds.engine.limiter import AUTO_MOST
+            from fabe_ds.engine.slots import SharedSlots, die_with_parent, is_worker
 
             policy = Policy(
-                concurrency=config.concurrency,
+                concurrency=None if config.concurrency == "auto" else config.concurrency,
                 retry=config.retry,
                 timeout=config.timeout,
                 give_up_after=config.give_up_after,
+                rpm=config.rpm,
+                tpm=config.tpm,
             )
-            self.engine = HttpEngine(provider, intake, policy)
+            slots = None
+            if is_worker():
+                die_with_parent()
+                slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
+            self.engine = HttpEngine(provider, intake, policy, slots)
         elif isinstance(provider, LocalProvider):
             window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
             self.engine = LocalEngine(provider, intake, window)

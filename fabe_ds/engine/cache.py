@@ -77,7 +77,7 @@ class RecordCache:
         )
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")  # holds over a power cut as well
+            connection.execute("PRAGMA synchronous = FULL")  # a commit holds over a power cut
             connection.executescript(_SCHEMA)
         except sqlite3.Error:
             connection.close()
@@ -156,6 +156,7 @@ class RecordCache:
         owner = self._own()
 
         def write(connection: sqlite3.Connection) -> dict[bytes, str]:
+            connection.execute("PRAGMA synchronous = NORMAL")  # a claim need not outlive the power
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany(
                 "INSERT OR IGNORE INTO claims VALUES (?, ?)", [(key, owner) for key in keys]
@@ -167,6 +168,7 @@ class RecordCache:
                 query = f"SELECT key, owner FROM claims WHERE key IN ({marks})"
                 held.update(connection.execute(query, part).fetchall())
             connection.execute("COMMIT")
+            connection.execute("PRAGMA synchronous = FULL")
             return {key: holder for key, holder in held.items() if holder != owner}
 
         held = self._do(write)

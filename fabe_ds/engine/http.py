@@ -9,11 +9,12 @@ import queue
 import random
 import threading
 import time
+import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -21,6 +22,7 @@ from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
 from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.local import POLL_SECONDS
 from fabe_ds.engine.loop import LoopThread
+from fabe_ds.engine.slots import SharedSlots
 from fabe_ds.engine.verdict import Verdict, judge, judge_payload
 from fabe_ds.errors import CacheError, FabeError, MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers.base import Completion, HttpProvider
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 CHUNK = 64
 BODY_LIMIT = 32 << 20
+SLOT_SECONDS = 0.005
+CHARACTERS_A_TOKEN = 4  # a guess, put right by the usage that comes with the answer
 BACKOFF_SECONDS, BACKOFF_MOST = 0.5, 30.0
 SUSPICIOUS = 20  # records that all failed before any went well: it is not the records
 
@@ -42,6 +46,8 @@ class Policy:
     timeout: float = 600.0
     connect_timeout: float = 10.0
     give_up_after: float = 600.0
+    rpm: float | None = None
+    tpm: float | None = None
 
     @property
     def window(self) -> int:
@@ -65,12 +71,17 @@ class HttpEngine:
     size hold nothing up. Each completion is on disk before it counts.
     """
 
-    def __init__(self, provider: HttpProvider, intake: Intake, policy: Policy) -> None:
-        self.provider, self.intake, self.policy = provider, intake, policy
-        self.limiter = Limiter(policy.concurrency)
+    def __init__(
+        self,
+        provider: HttpProvider,
+        intake: Intake,
+        policy: Policy,
+        slots: SharedSlots | None = None,
+    ) -> None:
+        self.provider, self.intake, self.policy, self.slots = provider, intake, policy, slots
+        self.limiter = Limiter(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm)
         self._checked = False
         self._thread = LoopThread.shared()
-        self._writer = ThreadPoolExecutor(1, "fabe-ds-writer")
         self._session = self._thread.call(self._open_session())
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
@@ -100,7 +111,6 @@ class HttpEngine:
 
     def close(self) -> None:
         self._thread.call(self._session.close())
-        self._writer.shutdown()
 
     async def _open_session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(
@@ -110,7 +120,8 @@ class HttpEngine:
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
             timeout=timeout,
             headers={"Content-Type": "application/json", **self.provider.headers()},
-            trust_env=True,
+            # aiohttp's trust_env would read ~/.netrc and the environment for every request.
+            proxy=_proxy(self.provider.base_url),
             cookie_jar=aiohttp.DummyCookieJar(),
             raise_for_status=False,
         )
@@ -131,6 +142,7 @@ class HttpEngine:
             async with self._session.post(url, data=body, allow_redirects=False) as response:
                 data = await _read(response)
                 status, headers = response.status, response.headers
+                self.limiter.told(headers)
         except aiohttp.ClientSSLError as error:
             return Verdict(
                 "stop", "certificate", f"the server's certificate is not accepted: {error}"
@@ -167,9 +179,13 @@ class HttpEngine:
         except RecordFailed as error:
             return Verdict("fail", error.kind, str(error))
 
-    async def write(self, rows: list[tuple[Slot, Completion]]) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._writer, self.intake.store, rows)
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for the address, if any."""
+    parts = urlsplit(url)
+    if not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 class _TooLarge(Exception):
@@ -188,6 +204,12 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _tokens_at_most(task: _Task) -> int:
+    request = task.slot.request
+    assert request is not None
+    return len(request.prompt) // CHARACTERS_A_TOKEN + request.sampling.max_new_tokens
+
+
 class _Job:
     """One pass over a stream of items. All but `ready` and `drained` belongs to the loop."""
 
@@ -204,9 +226,7 @@ class _Job:
         self._sleeping: dict[_Task, asyncio.TimerHandle] = {}
         self._ahead = 0  # pulled and not yet consumed
         self._exhausted = self._stopping = False
-        self._commits: list[tuple[_Task, Completion]] = []
-        self._waiters: list[asyncio.Future[None]] = []
-        self._committing = False
+        self._unstored: list[tuple[_Task, Completion]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._gone_since: float | None = None
         self._failures = 0
@@ -224,15 +244,21 @@ class _Job:
                 limit = 1 if self._outage else limiter.limit
                 if len(self._todo) < limit:
                     self._pull()
-                if not self._todo or len(self._tasks) >= limit:
+                busy = len(self._tasks) + len(self._unstored)
+                if not self._todo or busy >= limit:
                     break
                 if (pause := limiter.pause()) > 0:
                     self._wake_after(pause)
+                    break
+                if self.engine.slots and not self.engine.slots.hold(busy + 1):
+                    self._wake_after(SLOT_SECONDS)
                     break
                 self._start(self._todo.popleft())
         except BaseException as error:  # the items are the caller's code: it gets its error back
             self.fatal(error)
         stats.in_flight = len(self._tasks)
+        if self.engine.slots:
+            self.engine.slots.hold(len(self._tasks) + len(self._unstored))
         self._deliver()
 
     def _pull(self) -> None:
@@ -279,6 +305,7 @@ class _Job:
 
     def _start(self, task: _Task) -> None:
         self.intake.stats.requests += 1
+        self.engine.limiter.sent(_tokens_at_most(task))
         running = asyncio.get_running_loop().create_task(self._send(task))
         self._tasks.add(running)
         running.add_done_callback(self._over)
@@ -298,7 +325,12 @@ class _Job:
         if isinstance(answer, Completion):
             self._gone_since, self._failures = None, 0
             limiter.answered(time.monotonic() - started, len(self._tasks))
-            await self._commit(task, answer)
+            if answer.completion_tokens is not None:
+                used = (answer.prompt_tokens or 0) + answer.completion_tokens
+                limiter.corrected(used - _tokens_at_most(task))
+            if not self._unstored:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._unstored.append((task, answer))
             return
         if answer.action == "stop":
             self._abandon([task])
@@ -309,40 +341,24 @@ class _Job:
         else:
             self._retry(task, answer, started)
 
-    async def _commit(self, task: _Task, completion: Completion) -> None:
-        """Stores the completion; those that come while the disk is busy go together.
+    def _flush(self) -> None:
+        """Stores the completions of this turn of the loop, all in one commit.
 
-        The place in flight is given up afterwards, so what a kill can lose stays within it.
+        On the loop itself: a writer's thread would wait for the interpreter at every row while
+        the loop is busy. A place in flight is given up only afterwards, so that what a kill can
+        lose stays within the limit.
         """
-        self._commits.append((task, completion))
-        if self._committing:
-            done = asyncio.get_running_loop().create_future()
-            self._waiters.append(done)
-            await done
-            return
-        self._committing = True
+        rows, self._unstored = self._unstored, []
         try:
-            while self._commits:
-                rows, self._commits = self._commits, []
-                waiters, self._waiters = self._waiters, []
-                try:
-                    await self.engine.write([(t.slot, c) for t, c in rows])
-                except CacheError as error:
-                    self.fatal(error)
-                    self._release(waiters)
-                    return
-                for stored, answer in rows:
-                    self.intake.answered(stored.slot, answer)
-                    outcome = stored.slot.outcome
-                    self._tally(outcome is not None and outcome.kind is None)
-                self._release(waiters)
-        finally:
-            self._committing = False
-
-    def _release(self, waiters: list[asyncio.Future[None]]) -> None:
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            self.intake.store([(task.slot, completion) for task, completion in rows])
+        except CacheError as error:
+            self.fatal(error)
+            return
+        for task, completion in rows:
+            self.intake.answered(task.slot, completion)
+            outcome = task.slot.outcome
+            self._tally(outcome is not None and outcome.kind is None)
+        self.pump()
 
     def _fail(self, task: _Task, verdict: Verdict) -> None:
         self.intake.failed(task.slot, RecordFailed(verdict.kind, verdict.message))
@@ -418,7 +434,9 @@ class _Job:
             ready.append(self._order.popleft())
         if ready:
             self.ready.put(ready)
-        if (self._stopping and not self._tasks) or (self._exhausted and not self._order):
+        if (self._stopping and not self._tasks and not self._unstored) or (
+            self._exhausted and not self._order
+        ):
             self._finish()
 
     def consumed(self, count: int) -> None:

@@ -81,6 +81,9 @@ class Completion(NamedTuple):
     completion_tokens: int | None = None
 
 
+_canonical = json.JSONEncoder(sort_keys=True).encode
+
+
 class Requirement(FabeError):
     """Something a provider needs that is not there; the message says how to get it."""
 
@@ -114,7 +117,7 @@ class Provider(ABC):
     def key(self, request: Request) -> bytes:
         """The cache key: SHA-256 over who is asked, what is sent, and which sample it is."""
         sent = [self.name, self.identity(), self.body(request), request.sample]
-        return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).digest()
+        return hashlib.sha256(_canonical(sent).encode()).digest()
 
     def preflight(self) -> None:  # noqa: B027 - most have nothing to check
         """Checks, before the first record is spent, that the model can be reached.
