@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 AUTO_START, AUTO_MOST = 4, 512
 _DECREASE = 0.7
 _SLOWER = 2.0
+_REST = 15.0  # round trips at a level whose neighbour was refused
 
 
 class Bucket:
@@ -46,9 +47,11 @@ def duration(text: str) -> float:
 class Limiter:
     """A limit on requests in flight, and a cool-down that all of them share.
 
-    A fixed `concurrency` stays but for slow start after a cool-down. None finds the limit out:
-    additive increase while answers come and are not slow, multiplicative decrease where the
-    server refuses (the AIMD rule of TCP congestion avoidance, RFC 5681), once per round trip.
+    The limit is searched for, up to `concurrency` (None: no bound but AUTO_MOST, and the search
+    begins low). A level at which a round of answers came without a refusal is good; from there the
+    search goes up by 1, 2, 4, ... each round. A refusal while searching goes back to the good level
+    and rests there; a refusal at the good level says that the server takes less than it did, and
+    cuts the level by a part. Answers that come much slower than the quickest did stop the search.
     """
 
     def __init__(
@@ -60,19 +63,19 @@ class Limiter:
     ) -> None:
         self._requests = Bucket(rpm, clock) if rpm else None
         self._tokens = Bucket(tpm, clock) if tpm else None
-        self._most = float(concurrency or AUTO_MOST)
-        self._auto = concurrency is None
-        self._limit = float(concurrency or AUTO_START)
-        self._threshold = self._most  # below it the limit grows as in slow start
+        self._most = concurrency or AUTO_MOST
+        self._limit = self._good = concurrency or AUTO_START
+        self._step = self._limit
+        self._answers = 0  # at this level
         self._clock = clock
-        self._paused_until = 0.0
+        self._paused_until = self._rest_until = 0.0
         self._cut_at = -1.0
         self._fastest: float | None = None
         self._recent: float | None = None
 
     @property
     def limit(self) -> int:
-        return max(1, int(self._limit))
+        return self._limit
 
     def pause(self) -> float:
         """Seconds until anything may be sent; 0 for now."""
@@ -106,12 +109,16 @@ class Limiter:
         """An answer came after `seconds`, with `in_flight` requests on their way."""
         self._recent = seconds if self._recent is None else 0.9 * self._recent + 0.1 * seconds
         self._fastest = self._recent if self._fastest is None else min(self._fastest, self._recent)
-        if in_flight < self.limit - 1:  # the limit was not what held us, so it says nothing
+        if self._limit >= self._most or in_flight < self._limit - 1:
+            return  # nothing to search for, or the limit was not what held us
+        self._answers += 1
+        if self._answers < self._limit or self._clock() < self._rest_until:
             return
-        if self._auto and self._recent > _SLOWER * max(self._fastest, 0.001):
+        if self._recent > _SLOWER * max(self._fastest, 0.001):
             return  # more at once would only wait longer
-        step = 1.0 if self._limit < self._threshold else 1.0 / self._limit
-        self._limit = min(self._most, self._limit + step)
+        self._good = self._limit
+        self._set(self._limit + self._step)
+        self._step *= 2
 
     def refused(self, sent_at: float, floor: float | None) -> None:
         """The server had too much to do for a request that was sent at `sent_at`."""
@@ -121,7 +128,18 @@ class Limiter:
         if sent_at <= self._cut_at:
             return  # it was on its way when the limit was cut already
         self._cut_at = now
-        self._threshold = max(1.0, self._limit * _DECREASE)
-        self._limit = self._threshold if self._auto or not floor else 1.0
-        if not self._auto:
-            self._threshold = self._most
+        round_trip = self._recent or 0.1
+        if floor:  # after a cool-down that was asked for, begin low
+            self._good, rest = 1, 0.0
+        elif self._limit > self._good:
+            # The last step was too far; a step of one found the edge, so look again later.
+            rest = (_REST if self._limit == self._good + 1 else 1.0) * round_trip
+        else:
+            self._good, rest = max(1, int(self._limit * _DECREASE)), round_trip
+        self._set(self._good)
+        self._step = 1
+        self._rest_until = now + rest
+
+    def _set(self, limit: int) -> None:
+        self._limit = min(self._most, limit)
+        self._answers = 0

@@ -21,17 +21,24 @@ def test_a_fixed_limit_stays():
     assert limiter.limit == 8
 
 
+def round_of_answers(limiter, clock, seconds=0.1):
+    clock.now += seconds
+    for _ in range(limiter.limit):
+        limiter.answered(seconds, limiter.limit)
+
+
 def test_auto_grows_while_answers_come_and_not_while_they_slow_down():
-    limiter = Limiter(None, Clock())
-    for _ in range(50):
-        limiter.answered(0.1, limiter.limit)
+    clock = Clock()
+    limiter = Limiter(None, clock)
+    for _ in range(4):
+        round_of_answers(limiter, clock)
     grown = limiter.limit
     assert grown > AUTO_START + 20
-    for _ in range(200):
-        limiter.answered(1.0, limiter.limit)
+    for _ in range(20):
+        round_of_answers(limiter, clock, 1.0)
     slow = limiter.limit
-    for _ in range(50):
-        limiter.answered(1.0, limiter.limit)
+    for _ in range(20):
+        round_of_answers(limiter, clock, 1.0)
     assert limiter.limit == slow
 
 
@@ -42,16 +49,31 @@ def test_auto_does_not_grow_where_the_limit_was_not_reached():
     assert limiter.limit == AUTO_START
 
 
-def test_a_refusal_cuts_the_limit_once_a_round_trip():
+def test_a_refusal_while_searching_goes_back_to_the_good_level():
     clock = Clock()
     limiter = Limiter(None, clock)
-    for _ in range(60):
-        limiter.answered(0.1, limiter.limit)
-    before = limiter.limit
-    clock.now += 1
-    for _ in range(10):
-        limiter.refused(clock.now - 0.1, None)
-    assert limiter.limit == int(before * 0.7) or limiter.limit == int((before + 0.9) * 0.7)
+    round_of_answers(limiter, clock)
+    good = limiter.limit
+    round_of_answers(limiter, clock)
+    assert limiter.limit > good
+    for _ in range(5):
+        limiter.refused(clock.now, None)
+    assert limiter.limit == good
+
+
+def test_refusals_at_the_good_level_cut_it_once_a_round_trip():
+    clock = Clock()
+    limiter = Limiter(None, clock)
+    for _ in range(4):
+        round_of_answers(limiter, clock)
+    limiter.refused(clock.now, None)
+    good = limiter.limit
+    for expected in (int(good * 0.7), int(int(good * 0.7) * 0.7)):
+        sent = clock.now + 0.05
+        clock.now += 0.1
+        for _ in range(10):
+            limiter.refused(sent, None)
+        assert limiter.limit == expected
 
 
 @pytest.mark.parametrize("concurrency", [None, 8])
