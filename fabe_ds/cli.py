@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
-from fabe_ds.config import RunConfig, flag, read_config, setting
+from fabe_ds.config import RunConfig, flag, read_config, setting, validated
 from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, UsageError
 
 app = typer.Typer(
@@ -77,6 +79,10 @@ def _run(config: Path | None, **flags: Any) -> None:
 
         _print_dry_run(dry_run(settings))
         return
+    _run_and_report(settings)
+
+
+def _run_and_report(settings: RunConfig) -> None:
     from fabe_ds.progress import watching
     from fabe_ds.runner import run
 
@@ -161,6 +167,77 @@ def providers() -> None:
         print(f"{name:<12} {'ready' if lacking is None else lacking}\n{'':<12} needs {needs}")
 
 
+@app.command("retry")
+def retry(
+    report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
+    api_key: Annotated[str | None, typer.Option(help="Key for the server.")] = None,
+) -> None:
+    """Run a run again as it was: just its failed records are sent."""
+    settings = _config_of(report, api_key)
+    _log_to_stderr(settings.log_level)
+    _run_and_report(settings)
+
+
+def _config_of(report: Path, api_key: str | None = None) -> RunConfig:
+    try:
+        saved = json.loads(report.read_text(encoding="utf-8"))["config"]
+    except OSError as error:
+        raise UsageError(f"{report}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
+    given = {name: value for name, value in saved.items() if value is not None}
+    return validated(RunConfig, {**given, "api_key": api_key}, {})
+
+
+cache_app = typer.Typer(no_args_is_help=True, help="Look into the record cache.")
+app.add_typer(cache_app, name="cache")
+_Folder = Annotated[Path, typer.Option("--cache-dir", help="The cache folder.")]
+
+
+@cache_app.command("stats")
+def cache_stats(cache_dir: _Folder = Path(".cache")) -> None:
+    """How much is in it."""
+    from fabe_ds.cachetool import stats
+
+    found = stats(cache_dir)
+    print(f"{found.completions} completions, {found.size / 1e6:.1f} MB")
+    print(f"{found.prompt_tokens} prompt and {found.completion_tokens} completion tokens")
+    for name, moment in (("oldest", found.oldest), ("newest", found.newest)):
+        if moment:
+            print(f"{name}: {datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}")
+
+
+@cache_app.command("prune")
+def cache_prune(
+    days: Annotated[float, typer.Option("--older-than", help="Days.", min=0)],
+    cache_dir: _Folder = Path(".cache"),
+) -> None:
+    """Remove old completions."""
+    from fabe_ds.cachetool import prune
+
+    print(f"{prune(cache_dir, days)} completions removed")
+
+
+@cache_app.command("export")
+def cache_export(cache_dir: _Folder = Path(".cache")) -> None:
+    """Print every completion as a line of JSON."""
+    from fabe_ds.cachetool import export
+
+    for line in export(cache_dir):
+        print(line)
+
+
+@cache_app.command("explain")
+def cache_explain(
+    report: Annotated[Path, typer.Argument(help="A run's outputs.run.json.")],
+    record: Annotated[int, typer.Option(help="Which record of the input, from 0.")] = 0,
+) -> None:
+    """Why a record would or would not be answered from it."""
+    from fabe_ds.cachetool import explain
+
+    print(explain(_config_of(report), record))
+
+
 @app.command("version")
 def version() -> None:
     """Print the version."""
@@ -210,6 +287,7 @@ def _print_summary(result: Any) -> None:
         print(
             f"{result.requests} requests ({result.retries} retries), {result.prompt_tokens} prompt "
             f"and {result.completion_tokens} completion tokens"
+            + (f", cost {result.cost:.4f}" if result.cost else "")
         )
     if result.failed:
         print(f"failed{_in_words('', result.failures_by_kind)[1:]}: {result.failures_file}")

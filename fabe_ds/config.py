@@ -78,6 +78,15 @@ class TransformConfig(BaseModel):
         "fail",
         changes=True,
     )
+    validate_with: str | None = _setting(
+        "Prompt",
+        "Check of an answer: python-syntax, json, json-schema:FILE, regex:PATTERN.",
+        flag="validate",
+        changes=True,
+    )
+    max_reasks: int = _setting(
+        "Prompt", "Times to ask again, with what is wrong.", 2, changes=True, ge=0
+    )
     provider: str = _setting("Model", "Who answers; see `fabe-ds providers`.", "echo", changes=True)
     model: str | None = _setting(
         "Model", "Model name, folder or .gguf file.", changes=True, environment="MODEL_PATH"
@@ -123,6 +132,12 @@ class TransformConfig(BaseModel):
         "Execution", "Records a local model takes at once, at most.", 8, gt=0
     )
     retry: int = _setting("Execution", "Tries after a failed one.", 3, ge=0)
+    max_requests: int | None = _setting("Execution", "Most requests to send.", ge=0)
+    max_tokens_total: int | None = _setting("Execution", "Most tokens to use.", ge=0)
+    max_cost: float | None = _setting("Execution", "Most to spend; needs --prices.", ge=0)
+    prices: Path | None = _setting(
+        "Execution", "YAML of prices a million tokens, model: {prompt: .., completion: ..}."
+    )
     timeout: float = _setting("Execution", "Seconds one request may take.", 600.0, gt=0)
     give_up_after: float = _setting(
         "Execution", "Seconds without a server after which the run stops.", 600.0, gt=0
@@ -173,7 +188,7 @@ class RunConfig(TransformConfig):
     )
 
 
-_PATHS = ("input_path", "output_path", "cache_dir")
+_PATHS = ("input_path", "output_path", "cache_dir", "prices")
 _ALIASES = ("strip_fences", "auto_extract_code")
 
 

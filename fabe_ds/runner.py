@@ -53,6 +53,7 @@ class RunResult:
     retries: int
     prompt_tokens: int
     completion_tokens: int
+    cost: float
     failures_file: Path | None = None
     report: Path | None = None
     example: tuple[str, str] | None = field(default=None, repr=False)
@@ -302,6 +303,7 @@ def _report(
         retries=stats.retries,
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
+        cost=stats.cost,
         failures_file=_beside(plan.reports, FAILURES) if failed else None,
         report=_beside(plan.reports, REPORT),
         example=_example(written),
@@ -346,7 +348,7 @@ def _write_failures(written: Dataset, path: Path, failed: int) -> None:
 def _failures(written: Dataset) -> Iterable[dict[str, Any]]:
     import pyarrow.compute as pc
 
-    names = ["file", "index", "line", "failure", "message", "finish_reason", "text"]
+    names = ["file", "index", "line", "failure", "message", "finish_reason", "text", "answer"]
     table = written.data.table.select(names)
     for row in table.filter(pc.is_valid(table.column("failure"))).to_pylist():
         yield {"record": row.pop("index"), **row}

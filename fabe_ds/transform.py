@@ -14,9 +14,11 @@ import pyarrow as pa
 
 from fabe_ds.config import TransformConfig, setting, validated
 from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats
-from fabe_ds.engine.intake import Intake
+from fabe_ds.engine.budget import Budget, read_price
+from fabe_ds.engine.intake import Intake, Reask
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.prompts import Instruction, clean_answer, load_instruction
+from fabe_ds.prompts.validate import build_check
 from fabe_ds.providers import (
     Completion,
     Endpoint,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 CARRIER = ("raw", "text", "index", "joint")
 WINDOW_BATCHES = 32
+INVALID = "invalid"
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
 
@@ -74,6 +77,8 @@ class Transform:
             self.path = parse_path(config.field)
         except ValueError as error:
             raise UsageError(f"--field: {error}") from None
+        if config.validate_with:
+            build_check(config.validate_with)  # a wrong one is said now, not at the first answer
         self.config = config
         self._template, name = load_instruction(config.instruction or "")
         self.instruction = Instruction(self._template, name, config.template_vars, self.path)
@@ -236,16 +241,40 @@ class Transform:
 def acceptance(config: TransformConfig, provider: Provider) -> Accept:
     """What makes a record's new text of a completion. It may raise RecordFailed."""
 
+    check = build_check(config.validate_with) if config.validate_with else None
+
     def accept(request: Request, completion: Completion) -> str:
-        return clean_answer(
+        text = clean_answer(
             completion.text,
             completion.finish_reason,
             original=request.text,
             strip_fences=config.strips_fences,
             on_truncated=config.on_truncated,
         )
+        if check is not None and (wrong := check(text)):
+            raise RecordFailed(INVALID, wrong)
+        return text
 
     return accept
+
+
+def asking_again(config: TransformConfig) -> Reask:
+    """What an answer that fails its check is told, so many times at most."""
+
+    def reask(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
+        if kind != INVALID or len(request.turns) >= config.max_reasks:
+            return None
+        complaint = f"Your answer is {message}. Answer again, corrected, and in full."
+        return request._replace(turns=(*request.turns, (completion.text, complaint)))
+
+    return reask
+
+
+def _budget(config: TransformConfig) -> Budget:
+    price = None
+    if config.max_cost is not None:
+        price = read_price(config.prices, config.model or "")
+    return Budget(config.max_requests, config.max_tokens_total, config.max_cost, price)
 
 
 class _Session:
@@ -261,7 +290,12 @@ class _Session:
         self.stats = Stats()
         self.cache = RecordCache(config.cache_dir) if provider.cached else None
         intake = Intake(
-            provider, self.cache, acceptance(config, provider), self.stats, config.resume
+            provider,
+            self.cache,
+            acceptance(config, provider),
+            self.stats,
+            config.resume,
+            asking_again(config),
         )
         self.engine: LocalEngine | HttpEngine
         if isinstance(provider, HttpProvider):
@@ -281,7 +315,7 @@ class _Session:
             if is_worker():
                 die_with_parent()
                 slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
-            self.engine = HttpEngine(provider, intake, policy, slots)
+            self.engine = HttpEngine(provider, intake, policy, _budget(config), slots)
         elif isinstance(provider, LocalProvider):
             window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
             self.engine = LocalEngine(provider, intake, window)
@@ -318,6 +352,7 @@ RESULT = {
     "finish_reason": pa.string(),
     "prompt_tokens": pa.int64(),
     "completion_tokens": pa.int64(),
+    "answer": pa.large_string(),  # the last answer of a record that failed
 }
 """The columns that a transform gives for a carrier."""
 _SCHEMA = pa.schema(list(RESULT.items()))
@@ -340,6 +375,7 @@ def result_table(outcomes: Iterable[Outcome]) -> pa.Table:
         "finish_reason": [answer and answer.finish_reason for answer in answers],
         "prompt_tokens": [answer and answer.prompt_tokens for answer in answers],
         "completion_tokens": [answer and answer.completion_tokens for answer in answers],
+        "answer": [encodable(o.completion.text) if o.kind and o.completion else None for o in got],
     }
     return pa.table(columns, schema=_SCHEMA)
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -203,7 +203,11 @@ class RecordCache:
         return self._do(lambda c: c.execute(query, (mark,)).fetchone()) is not None
 
     def count(self) -> int:
-        return int(self._do(lambda c: c.execute("SELECT COUNT(*) FROM completions").fetchone())[0])
+        return int(self.query("SELECT COUNT(*) FROM completions")[0][0])
+
+    def query(self, sql: str, values: Sequence[object] = ()) -> list[Any]:
+        """The rows of a statement of one's own."""
+        return self._do(lambda connection: connection.execute(sql, values).fetchall())
 
     def close(self) -> None:
         with self._lock:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from fabe_ds.engine.budget import Budget
 from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
 from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.local import POLL_SECONDS
@@ -25,7 +26,7 @@ from fabe_ds.engine.loop import LoopThread
 from fabe_ds.engine.slots import SharedSlots
 from fabe_ds.engine.verdict import Verdict, judge, judge_payload
 from fabe_ds.errors import CacheError, FabeError, MalformedResponse, RecordFailed, RunStopped
-from fabe_ds.providers.base import Completion, HttpProvider
+from fabe_ds.providers.base import Completion, HttpProvider, Request
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +77,11 @@ class HttpEngine:
         provider: HttpProvider,
         intake: Intake,
         policy: Policy,
+        budget: Budget,
         slots: SharedSlots | None = None,
     ) -> None:
         self.provider, self.intake, self.policy, self.slots = provider, intake, policy, slots
+        self.budget = budget
         self.limiter = Limiter(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm)
         self._checked = False
         self._thread = LoopThread.shared()
@@ -134,8 +137,7 @@ class HttpEngine:
 
     async def post(self, task: _Task) -> Completion | Verdict:
         """One try."""
-        request = task.slot.request
-        assert request is not None
+        request = _request(task)
         url = self.provider.base_url + self.provider.path(request)
         body = json.dumps(self.provider.body(request)).encode()
         try:
@@ -204,9 +206,20 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _request(task: _Task) -> Request:
+    assert task.slot.request is not None
+    return task.slot.request
+
+
+def _used_up(cap: str) -> str:
+    return (
+        f"the budget is used up ({cap}); what was answered is kept, run the same command again "
+        "with a higher one to go on"
+    )
+
+
 def _tokens_at_most(task: _Task) -> int:
-    request = task.slot.request
-    assert request is not None
+    request = _request(task)
     return len(request.prompt) // CHARACTERS_A_TOKEN + request.sampling.max_new_tokens
 
 
@@ -249,6 +262,10 @@ class _Job:
                     break
                 if (pause := limiter.pause()) > 0:
                     self._wake_after(pause)
+                    break
+                if lacking := self.engine.budget.lacking(_request(self._todo[0])):
+                    if not busy:  # else an answer may give some of what it reserved back
+                        self.fatal(RunStopped(_used_up(lacking)))
                     break
                 if self.engine.slots and not self.engine.slots.hold(busy + 1):
                     self._wake_after(SLOT_SECONDS)
@@ -306,6 +323,7 @@ class _Job:
     def _start(self, task: _Task) -> None:
         self.intake.stats.requests += 1
         self.engine.limiter.sent(_tokens_at_most(task))
+        self.engine.budget.reserve(_request(task))
         running = asyncio.get_running_loop().create_task(self._send(task))
         self._tasks.add(running)
         running.add_done_callback(self._over)
@@ -321,7 +339,13 @@ class _Job:
     async def _send(self, task: _Task) -> None:
         limiter = self.engine.limiter
         started = time.monotonic()
+        request = _request(task)
         answer = await self.engine.post(task)
+        completion = answer if isinstance(answer, Completion) else None
+        # A refusal costs nothing; where the answer never came, nobody knows.
+        known = completion is not None or (isinstance(answer, Verdict) and answer.refused)
+        self.engine.budget.settle(request, completion, known)
+        self.intake.stats.cost = self.engine.budget.cost
         if isinstance(answer, Completion):
             self._gone_since, self._failures = None, 0
             limiter.answered(time.monotonic() - started, len(self._tasks))
@@ -355,7 +379,9 @@ class _Job:
             self.fatal(error)
             return
         for task, completion in rows:
-            self.intake.answered(task.slot, completion)
+            if not self.intake.answered(task.slot, completion):
+                self._todo.appendleft(_Task(task.slot))
+                continue
             outcome = task.slot.outcome
             self._tally(outcome is not None and outcome.kind is None)
         self.pump()

@@ -17,6 +17,13 @@ Item = Request | RecordFailed | None
 Accept = Callable[[Request, Completion], str]
 """Makes a record's new text of a completion. Raises: RecordFailed."""
 
+Reask = Callable[[Request, Completion, str, str], Request | None]
+"""The request to send where an answer failed with this kind and message; None for no other."""
+
+
+def never(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
+    return None
+
 
 class Outcome(NamedTuple):
     """What became of one record. `text` is None where it keeps what it has."""
@@ -41,6 +48,8 @@ class Stats:
     skipped: int = 0
     requests: int = 0
     retries: int = 0
+    reasks: int = 0
+    cost: float = 0.0
     in_flight: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -73,7 +82,9 @@ class Intake:
         accept: Accept,
         stats: Stats,
         resume: bool = True,
+        reask: Reask = never,
     ) -> None:
+        self._reask = reask
         self.provider, self.accept, self.stats = provider, accept, stats
         self.cache = cache if provider.cached else None
         self._resume = resume
@@ -99,18 +110,42 @@ class Intake:
             return slots, asking, []
         for slot in asking:
             self._give_key(slot)
+        fresh: list[Slot] = []
+        while asking:
+            asking = self._look_up(asking, fresh)
+        return slots, *self._claim(fresh)
+
+    def _look_up(self, asking: list[Slot], fresh: list[Slot]) -> list[Slot]:
+        """Settles what is answered and adds to `fresh` what is to be sent; gives those that were
+        asked again because of their stored answer, under their new keys."""
+        assert self.cache is not None
         readable = {s.key for s in asking if self._resume or s.key in self._stored}
         found = self.cache.get(list(readable - self._failed.keys()))
-        fresh: list[Slot] = []
+        again = []
         for slot in asking:
             if slot.key in self._failed:
                 self._settle(slot, self._failed[slot.key])
             elif slot.key in self._waiting:
                 self._waiting[slot.key].append(slot)
-            elif not self._settled_by(slot, found.get(slot.key)):
+            elif self._settled_by(slot, found.get(slot.key)):
+                pass
+            elif slot.key in found and self._asks_again(slot, found[slot.key]):
+                again.append(slot)
+            else:
                 self._waiting[slot.key] = [slot]
                 fresh.append(slot)
-        return slots, *self._claim(fresh)
+        return again
+
+    def _asks_again(self, slot: Slot, completion: Completion) -> bool:
+        """Whether the answer calls for another request, which the slot then holds."""
+        outcome = self._outcome(slot, completion, cached=False)
+        if outcome.kind is None or slot.request is None:
+            return False
+        request = self._reask(slot.request, completion, outcome.kind, outcome.message or "")
+        if request is None:
+            return False
+        slot.request, slot.key = request, self.provider.key(request)
+        return True
 
     def _claim(self, slots: list[Slot]) -> tuple[list[Slot], list[Slot]]:
         if not slots or self.cache is None:
@@ -142,11 +177,22 @@ class Intake:
         if not self._resume:
             self._stored.update(slot.key for slot, _ in rows)
 
-    def answered(self, slot: Slot, completion: Completion) -> None:
-        """Settles a slot, and all that wait for the same request, with a new completion."""
+    def answered(self, slot: Slot, completion: Completion) -> bool:
+        """Settles a slot, and all that wait for the same request, with a new completion.
+
+        False where the slot is to be sent again, with another request.
+        """
         self.stats.prompt_tokens += completion.prompt_tokens or 0
         self.stats.completion_tokens += completion.completion_tokens or 0
+        key = slot.key
+        if self._asks_again(slot, completion):
+            self.stats.reasks += 1
+            if self.cache is not None:
+                self._waiting[slot.key] = self._waiting.pop(key, [slot])
+                self.cache.claim([slot.key])
+            return False
         self._finish(slot, self._outcome(slot, completion, cached=False))
+        return True
 
     def failed(self, slot: Slot, error: RecordFailed) -> None:
         """Settles a slot, and all that wait for the same request, with a failure."""

@@ -59,13 +59,16 @@ class LocalEngine:
         """Nothing is open."""
 
     def _answer(self, slots: list[Slot]) -> None:
-        if not slots:
-            return
+        while slots:
+            slots = self._answer_once(slots)
+
+    def _answer_once(self, slots: list[Slot]) -> list[Slot]:
+        """Gives those that are to be asked again."""
         if not self._checked:
             self.provider.preflight()
             self._checked = True
         requests = [slot.request for slot in slots if slot.request is not None]
-        left = set(range(len(slots)))
+        left, again = set(range(len(slots))), []
         try:
             for batch in self.provider.stream(requests):
                 self.intake.stats.requests += len(batch)
@@ -75,7 +78,8 @@ class LocalEngine:
                     left.discard(index)
                     if isinstance(answer, RecordFailed):
                         self.intake.failed(slots[index], answer)
-                    else:
-                        self.intake.answered(slots[index], answer)
+                    elif not self.intake.answered(slots[index], answer):
+                        again.append(slots[index])
         finally:
             self.intake.abandon(slots[index] for index in left)
+        return again

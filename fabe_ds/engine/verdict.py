@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CONTEXT_CODES = ("context_length_exceeded", "exceed_context_size_error", "string_above_max_length")
@@ -23,7 +23,8 @@ class Verdict:
     """`action`: retry (this request again), fail (this record), stop (the run).
 
     `floor`: seconds that the server asks to wait, for every request to it. `busy`: the server has
-    more to do than it can. `gone`: nothing that speaks the protocol answered.
+    more to do than it can. `gone`: nothing that speaks the protocol answered. `refused`: it said
+    no before any model ran.
     """
 
     action: str
@@ -32,10 +33,15 @@ class Verdict:
     floor: float | None = None
     busy: bool = False
     gone: bool = False
+    refused: bool = False
 
 
 def judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
     """The verdict on an answer that holds no completion."""
+    return replace(_judge(status, headers, body), refused=True)
+
+
+def _judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
     message, codes = read_error(body)
     text = f"{status}: {message}" if message else f"HTTP status {status}"
     floor = retry_after(headers)

@@ -58,18 +58,24 @@ class Request(NamedTuple):  # built for every record, so a tuple: a third of a f
     chat: bool = True
     language: str = "python"
     sample: int = 0
+    turns: tuple[tuple[str, str], ...] = ()
+    """Answers that were no good and what was said to them: (answer, complaint), in order."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        user = {"role": "user", "content": self.prompt}
-        if not self.system_prompt:
-            return [user]
-        return [{"role": "system", "content": self.system_prompt}, user]
+        messages = [{"role": "user", "content": self.prompt}]
+        if self.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        for answer, complaint in self.turns:
+            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "user", "content": complaint})
+        return messages
 
     @property
     def plain(self) -> str:
         """The prompt of a model that is not asked through a chat template."""
-        return f"{self.system_prompt}\n\n{self.prompt}" if self.system_prompt else self.prompt
+        said = [part for turn in self.turns for part in turn]
+        return "\n\n".join([*filter(None, [self.system_prompt]), self.prompt, *said])
 
 
 class Completion(NamedTuple):

@@ -1,0 +1,129 @@
+"""What the record cache holds, and why a record would or would not be answered from it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fabe_ds.config import RunConfig
+from fabe_ds.engine.cache import RecordCache
+from fabe_ds.errors import RecordFailed, UsageError
+from fabe_ds.providers.base import Request
+from fabe_ds.records.load import batches, field_target
+from fabe_ds.runner import make_plan
+from fabe_ds.transform import Transform, acceptance
+
+DAY = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """`size` in bytes, `oldest` and `newest` in seconds since the epoch."""
+
+    completions: int
+    size: int
+    prompt_tokens: int
+    completion_tokens: int
+    oldest: float | None
+    newest: float | None
+
+
+def open_cache(folder: Path) -> RecordCache:
+    """Raises: UsageError where there is none."""
+    cache = RecordCache.existing(folder)
+    if cache is None:
+        raise UsageError(f"--cache-dir {folder}: no record cache there")
+    return cache
+
+
+def stats(folder: Path) -> CacheStats:
+    cache = open_cache(folder)
+    try:
+        query = (
+            "SELECT COUNT(*), TOTAL(prompt_tokens), TOTAL(completion_tokens), MIN(created), "
+            "MAX(created) FROM completions"
+        )
+        count, asked, answered, oldest, newest = cache.query(query)[0]
+        size = sum(path.stat().st_size for path in folder.glob("records.sqlite*"))
+        return CacheStats(count, size, int(asked), int(answered), oldest, newest)
+    finally:
+        cache.close()
+
+
+def prune(folder: Path, days: float) -> int:
+    """Removes completions older than so many days; gives how many."""
+    cache = open_cache(folder)
+    try:
+        cut = (time.time() - days * DAY,)
+        (count,) = cache.query("SELECT COUNT(*) FROM completions WHERE created < ?", cut)[0]
+        cache.query("DELETE FROM completions WHERE created < ?", cut)
+        cache.query("VACUUM")
+        return int(count)
+    finally:
+        cache.close()
+
+
+def export(folder: Path) -> Iterator[str]:
+    """Every completion as a line of JSON."""
+    cache = open_cache(folder)
+    names = ("key", "text", "finish_reason", "prompt_tokens", "completion_tokens", "created")
+    try:
+        last = 0
+        while rows := cache.query(
+            f"SELECT rowid, {', '.join(names)} FROM completions WHERE rowid > ? "
+            "ORDER BY rowid LIMIT 1000",
+            (last,),
+        ):
+            for rowid, key, *rest in rows:
+                last = rowid
+                row = dict(zip(names, (key.hex(), *rest), strict=True))
+                yield json.dumps(row, ensure_ascii=False)
+    finally:
+        cache.close()
+
+
+def explain(config: RunConfig, record: int) -> str:
+    """Why a record of the run (counted from 0) would or would not be answered from the cache."""
+    transform = Transform(config)
+    if not transform.provider.cached:
+        return f"{config.provider}: its answers cost nothing and are not kept"
+    seen = 0
+    target = field_target(config.field, config.backup)
+    for source in make_plan(config).sources:
+        for columns in batches(source, target, config.records_key):
+            rows = zip(columns["text"], columns["raw"], columns["skip"], strict=True)
+            for text, raw, skip in rows:
+                if seen == record:
+                    return f"{source.path}: record {record}: " + _why(transform, text, raw, skip)
+                seen += 1
+    raise UsageError(f"record {record}: the input has {seen}")
+
+
+def _why(transform: Transform, text: str | None, raw: str, skip: str | None) -> str:
+    item = transform.item(text, raw)
+    if item is None:
+        return f"not sent: the field is {skip}"
+    if not isinstance(item, Request):
+        return f"not sent: {item}"
+    key = transform.provider.key(item)
+    shown = f"{key.hex()[:16]}\n{transform.provider.shown(item)}"
+    cache = RecordCache.existing(transform.config.cache_dir)
+    found = cache.get([key]) if cache else {}
+    count = cache.count() if cache else 0
+    if cache:
+        cache.close()
+    if key not in found:
+        return (
+            f"miss: none of the {count} stored completions was asked for with this very request, "
+            f"key {shown}"
+        )
+    if not transform.config.resume:
+        return f"stored, but --no-resume leaves it unread, key {shown}"
+    try:
+        acceptance(transform.config, transform.provider)(item, found[key])
+    except RecordFailed as error:
+        return f"stored, but no use ({error}), so it is asked again, key {shown}"
+    return f"hit, key {shown}"
