@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
+import shlex
 import shutil
 import signal
 import sqlite3
+import subprocess
+import time
 
 import pytest
+from aiohttp import web
 
-from tests.conftest import wait_for
-from tests.server import ModelServer, completion, error
+from tests.conftest import COMMAND, wait_for
+from tests.server import ModelServer, answer_to, completion, error
 
 N = 500
 CONCURRENCY = 16
@@ -350,3 +356,169 @@ def test_one_slow_record_holds_nobody_up(box):
         assert server.in_flight >= 1
         process.communicate(timeout=30)
         assert server.most_in_flight == CONCURRENCY
+
+
+@pytest.mark.slow
+def test_50_random_kills(box):
+    """The output is that of an undisturbed run, and the requests stay within what was in flight."""
+    chance = random.Random(11)
+    kills = 0
+    with ModelServer(latency=0.15) as server:
+        box.lines("data.jsonl", records())
+        command_4 = [4 if part == CONCURRENCY else part for part in command(server)]
+        while kills < 50:
+            process = box.start(*command_4)
+            before = len(server.calls)
+            while process.poll() is None and len(server.calls) == before:
+                time.sleep(0.005)
+            time.sleep(chance.random() * 0.3)
+            if process.poll() is not None:
+                process.communicate()
+                break
+            box.kill(process)
+            kills += 1
+        ended = box.fabe(*command_4)
+        assert ended.code == 0, ended
+        assert kills >= 25
+        assert (box.path / "outputs/data.jsonl").read_text() == expected()
+        assert len(server.calls) <= N + kills * 4
+        print(f"{kills} kills, {len(server.calls)} requests for {N} records")
+
+
+def test_a_request_that_never_answers_is_asked_a_second_time(box):
+    async def one_hangs(call):
+        hung = (
+            call.prompt.endswith("= 150") and sum(p.endswith("= 150") for p in server.prompts) == 1
+        )
+        await asyncio.sleep(60 if hung else 0.01)
+
+    with ModelServer(one_hangs) as server:
+        box.lines("data.jsonl", records(300))
+        ended = box.fabe(*command(server), timeout=30)
+        assert ended.code == 0, ended
+        assert (box.path / "outputs/data.jsonl").read_text() == expected(300)
+        assert len(server.calls) == 301
+
+
+def test_R6_a_kill_after_the_last_answer_costs_nothing(box, server):
+    box.lines("data.jsonl", records(50))
+    box.fabe(*command(server))
+    for path in (box.path / ".cache/datasets").glob("*/cache-*.arrow"):
+        path.unlink()
+    for path in (box.path / ".cache/datasets").glob("*/finished-*"):
+        path.unlink()
+    ended = box.fabe(*command(server, "--output", "b"))
+    assert ended.code == 0
+    assert len(server.calls) == 50
+    assert (box.path / "b/data.jsonl").read_text() == expected(50)
+
+
+def test_R14_leftovers_of_killed_runs_do_no_harm(box, server):
+    box.lines("data.jsonl", records(20))
+    box.fabe(*command(server))
+    (folder,) = (box.path / ".cache/datasets").glob("[0-9a-f]*")
+    box.write(f".cache/datasets/{folder.name}/tmpabc", b"half an arrow file")
+    box.write(".cache/datasets/.new-x/records.arrow", b"half")
+    box.write(".cache/owners/dead.lock", b"")
+    box.write("outputs/.data.jsonl.x.tmp", b"half")
+    ended = box.fabe(*command(server))
+    assert ended.code == 0
+    assert len(server.calls) == 20
+
+
+def test_S7_a_key_is_not_sent_in_the_open(box):
+    box.lines("data.jsonl", records(2))
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Up",
+        "--provider",
+        "openai",
+        "--model",
+        "m",
+        "--base-url",
+        "http://api.example.com/v1",
+        "--api-key",
+        "sk-1",
+    )
+    assert ended.code == 1
+    assert "the key would be sent unencrypted" in ended.err
+
+
+def test_R13_a_full_disk_stops_the_run_and_keeps_what_is_stored(box):
+    async def long_answer(call):
+        return completion(call, answer_to(call.prompt) + "#" * 2000)
+
+    with ModelServer(long_answer, latency=0.01) as server:
+        box.lines("data.jsonl", records(200))
+        line = shlex.join([*COMMAND, *map(str, command(server))])
+        full = subprocess.run(
+            ["bash", "-c", f"ulimit -f 200; exec {line}"],
+            cwd=box.path,
+            env=box.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert full.returncode == 1, full
+        assert "records.sqlite" in full.stderr
+        assert "Traceback" not in full.stderr
+        sent = len(server.calls)
+        assert sent < 200
+        assert box.fabe(*command(server)).code == 0
+        assert len(server.calls) <= 200 + 2 * CONCURRENCY
+
+
+def test_R13_a_locked_cache_is_waited_for(box, server):
+    box.lines("data.jsonl", records(20))
+    box.fabe(*command(server, "--instruction", "Other"))
+    other = sqlite3.connect(box.path / ".cache/records.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    process = box.start(*command(server))
+    time.sleep(3)
+    other.execute("COMMIT")
+    other.close()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, (out, err)
+    assert len(server.calls) == 40
+
+
+def test_R9_a_touched_file_sends_nothing_and_an_edited_one_its_change(box, server):
+    path = box.lines("data.jsonl", records(20))
+    box.fabe(*command(server))
+    stamp = path.stat()
+    path.touch()
+    box.fabe(*command(server))
+    assert len(server.calls) == 20
+    path.write_text(path.read_text().replace("value_7 = 7", "value_7 = 8"))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    box.fabe(*command(server))
+    assert len(server.calls) == 21
+
+
+def test_H12_a_busy_ollama_is_asked_again(box):
+    async def busy_first(call):
+        if call.number < 3:
+            text = {"error": "server busy, please try again.  maximum pending requests exceeded"}
+            return web.json_response(text, status=503)
+        return None
+
+    with ModelServer(busy_first) as server:
+        box.lines("data.jsonl", records(10))
+        ended = box.fabe(
+            "run",
+            "--input",
+            "data.jsonl",
+            "--instruction",
+            "Up",
+            "--provider",
+            "ollama",
+            "--model",
+            "llama3",
+            "--base-url",
+            server.root,
+        )
+        assert ended.code == 0, ended
+        assert len(server.calls) == 13

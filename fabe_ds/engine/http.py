@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 CHUNK = 64
 BODY_LIMIT = 32 << 20
 SLOT_SECONDS = 0.005
+WATCH_SECONDS = 0.5
 CHARACTERS_A_TOKEN = 4  # a guess, put right by the usage that comes with the answer
 BACKOFF_SECONDS, BACKOFF_MOST = 0.5, 30.0
 SUSPICIOUS = 20  # records that all failed before any went well: it is not the records
@@ -57,12 +58,20 @@ class Policy:
 
 
 class _Task:
-    """A slot on its way: how often it was tried, and since when."""
+    """A slot on its way: how often it was tried, and since when.
 
-    __slots__ = ("free_retry", "slot", "tries")
+    `twin` is the second request for the same slot, where the first does not answer; `over` says
+    that the other one was first.
+    """
+
+    __slots__ = ("free_retry", "over", "running", "sent_at", "slot", "tries", "twin")
 
     def __init__(self, slot: Slot) -> None:
         self.slot, self.tries, self.free_retry = slot, 0, True
+        self.running: asyncio.Task[None] | None = None
+        self.sent_at = 0.0
+        self.twin: _Task | None = None
+        self.over = False
 
 
 class HttpEngine:
@@ -96,6 +105,7 @@ class HttpEngine:
         job = _Job(self, iter(items))
         loop = self._thread.loop
         loop.call_soon_threadsafe(job.pump)
+        loop.call_soon_threadsafe(job.watch)
         try:
             while (ready := job.ready.get()) is not None:
                 for slot in ready:
@@ -235,7 +245,7 @@ class _Job:
         self._order: deque[Slot] = deque()  # pulled and not yet delivered
         self._todo: deque[_Task] = deque()
         self._foreign: list[Slot] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], _Task] = {}
         self._sleeping: dict[_Task, asyncio.TimerHandle] = {}
         self._ahead = 0  # pulled and not yet consumed
         self._exhausted = self._stopping = False
@@ -325,11 +335,12 @@ class _Job:
         self.engine.limiter.sent(_tokens_at_most(task))
         self.engine.budget.reserve(_request(task))
         running = asyncio.get_running_loop().create_task(self._send(task))
-        self._tasks.add(running)
+        task.running, task.sent_at = running, time.monotonic()
+        self._tasks[running] = task
         running.add_done_callback(self._over)
 
     def _over(self, running: asyncio.Task[None]) -> None:
-        self._tasks.discard(running)
+        self._tasks.pop(running, None)
         if not running.cancelled() and (error := running.exception()) is not None:
             self.fatal(error)
         self.pump()
@@ -346,6 +357,15 @@ class _Job:
         known = completion is not None or (isinstance(answer, Verdict) and answer.refused)
         self.engine.budget.settle(request, completion, known)
         self.intake.stats.cost = self.engine.budget.cost
+        if task.over:
+            return
+        if twin := task.twin:
+            task.over = twin.over = isinstance(answer, Completion)
+            task.twin = twin.twin = None
+            if not task.over:
+                return  # the other one may still answer
+            if twin.running is not None:
+                twin.running.cancel()
         if isinstance(answer, Completion):
             self._gone_since, self._failures = None, 0
             limiter.answered(time.monotonic() - started, len(self._tasks))
@@ -364,6 +384,29 @@ class _Job:
             self._fail(task, answer)
         else:
             self._retry(task, answer, started)
+
+    def watch(self) -> None:
+        """Asks a second time, once, where an answer takes far longer than all others did.
+
+        A request that hangs would hold its record until the timeout; this costs one request.
+        """
+        if self.drained.is_set():
+            return
+        asyncio.get_running_loop().call_later(WATCH_SECONDS, self.watch)
+        late = self.engine.limiter.late()
+        room = self.engine.limiter.limit - len(self._tasks) - len(self._unstored)
+        if late is None or self._stopping or self._outage:
+            return
+        now = time.monotonic()
+        for task in list(self._tasks.values()):
+            if room > 0 and not task.twin and not task.over and now - task.sent_at > late:
+                if self.engine.budget.lacking(_request(task)):
+                    return
+                task.twin = _Task(task.slot)
+                task.twin.twin, task.twin.tries = task, task.tries
+                self._start(task.twin)
+                self.intake.stats.hedged += 1
+                room -= 1
 
     def _flush(self) -> None:
         """Stores the completions of this turn of the loop, all in one commit.

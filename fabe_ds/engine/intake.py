@@ -49,6 +49,7 @@ class Stats:
     requests: int = 0
     retries: int = 0
     reasks: int = 0
+    hedged: int = 0
     cost: float = 0.0
     in_flight: int = 0
     prompt_tokens: int = 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 AUTO_START, AUTO_MOST = 4, 512
 _DECREASE = 0.7
 _SLOWER = 2.0
+_LATENCIES = 200
+_LATE, _LATE_LEAST = 3.0, 2.0
 _REST = 15.0  # round trips at a level whose neighbour was refused
 
 
@@ -72,6 +75,14 @@ class Limiter:
         self._cut_at = -1.0
         self._fastest: float | None = None
         self._recent: float | None = None
+        self._latencies: deque[float] = deque(maxlen=_LATENCIES)
+
+    def late(self) -> float | None:
+        """Seconds after which an answer is suspiciously late: three times the 99th percentile of
+        the latest ones. None while too few are known."""
+        if len(self._latencies) < _LATENCIES // 2:
+            return None
+        return max(_LATE_LEAST, _LATE * sorted(self._latencies)[int(len(self._latencies) * 0.99)])
 
     @property
     def limit(self) -> int:
@@ -107,6 +118,7 @@ class Limiter:
 
     def answered(self, seconds: float, in_flight: int) -> None:
         """An answer came after `seconds`, with `in_flight` requests on their way."""
+        self._latencies.append(seconds)
         self._recent = seconds if self._recent is None else 0.9 * self._recent + 0.1 * seconds
         self._fastest = self._recent if self._fastest is None else min(self._fastest, self._recent)
         if self._limit >= self._most or in_flight < self._limit - 1:

@@ -6,13 +6,15 @@ Sending policy (limits, retries, cache) stands around providers, once, in `fabe_
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
-from fabe_ds.errors import FabeError, RecordFailed
+from fabe_ds.errors import FabeError, RecordFailed, RunStopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +192,28 @@ class HttpProvider(Provider):
         model refused.
         """
 
+    def refuse_open_key(self) -> None:
+        """Raises: RunStopped where the key would go over the network for all to read."""
+        parts = urlsplit(self.base_url)
+        if self._api_key and parts.scheme == "http" and not _is_private(parts.hostname or ""):
+            raise RunStopped(
+                f"{self.identity()}: the key would be sent unencrypted; use an https:// --base-url"
+            )
+
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
 
     def shown(self, request: Request) -> str:
         where = without_userinfo(self.base_url + self.path(request))
         return f"POST {where}\n{super().shown(request)}"
+
+
+def _is_private(host: str) -> bool:
+    """Whether a host is this machine, or in the local network by its look."""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return host == "localhost" or "." not in host or host.endswith((".local", ".internal"))
 
 
 def without_userinfo(url: str) -> str:

@@ -58,6 +58,7 @@ class OllamaProvider(HttpProvider):
         )
 
     def preflight(self) -> None:
+        self.refuse_open_key()
         where = self.identity()
         try:
             answer = requests.get(f"{self.base_url}/api/tags", headers=self.headers(), timeout=10)

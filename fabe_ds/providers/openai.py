@@ -63,6 +63,7 @@ class OpenAIProvider(HttpProvider):
         )
 
     def preflight(self) -> None:
+        self.refuse_open_key()
         try:
             answer = requests.get(
                 f"{self.base_url}/models", headers=self.headers(), timeout=10, allow_redirects=False

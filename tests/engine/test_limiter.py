@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from fabe_ds.engine.limiter import AUTO_START, Limiter
@@ -85,3 +87,8 @@ def test_a_cool_down_is_shared_and_a_floor(concurrency):
     assert limiter.pause() == 2.0
     clock.now += 2.0
     assert limiter.pause() == 0.0
+
+
+def test_H21_waiting_is_by_the_monotonic_clock():
+    """A wall clock that jumps moves no pause: nothing here reads it."""
+    assert Limiter(8)._clock is time.monotonic

@@ -176,7 +176,7 @@ def test_ollama_says_which_model_to_pull(box, server):
 
 
 @pytest.mark.parametrize("given", ["flag", "environment", "wrong"])
-def test_the_key_is_sent_and_appears_nowhere(box, server, given):
+def test_S3_the_key_is_sent_and_appears_nowhere(box, server, given):
     key = "sk-canary-1234567"
     server.key = key
     box.lines("data.jsonl", [{"code": "x"}])
