@@ -126,6 +126,9 @@ class TransformConfig(BaseModel):
     concurrency: Annotated[int, Field(gt=0)] | Literal["auto"] = _setting(
         "Execution", "Requests in flight at once; auto finds out what the server takes.", 4
     )
+    batch_api: bool = _setting(
+        "Execution", "Send through the server's batch API: cheaper, and done within a day.", False
+    )
     rpm: float | None = _setting("Execution", "Most requests a minute.", gt=0)
     tpm: float | None = _setting("Execution", "Most tokens a minute, prompts and answers.", gt=0)
     batch_size: int = _setting(

@@ -17,6 +17,7 @@ from fabe_ds.config import RunConfig, setting
 from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item, Stats
 from fabe_ds.errors import RECORDS_FAILED, UsageError
+from fabe_ds.providers.base import without_userinfo
 from fabe_ds.records import Loaded, Source, discover, export_records, load
 from fabe_ds.records.export import copy_unchanged, replacing
 from fabe_ds.records.mapped import passed_over
@@ -361,6 +362,8 @@ def _write_report(config: RunConfig, result: RunResult) -> None:
         for name in RunConfig.model_fields
         if name != "api_key" and setting(name, "panel")
     }
+    if config.base_url:
+        settings["base_url"] = without_userinfo(config.base_url)
     body = {"fabe_ds": __version__, "config": settings, **asdict(result)}
     body.pop("example")
     with replacing(result.report) as file:

@@ -37,6 +37,7 @@ from fabe_ds.version import TRANSFORM_VERSION
 if TYPE_CHECKING:
     from datasets import Features
 
+    from fabe_ds.engine.batch import BatchEngine
     from fabe_ds.engine.http import HttpEngine
 
 CARRIER = ("raw", "text", "index", "joint")
@@ -77,6 +78,8 @@ class Transform:
             self.path = parse_path(config.field)
         except ValueError as error:
             raise UsageError(f"--field: {error}") from None
+        if config.batch_api and config.provider != "openai":
+            raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
         if config.validate_with:
             build_check(config.validate_with)  # a wrong one is said now, not at the first answer
         self.config = config
@@ -297,7 +300,7 @@ class _Session:
             config.resume,
             asking_again(config),
         )
-        self.engine: LocalEngine | HttpEngine
+        self.engine: LocalEngine | HttpEngine | BatchEngine
         if isinstance(provider, HttpProvider):
             from fabe_ds.engine.http import HttpEngine, Policy
             from fabe_ds.engine.limiter import AUTO_MOST
@@ -311,6 +314,11 @@ class _Session:
                 rpm=config.rpm,
                 tpm=config.tpm,
             )
+            if config.batch_api:
+                from fabe_ds.engine.batch import BatchEngine
+
+                self.engine = BatchEngine(provider, intake, policy)
+                return
             slots = None
             if is_worker():
                 die_with_parent()

@@ -89,12 +89,16 @@ class ModelServer:
         app.router.add_get("/api/tags", self._list_ollama)
         for path in ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate"):
             app.router.add_post(path, self._complete)
+        self.routes(app)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
         self._port = self._runner.addresses[0][1]
         self._started.set()
+
+    def routes(self, app: web.Application) -> None:
+        """More of a protocol, in a class of its own."""
 
     async def _list_openai(self, request: web.Request) -> web.Response:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS completions (
     key BLOB NOT NULL UNIQUE, text TEXT NOT NULL, finish_reason TEXT,
     prompt_tokens INTEGER, completion_tokens INTEGER, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batches (run TEXT PRIMARY KEY, endpoint TEXT NOT NULL, batch TEXT);
 CREATE TABLE IF NOT EXISTS written (mark BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 _COLUMNS = "key, text, finish_reason, prompt_tokens, completion_tokens"
@@ -34,6 +35,14 @@ _IN = 500  # host parameters a statement; old builds of SQLite allow 999
 _BUSY_SECONDS = 30
 
 T = TypeVar("T")
+
+
+class OpenBatch(NamedTuple):
+    """A batch that was sent (or was about to be) and has not been read to its end."""
+
+    run: str
+    endpoint: str
+    batch: str | None
 
 
 class RecordCache:
@@ -186,6 +195,16 @@ class RecordCache:
         """Gives up claims whose requests failed."""
         rows = [(key, self._owner) for key in keys]
         self._do(lambda c: c.executemany("DELETE FROM claims WHERE key = ? AND owner = ?", rows))
+
+    def remember_batch(self, batch: OpenBatch) -> None:
+        self.query("INSERT OR REPLACE INTO batches VALUES (?, ?, ?)", batch)
+
+    def open_batches(self, endpoint: str) -> list[OpenBatch]:
+        rows = self.query("SELECT run, endpoint, batch FROM batches WHERE endpoint = ?", [endpoint])
+        return [OpenBatch(*row) for row in rows]
+
+    def forget_batch(self, run: str) -> None:
+        self.query("DELETE FROM batches WHERE run = ?", [run])
 
     def mark_written(self, marks: Iterable[bytes]) -> None:
         """Remembers values that were written into files in place."""

@@ -1,0 +1,235 @@
+"""Sends requests through a batch API: at half the price, some time within a day.
+
+Source: OpenAI API reference, "Files" and "Batch". A batch is remembered before it is waited for, so
+a run that was killed finds it again instead of paying for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from fabe_ds.engine.cache import OpenBatch
+from fabe_ds.engine.http import Policy
+from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
+from fabe_ds.engine.local import POLL_SECONDS
+from fabe_ds.engine.verdict import Verdict, judge
+from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
+from fabe_ds.providers.base import Completion, HttpProvider
+
+log = logging.getLogger(__name__)
+
+MOST_REQUESTS, MOST_BYTES = 50_000, 190 << 20
+WAIT_SECONDS, WAIT_MOST, WAIT_GROWTH = 0.5, 60.0, 1.5
+_RUN = "fabe_ds_run"
+_ENDED = ("completed", "failed", "expired", "cancelled")
+_AGAIN = Verdict("retry", "batch", "the batch ended without an answer")
+
+
+class BatchEngine:
+    """Answers items in order; what the cache lacks goes into batches of up to 50,000 requests."""
+
+    def __init__(self, provider: HttpProvider, intake: Intake, policy: Policy) -> None:
+        assert intake.cache is not None
+        self.provider, self.intake, self.policy = provider, intake, policy
+        self.cache = intake.cache
+        self._session = requests.Session()
+        self._session.headers.update(provider.headers())
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """One outcome an item, in order. Raises: RunStopped, CacheError."""
+        self._collect_open()
+        iterator = iter(items)
+        while window := list(islice(iterator, MOST_REQUESTS)):
+            slots, todo, foreign = self.intake.take(window)
+            self._answer(todo)
+            while foreign:
+                todo, foreign = self.intake.take_over(foreign)
+                self._answer(todo)
+                if foreign:
+                    time.sleep(POLL_SECONDS)
+            for slot in slots:
+                assert slot.outcome is not None
+                yield slot.outcome
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _answer(self, slots: list[Slot]) -> None:
+        left = [(slot, _AGAIN) for slot in slots]
+        tries = 0
+        try:
+            while left and tries <= self.policy.retry:
+                todo, left = [slot for slot, _ in left], []
+                for part in self._parts(todo):
+                    left += self._run(part)
+                tries += 1
+                self.intake.stats.retries += len(left)
+            for slot, verdict in left:
+                self.intake.failed(slot, RecordFailed(verdict.kind, verdict.message))
+        finally:
+            self.intake.abandon(slot for slot in slots if slot.outcome is None)
+
+    def _parts(self, slots: list[Slot]) -> Iterator[list[tuple[Slot, bytes]]]:
+        """The slots with their lines, in files of a size that is taken."""
+        part: list[tuple[Slot, bytes]] = []
+        size = 0
+        for slot in slots:
+            line = self._line(slot)
+            if part and size + len(line) > MOST_BYTES:
+                yield part
+                part, size = [], 0
+            part.append((slot, line))
+            size += len(line)
+        if part:
+            yield part
+
+    def _line(self, slot: Slot) -> bytes:
+        assert slot.request is not None
+        line = {
+            "custom_id": slot.key.hex(),
+            "method": "POST",
+            "url": self._endpoint(self.provider.path(slot.request)),
+            "body": self.provider.body(slot.request),
+        }
+        return json.dumps(line).encode() + b"\n"
+
+    def _endpoint(self, path: str) -> str:
+        return urlsplit(self.provider.base_url).path.rstrip("/") + path
+
+    def _run(self, part: list[tuple[Slot, bytes]]) -> list[tuple[Slot, Verdict]]:
+        """One batch, to its end. Gives the slots that are to be tried again."""
+        slots = {slot.key.hex(): slot for slot, _ in part}
+        run = hashlib.sha256("".join(sorted(slots)).encode()).hexdigest()[:32]
+        first = part[0][0].request
+        assert first is not None
+        self.intake.stats.requests += len(part)
+        opened = OpenBatch(run, self.provider.identity(), None)
+        self.cache.remember_batch(opened)
+        file = self._call(
+            "POST",
+            "/files",
+            data={"purpose": "batch"},
+            files={"file": ("requests.jsonl", b"".join(line for _, line in part))},
+        )["id"]
+        body = {
+            "input_file_id": file,
+            "endpoint": self._endpoint(self.provider.path(first)),
+            "completion_window": "24h",
+            "metadata": {_RUN: run},
+        }
+        batch = self._call("POST", "/batches", json=body)["id"]
+        self.cache.remember_batch(opened._replace(batch=batch))
+        log.info("batch %s: %d requests", batch, len(part))
+        left = []
+        for key, answer in self._results(batch):
+            slot = slots.pop(key, None)
+            if slot is None:
+                continue
+            if isinstance(answer, Completion):
+                self.intake.store([(slot, answer)])
+                if not self.intake.answered(slot, answer):
+                    left.append((slot, _AGAIN))
+            elif answer.action == "stop":
+                raise RunStopped(f"{self.provider.identity()}: {answer.message}")
+            elif answer.action == "retry":
+                left.append((slot, answer))
+            else:
+                self.intake.failed(slot, RecordFailed(answer.kind, answer.message))
+        self.cache.forget_batch(run)
+        return left + [(slot, _AGAIN) for slot in slots.values()]
+
+    def _collect_open(self) -> None:
+        """Waits for the batches that killed runs left, and stores their answers."""
+        for opened in self.cache.open_batches(self.provider.identity()):
+            batch = opened.batch or self._find(opened.run)
+            if batch is not None:
+                log.info("batch %s: taken up again", batch)
+                for key, answer in self._results(batch):
+                    if isinstance(answer, Completion):
+                        self.cache.put([(bytes.fromhex(key), answer)])
+            self.cache.forget_batch(opened.run)
+
+    def _find(self, run: str) -> str | None:
+        """The batch of a run that was killed before it could note its name."""
+        for batch in self._call("GET", "/batches?limit=100").get("data") or []:
+            if (batch.get("metadata") or {}).get(_RUN) == run:
+                return str(batch["id"])
+        return None
+
+    def _results(self, batch: str) -> Iterator[tuple[str, Completion | Verdict]]:
+        state = self._wait(batch)
+        for name in ("output_file_id", "error_file_id"):
+            if file := state.get(name):
+                for line in self._lines(file):
+                    yield str(line.get("custom_id")), self._read(line)
+
+    def _wait(self, batch: str) -> Mapping[str, Any]:
+        seconds = WAIT_SECONDS
+        while True:
+            state = self._call("GET", f"/batches/{batch}")
+            if state.get("status") in _ENDED:
+                break
+            time.sleep(seconds)
+            seconds = min(WAIT_MOST, seconds * WAIT_GROWTH)
+        if state["status"] == "failed":
+            errors = (state.get("errors") or {}).get("data") or [{}]
+            raise RunStopped(
+                f"batch {batch} failed: {errors[0].get('message') or 'no reason given'}"
+            )
+        return state
+
+    def _lines(self, file: str) -> Iterator[Mapping[str, Any]]:
+        answer = self._send("GET", f"/files/{file}/content", stream=True)
+        for line in answer.iter_lines(chunk_size=1 << 16):
+            if line.strip():
+                yield json.loads(line)
+
+    def _read(self, line: Mapping[str, Any]) -> Completion | Verdict:
+        response = line.get("response")
+        if not isinstance(response, Mapping):
+            return _AGAIN
+        body = response.get("body")
+        if response.get("status_code") != 200 or not isinstance(body, Mapping):
+            return judge(int(response.get("status_code") or 500), {}, json.dumps(body).encode())
+        try:
+            return self.provider.completion(body)
+        except MalformedResponse as error:
+            return Verdict("retry", "malformed", str(error))
+        except RecordFailed as error:
+            return Verdict("fail", error.kind, str(error))
+
+    def _call(self, method: str, path: str, **body: Any) -> Mapping[str, Any]:
+        payload = self._send(method, path, **body).json()
+        if not isinstance(payload, Mapping):
+            raise RunStopped(f"{self.provider.identity()}: {path} gave no JSON object")
+        return payload
+
+    def _send(self, method: str, path: str, **body: Any) -> requests.Response:
+        """One call, tried again while the server is away for no longer than it may."""
+        gone_since: float | None = None
+        seconds = WAIT_SECONDS
+        while True:
+            try:
+                answer = self._session.request(
+                    method, self.provider.base_url + path, timeout=self.policy.timeout, **body
+                )
+                if answer.ok:
+                    return answer
+                verdict = judge(answer.status_code, answer.headers, answer.content)
+            except requests.RequestException as error:
+                verdict = Verdict("retry", "connection", type(error).__name__)
+            now = time.monotonic()
+            gone_since = gone_since or now
+            if verdict.action != "retry" or now - gone_since > self.policy.give_up_after:
+                raise RunStopped(f"{self.provider.identity()}: {verdict.message}")
+            time.sleep(max(seconds, verdict.floor or 0.0))
+            seconds = min(WAIT_MOST, seconds * 2)
