@@ -41,6 +41,14 @@ def answer_to(prompt: str) -> str:
     return prompt.rsplit("\n\n", 1)[-1].upper()
 
 
+def openai_run(server: ModelServer, *more: Any) -> list[Any]:
+    """The command line of a run over data.jsonl with the server's model."""
+    return [
+        *("run", "--input", "data.jsonl", "--instruction", "Up", "--provider", "openai"),
+        *("--model", "m", "--base-url", server.url, *more),
+    ]
+
+
 class ModelServer:
     """Runs in a thread of its own. `behaviour` may answer in its own way, or return None."""
 

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 
 from tests.conftest import COMMAND, wait_for
-from tests.server import ModelServer, answer_to, completion, error
+from tests.server import ModelServer, answer_to, completion, error, openai_run
 
 N = 500
 CONCURRENCY = 16
@@ -28,22 +28,7 @@ def records(count=N):
 
 
 def command(server, *more):
-    return [
-        "run",
-        "--input",
-        "data.jsonl",
-        "--instruction",
-        "Up",
-        "--provider",
-        "openai",
-        "--model",
-        "m",
-        "--base-url",
-        server.url,
-        "--concurrency",
-        CONCURRENCY,
-        *more,
-    ]
+    return openai_run(server, "--concurrency", CONCURRENCY, *more)
 
 
 def expected(count=N):

@@ -8,24 +8,7 @@ import pytest
 from aiohttp import web
 
 from fabe_ds.prompts.validate import build_check
-from tests.server import Call, ModelServer, completion, error
-
-
-def command(server: ModelServer, *more):
-    return [
-        "run",
-        "--input",
-        "data.jsonl",
-        "--instruction",
-        "Up",
-        "--provider",
-        "openai",
-        "--model",
-        "m",
-        "--base-url",
-        server.url,
-        *more,
-    ]
+from tests.server import Call, ModelServer, completion, error, openai_run
 
 
 def records(box, count=50):
@@ -34,11 +17,11 @@ def records(box, count=50):
 
 def test_the_cap_on_requests_is_never_passed_and_a_higher_one_goes_on(box, server):
     records(box)
-    ended = box.fabe(*command(server, "--max-requests", 20, "--concurrency", 8))
+    ended = box.fabe(*openai_run(server, "--max-requests", 20, "--concurrency", 8))
     assert ended.code == 1
     assert "the budget is used up (--max-requests 20)" in ended.err
     assert len(server.calls) == 20
-    assert box.fabe(*command(server, "--max-requests", 30)).code == 0
+    assert box.fabe(*openai_run(server, "--max-requests", 30)).code == 0
     assert len(server.calls) == 50
 
 
@@ -48,7 +31,7 @@ def test_failed_tries_count_too(box):
 
     with ModelServer(behave) as server:
         records(box)
-        box.fabe(*command(server, "--max-requests", 10, "--retry", 5))
+        box.fabe(*openai_run(server, "--max-requests", 10, "--retry", 5))
         assert len(server.calls) == 10
 
 
@@ -62,7 +45,7 @@ def test_the_cap_on_tokens_is_never_passed(box):
 
     with ModelServer(behave) as server:
         records(box)
-        ended = box.fabe(*command(server, "--max-tokens-total", 400, "--max-new-tokens", 10))
+        ended = box.fabe(*openai_run(server, "--max-tokens-total", 400, "--max-new-tokens", 10))
         assert ended.code == 1
         assert "--max-tokens-total 400" in ended.err
         assert 150 < used <= 400
@@ -72,7 +55,7 @@ def test_the_cap_on_cost(box, server):
     records(box)
     box.write("prices.yaml", "m: {prompt: 1000, completion: 2000}\n")
     ended = box.fabe(
-        *command(server, "--max-cost", 0.5, "--prices", "prices.yaml", "--max-new-tokens", 10)
+        *openai_run(server, "--max-cost", 0.5, "--prices", "prices.yaml", "--max-new-tokens", 10)
     )
     assert ended.code == 1
     assert "--max-cost 0.5" in ended.err
@@ -91,7 +74,7 @@ def test_the_cap_on_cost(box, server):
 def test_without_a_price_there_is_no_cost_to_cap(box, server, flags, says):
     records(box)
     box.write("p.yaml", "other: {prompt: 1, completion: 1}\n")
-    ended = box.fabe(*command(server, *flags))
+    ended = box.fabe(*openai_run(server, *flags))
     assert ended.code == 2
     assert says in ended.err
     assert not server.calls
@@ -106,7 +89,7 @@ def test_an_answer_that_fails_its_check_is_asked_again_with_what_is_wrong(box):
 
     with ModelServer(behave) as server:
         records(box, 6)
-        ended = box.fabe(*command(server, "--validate", "python-syntax"))
+        ended = box.fabe(*openai_run(server, "--validate", "python-syntax"))
         assert ended.code == 0, ended
         assert len(server.calls) == 7
         again = next(c for c in server.calls if len(c.body["messages"]) == 4)
@@ -114,7 +97,7 @@ def test_an_answer_that_fails_its_check_is_asked_again_with_what_is_wrong(box):
         assert "not valid Python" in again.body["messages"][3]["content"]
         # From the record cache alone, chain and all.
         box.fabe(
-            *command(
+            *openai_run(
                 server,
                 "--validate",
                 "python-syntax",
@@ -140,7 +123,7 @@ def test_an_answer_that_keeps_failing_is_listed_with_its_last_words(box):
 
     with ModelServer(behave) as server:
         records(box, 6)
-        ended = box.fabe(*command(server, "--validate", "python-syntax", "--max-reasks", 2))
+        ended = box.fabe(*openai_run(server, "--validate", "python-syntax", "--max-reasks", 2))
         assert ended.code == 1
         assert len(server.calls) == 6 + 2
         (failure,) = box.read("outputs.failures.jsonl")
@@ -172,7 +155,7 @@ def test_the_checks(tmp_path, spec, good, bad):
 @pytest.mark.parametrize("spec", ["nothing", "regex:(", "json-schema:gone.json"])
 def test_a_wrong_check_is_said_before_anything_is_sent(box, server, spec):
     records(box)
-    ended = box.fabe(*command(server, "--validate", spec))
+    ended = box.fabe(*openai_run(server, "--validate", spec))
     assert ended.code == 2
     assert ended.err.startswith(f"fabe-ds: --validate {spec}: ")
     assert not server.calls
@@ -186,7 +169,7 @@ def test_retry_sends_the_failed_records_of_a_run(box):
 
     with ModelServer(behave) as server:
         records(box, 10)
-        assert box.fabe(*command(server, "--output", "out")).code == 1
+        assert box.fabe(*openai_run(server, "--output", "out")).code == 1
         broken = False
         ended = box.fabe("retry", "out.run.json")
         assert ended.code == 0, ended
@@ -200,7 +183,7 @@ def test_retry_sends_the_failed_records_of_a_run(box):
 def test_the_caches_commands(box, server):
     assert box.fabe("cache", "stats").code == 2
     records(box, 10)
-    box.fabe(*command(server))
+    box.fabe(*openai_run(server))
     ended = box.fabe("cache", "stats")
     assert ended.out.startswith("10 completions, ")
     exported = [json.loads(line) for line in box.fabe("cache", "export").out.splitlines()]

@@ -20,7 +20,7 @@ import requests
 from fabe_ds.engine.cache import OpenBatch
 from fabe_ds.engine.http import Policy
 from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
-from fabe_ds.engine.local import POLL_SECONDS
+from fabe_ds.engine.local import answer_window
 from fabe_ds.engine.verdict import Verdict, judge
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers.base import Completion, HttpProvider
@@ -49,16 +49,7 @@ class BatchEngine:
         self._collect_open()
         iterator = iter(items)
         while window := list(islice(iterator, MOST_REQUESTS)):
-            slots, todo, foreign = self.intake.take(window)
-            self._answer(todo)
-            while foreign:
-                todo, foreign = self.intake.take_over(foreign)
-                self._answer(todo)
-                if foreign:
-                    time.sleep(POLL_SECONDS)
-            for slot in slots:
-                assert slot.outcome is not None
-                yield slot.outcome
+            yield from answer_window(self.intake, window, self._answer)
 
     def close(self) -> None:
         self._session.close()

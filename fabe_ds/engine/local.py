@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from fabe_ds.engine.intake import SKIPPED, Intake, Item, Outcome, Slot
@@ -11,6 +11,25 @@ from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import Completion, LocalProvider, Request
 
 POLL_SECONDS = 0.5
+
+
+def answer_window(
+    intake: Intake, items: list[Item], answer: Callable[[list[Slot]], None]
+) -> Iterator[Outcome]:
+    """One outcome an item, in order; `answer` settles the slots that are to be sent.
+
+    What another process is sending is waited for, or taken over when that process ends.
+    """
+    slots, todo, foreign = intake.take(items)
+    answer(todo)
+    while foreign:
+        todo, foreign = intake.take_over(foreign)
+        answer(todo)
+        if foreign:
+            time.sleep(POLL_SECONDS)
+    for slot in slots:
+        assert slot.outcome is not None
+        yield slot.outcome
 
 
 class LocalEngine:
@@ -27,16 +46,7 @@ class LocalEngine:
             if self.intake.cache is None:
                 yield from self._straight(window)
                 continue
-            slots, todo, foreign = self.intake.take(window)
-            self._answer(todo)
-            while foreign:
-                todo, foreign = self.intake.take_over(foreign)
-                self._answer(todo)
-                if foreign:
-                    time.sleep(POLL_SECONDS)
-            for slot in slots:
-                assert slot.outcome is not None
-                yield slot.outcome
+            yield from answer_window(self.intake, window, self._answer)
 
     def _straight(self, items: list[Item]) -> Iterator[Outcome]:
         """Answers that nothing is kept of: no keys, no look-ups."""

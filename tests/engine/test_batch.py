@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from tests.conftest import wait_for
-from tests.server import ModelServer, answer_to
+from tests.server import ModelServer, answer_to, openai_run
 
 
 class BatchServer(ModelServer):
@@ -101,21 +101,7 @@ def batches():
 
 
 def command(server, *more):
-    return [
-        "run",
-        "--input",
-        "data.jsonl",
-        "--instruction",
-        "Up",
-        "--provider",
-        "openai",
-        "--model",
-        "m",
-        "--base-url",
-        server.url,
-        "--batch-api",
-        *more,
-    ]
+    return openai_run(server, "--batch-api", *more)
 
 
 def test_records_go_through_one_batch(box, batches):

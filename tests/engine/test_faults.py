@@ -17,32 +17,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.server import Behaviour, Call, ModelServer, answer_to, completion, error
+from tests.server import Behaviour, Call, ModelServer, answer_to, completion, error, openai_run
 
 RETRY = 2
 
 
-def command(server: ModelServer, *more: Any) -> list[Any]:
-    return [
-        "run",
-        "--input",
-        "data.jsonl",
-        "--instruction",
-        "Up",
-        "--provider",
-        "openai",
-        "--model",
-        "m",
-        "--base-url",
-        server.url,
-        "--retry",
-        RETRY,
-        "--timeout",
-        2,
-        "--concurrency",
-        8,
-        *more,
-    ]
+def command(server, *more):
+    return openai_run(server, "--retry", RETRY, "--timeout", 2, "--concurrency", 8, *more)
 
 
 # What a server may do. Each takes the call and gives a response, or breaks the connection.

@@ -14,24 +14,7 @@ import pytest
 from aiohttp import web
 
 from fabe_ds.engine.limiter import Bucket, duration
-from tests.server import Call, ModelServer, error
-
-
-def command(server: ModelServer, *more):
-    return [
-        "run",
-        "--input",
-        "data.jsonl",
-        "--instruction",
-        "Up",
-        "--provider",
-        "openai",
-        "--model",
-        "m",
-        "--base-url",
-        server.url,
-        *more,
-    ]
+from tests.server import Call, ModelServer, error, openai_run
 
 
 class Moving:
@@ -69,7 +52,7 @@ def test_auto_follows_a_limit_that_moves(box):
     best = (8 * 8 + 8 * 32 + 8 * 8) / 0.1
     with ModelServer(moving) as server:
         box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(20_000)])
-        process = box.start(*command(server, "--concurrency", "auto", "--retry", 50))
+        process = box.start(*openai_run(server, "--concurrency", "auto", "--retry", 50))
         time.sleep(2)
         while moving.started is None or time.monotonic() - moving.started < 24:
             time.sleep(0.1)
@@ -135,7 +118,7 @@ def test_requests_a_minute_are_kept_to(box):
     with ModelServer() as server:
         box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(90)])
         started = time.monotonic()
-        ended = box.fabe(*command(server, "--rpm", 600, "--concurrency", 50))
+        ended = box.fabe(*openai_run(server, "--rpm", 600, "--concurrency", 50))
         seconds = time.monotonic() - started
     assert ended.code == 0, ended
     assert seconds >= (90 - 60 - 1) / 10
@@ -157,7 +140,7 @@ def test_what_the_server_says_is_used_up_is_waited_for(box):
 
     with ModelServer(behave) as server:
         box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(40)])
-        assert box.fabe(*command(server, "--concurrency", 2)).code == 0
+        assert box.fabe(*openai_run(server, "--concurrency", 2)).code == 0
     assert max(b - a for a, b in itertools.pairwise(times)) >= 1.0
 
 
