@@ -319,11 +319,16 @@ class _Session:
 
                 self.engine = BatchEngine(provider, intake, policy)
                 return
-            slots = None
+            slots, budget = None, _budget(config)
             if is_worker():
+                if budget.capped:
+                    raise UsageError(
+                        "--max-requests, --max-tokens-total and --max-cost hold in one process; "
+                        "leave num_proc out"
+                    )
                 die_with_parent()
                 slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
-            self.engine = HttpEngine(provider, intake, policy, _budget(config), slots)
+            self.engine = HttpEngine(provider, intake, policy, budget, slots)
         elif isinstance(provider, LocalProvider):
             window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
             self.engine = LocalEngine(provider, intake, window)

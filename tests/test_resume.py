@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 
 import pytest
@@ -507,3 +508,44 @@ def test_H12_a_busy_ollama_is_asked_again(box):
         )
         assert ended.code == 0, ended
         assert len(server.calls) == 13
+
+
+def test_R5_a_kill_while_files_are_replaced_leaves_old_or_new(box):
+    path = box.lines("data.jsonl", records(60_000))
+    old = path.read_bytes()
+    new = b""
+    chance = random.Random(5)
+    seen = set()
+    for _ in range(8):
+        path.write_bytes(old)
+        shutil.rmtree(box.path / ".cache", ignore_errors=True)
+        process = box.start("run", "--input", "data.jsonl", "--inplace")
+        if not new:
+            process.communicate()
+            new = path.read_bytes()
+            assert new != old
+            continue
+        wait_for(
+            lambda process=process: (
+                list((box.path / ".cache/datasets").glob("*/cache-*")) or process.poll() is not None
+            )
+        )
+        time.sleep(chance.random() * 0.4)
+        box.kill(process)
+        assert path.read_bytes() in (old, new)
+        seen.add(path.read_bytes() == new)
+    assert seen
+
+
+def test_caps_are_refused_to_workers(tmp_path, server):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import datasets, fabe_ds\n"
+        "data = datasets.Dataset.from_list([{'code': str(i)} for i in range(4)])\n"
+        f"fn = fabe_ds.transform_fn(instruction='Up', provider='openai', model='m', "
+        f"base_url={server.url!r}, cache_dir={str(tmp_path / 'c')!r}, max_requests=2)\n"
+        "data.map(fn, batched=True, num_proc=2)\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert "hold in one process" in ended.stderr
+    assert not server.calls

@@ -58,7 +58,8 @@ class HttpEngine:
     ) -> None:
         self.provider, self.intake, self.policy, self.slots = provider, intake, policy, slots
         self.budget = budget
-        self.limiter = Limiter(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm)
+        sharers = slots.workers if slots else None
+        self.limiter = Limiter(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm, sharers=sharers)
         self._checked = False
         self._thread = LoopThread.shared()
         self._session = self._thread.call(self._open_session())

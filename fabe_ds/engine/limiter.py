@@ -16,12 +16,22 @@ _REST = 15.0  # round trips at a level whose neighbour was refused
 
 
 class Bucket:
-    """A token bucket: `rate` a minute, of which a tenth may come at once."""
+    """A token bucket: `rate` a minute, of which a tenth may come at once.
 
-    def __init__(self, rate: float, clock: Callable[[], float]) -> None:
-        self._rate, self._clock = rate / 60.0, clock
-        self._most = max(1.0, rate / 10.0)
-        self._level, self._at = self._most, clock()
+    `sharers` tells how many processes share the rate just now. They begin with nothing in the
+    bucket, since the first of them does not know yet how many are coming.
+    """
+
+    def __init__(
+        self, rate: float, clock: Callable[[], float], sharers: Callable[[], int] | None = None
+    ) -> None:
+        self._whole, self._clock, self._sharers = rate, clock, sharers
+        self._share()
+        self._level, self._at = self._most if sharers is None else 0.0, clock()
+
+    def _share(self) -> None:
+        part = self._whole / (self._sharers() if self._sharers else 1)
+        self._rate, self._most = part / 60.0, max(1.0, part / 10.0)
 
     def take(self, amount: float) -> None:
         self._refill()
@@ -34,6 +44,7 @@ class Bucket:
 
     def _refill(self) -> None:
         now = self._clock()
+        self._share()
         self._level = min(self._most, self._level + (now - self._at) * self._rate)
         self._at = now
 
@@ -63,9 +74,10 @@ class Limiter:
         clock: Callable[[], float] = time.monotonic,
         rpm: float | None = None,
         tpm: float | None = None,
+        sharers: Callable[[], int] | None = None,
     ) -> None:
-        self._requests = Bucket(rpm, clock) if rpm else None
-        self._tokens = Bucket(tpm, clock) if tpm else None
+        self._requests = Bucket(rpm, clock, sharers) if rpm else None
+        self._tokens = Bucket(tpm, clock, sharers) if tpm else None
         self._most = concurrency or AUTO_MOST
         self._limit = self._good = concurrency or AUTO_START
         self._step = self._limit

@@ -7,12 +7,14 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from fabe_ds.folders import private_folder
 
+COUNT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,6 +31,22 @@ class SharedSlots:
         turn = os.getpid() % count
         self._free = self._free[turn:] + self._free[:turn]
         self._held: list[FileLock] = []
+        self._home = home
+        self._member = FileLock(home / f"worker-{os.getpid()}.lock", thread_local=False)
+        self._member.acquire(timeout=0)
+        self._counted_at, self._count = -COUNT_SECONDS, 1
+
+    def workers(self) -> int:
+        """How many processes share the places just now; counted anew every second."""
+        now = time.monotonic()
+        if now - self._counted_at >= COUNT_SECONDS:
+            others = [path for path in self._home.glob("worker-*") if not self._is_mine(path)]
+            self._count = 1 + sum(map(_is_locked, others))
+            self._counted_at = now
+        return self._count
+
+    def _is_mine(self, path: Path) -> bool:
+        return str(path) == self._member.lock_file
 
     def hold(self, wanted: int) -> bool:
         """Takes or gives back places until `wanted` are held; False where there are not as many."""
@@ -44,6 +62,16 @@ class SharedSlots:
                 self._free.remove(lock)
                 self._held.append(lock)
         return len(self._held) >= wanted
+
+
+def _is_locked(path: Path) -> bool:
+    probe = FileLock(path)
+    try:
+        probe.acquire(timeout=0)
+    except Timeout:
+        return True
+    probe.release()
+    return False
 
 
 def is_worker() -> bool:

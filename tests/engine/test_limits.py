@@ -114,6 +114,18 @@ def test_R4_workers_die_with_a_killed_parent(tmp_path):
         assert len(server.calls) <= 600 + 8
 
 
+def test_workers_share_the_requests_a_minute(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS.replace("concurrency=8", "concurrency=8, rpm=600"))
+    with ModelServer() as server:
+        started = time.monotonic()
+        command = [sys.executable, script, server.url, tmp_path / "cache", "120"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        seconds = time.monotonic() - started
+        assert ended.stdout.strip() == "True", ended.stderr
+    assert seconds >= 120 / 10 - 60 / 10 - 1  # what may come at once, and the first second
+
+
 def test_requests_a_minute_are_kept_to(box):
     with ModelServer() as server:
         box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(90)])

@@ -147,7 +147,7 @@ def test_every_record_is_rewritten(box, server, provider, model, chat):
         ("ollama", "m", "no Ollama server answers there; start it with `ollama serve`"),
     ],
 )
-def test_a_server_that_is_not_there_is_one_line(box, provider, model, says):
+def test_H1_a_server_that_is_not_there_is_one_line(box, provider, model, says):
     box.lines("data.jsonl", [{"code": "x"}])
     ended = box.fabe(
         "run",
@@ -165,6 +165,26 @@ def test_a_server_that_is_not_there_is_one_line(box, provider, model, says):
     assert (ended.code, ended.err.count("\n")) == (1, 1)
     assert says in ended.err
     assert not (box.path / "outputs").exists()
+
+
+def test_H18_a_broken_tls_is_one_line(box, server):
+    box.lines("data.jsonl", [{"code": "x"}])
+    url = server.url.replace("http:", "https:")
+    ended = box.fabe(
+        "run",
+        "--input",
+        "data.jsonl",
+        "--instruction",
+        "Up",
+        "--provider",
+        "openai",
+        "--model",
+        "m",
+        "--base-url",
+        url,
+    )
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert "certificate is not accepted" in ended.err
 
 
 def test_ollama_says_which_model_to_pull(box, server):
