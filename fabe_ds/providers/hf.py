@@ -11,13 +11,8 @@ from fabe_ds.providers.local import TransformersProvider
 class HFProvider(TransformersProvider):
     name = "hf"
 
-    def resolve(self) -> Path:
+    def fetch(self) -> Path:
         model = self.endpoint.model
-        path = Path(model).expanduser()
-        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-            return path
-        if path.exists() or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
-            raise Requirement(f"--model {model}: no such model folder or .gguf file")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -36,15 +36,22 @@ class TransformersProvider(LocalProvider):
         return None
 
     @abstractmethod
-    def resolve(self) -> Path:
-        """The folder or .gguf file that holds the model.
+    def fetch(self) -> Path:
+        """The folder of a model that is given by its name in a hub.
 
         Raises: Requirement where it is not on this machine and may not be fetched.
         """
 
     @cached_property
     def path(self) -> Path:
-        return self.resolve()
+        """The folder or .gguf file that holds the model. Raises: Requirement."""
+        model = self.endpoint.model
+        path = Path(model).expanduser()
+        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+            return path
+        if path.exists() or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+            raise Requirement(f"--model {model}: no such model folder or .gguf file")
+        return self.fetch()
 
     def identity(self) -> str:
         return self._digest

@@ -15,13 +15,8 @@ class ModelScopeProvider(TransformersProvider):
         "torch, transformers, modelscope: pip install 'fabe-ds[modelscope]'; a folder or model id"
     )
 
-    def resolve(self) -> Path:
+    def fetch(self) -> Path:
         model = self.endpoint.model
-        path = Path(model).expanduser()
-        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-            return path
-        if path.exists() or model.startswith((".", "/", "~")):
-            raise Requirement(f"--model {model}: no such model folder or .gguf file")
         if not importlib.util.find_spec("modelscope"):
             raise Requirement(
                 "modelscope not installed, which fetches models by name; "

@@ -63,7 +63,6 @@ class Loaded:
     dataset: Dataset
     sources: list[Source]
     files: list[LoadedFile]
-    reused: bool
 
 
 def load_records(
@@ -103,14 +102,13 @@ def load(
     target = field_target(field, backup_field)
     fingerprint = _fingerprint(sources, field, backup_field, records_key, on_bad_input)
     folder = private_folder(private_folder(cache_dir) / "datasets") / fingerprint
-    reused = (folder / "files.json").exists()
-    if not reused:
+    if not (folder / "files.json").exists():
         _write(folder, sources, target, records_key, on_bad_input)
     files = [LoadedFile(**entry) for entry in json.loads((folder / "files.json").read_text())]
     for file in files:
         if file.error:
             log.warning("left out: %s", file.error)
-    return Loaded(_open(folder / "records.arrow", fingerprint), list(sources), files, reused)
+    return Loaded(_open(folder / "records.arrow", fingerprint), list(sources), files)
 
 
 def field_target(field: str, backup_field: str | None) -> Field:
@@ -250,7 +248,6 @@ def _write_file(
 
 
 def _open(path: Path, fingerprint: str) -> Dataset:
-    # The scratch name of a run's own cache must not look like a home folder's: absolute, resolved.
     from datasets import Dataset
 
     found = Dataset.from_file(os.fspath(path.resolve()))
