@@ -28,7 +28,7 @@ CHUNK = 64
 SLOT_SECONDS = 0.005
 WATCH_SECONDS = 0.5
 CHARACTERS_A_TOKEN = 4  # a guess, put right by the usage that comes with the answer
-BACKOFF_SECONDS, BACKOFF_MOST = 0.5, 30.0
+BACKOFF_SECONDS, BACKOFF_MOST, PROBE_MOST = 0.5, 30.0, 10.0
 SUSPICIOUS = 20  # records that all failed before any went well: it is not the records
 
 
@@ -87,6 +87,7 @@ class Job:
         self._timer: asyncio.TimerHandle | None = None
         self._gone_since: float | None = None
         self._failures = 0
+        self._probe_at = 0.0
         self._good = self._bad = 0
 
     # Pulling and starting.
@@ -104,7 +105,7 @@ class Job:
                 busy = len(self._tasks) + len(self._unstored)
                 if not self._todo or busy >= limit:
                     break
-                if (pause := limiter.pause()) > 0:
+                if (pause := max(limiter.pause(), self._until_probe())) > 0:
                     self._wake_after(pause)
                     break
                 if lacking := self.engine.budget.lacking(_request(self._todo[0])):
@@ -309,20 +310,33 @@ class Job:
             task.free_retry = False  # an idle connection that the server had closed
             self._todo.appendleft(task)
             return
-        if not (verdict.gone and self._outage):
-            task.tries += 1  # while the server is gone, a probe does not cost the record a try
+        if verdict.gone and self._outage:  # a probe does not cost the record a try
+            self.intake.stats.retries += 1
+            ceiling = min(PROBE_MOST, BACKOFF_SECONDS * 2 ** min(10, self._beyond))
+            self._probe_at = now + max(random.uniform(ceiling / 2, ceiling), verdict.floor or 0.0)
+            self._todo.appendleft(task)
+            return
+        task.tries += 1
         if task.tries > self.policy.retry:
             self._fail(task, verdict)
             return
         self.intake.stats.retries += 1
-        ceiling = min(BACKOFF_MOST, BACKOFF_SECONDS * 2 ** min(10, max(task.tries, self._failures)))
+        ceiling = min(BACKOFF_MOST, BACKOFF_SECONDS * 2 ** min(10, task.tries))
         delay = max(random.uniform(0, ceiling), verdict.floor or 0.0)
         self._sleeping[task] = asyncio.get_running_loop().call_later(delay, self._again, task)
 
     @property
     def _outage(self) -> bool:
         """Nothing answers any more: one request at a time finds out when it does."""
-        return self._failures >= max(5, self.engine.limiter.limit)
+        return self._beyond >= 0
+
+    @property
+    def _beyond(self) -> int:
+        """Failures in a row beyond those that make an outage."""
+        return self._failures - max(5, self.engine.limiter.limit)
+
+    def _until_probe(self) -> float:
+        return self._probe_at - time.monotonic() if self._outage else 0.0
 
     def _again(self, task: Task) -> None:
         del self._sleeping[task]

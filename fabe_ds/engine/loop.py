@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+STOP_SECONDS = 5.0
 
 
 class LoopThread:
@@ -20,7 +23,10 @@ class LoopThread:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = _new_loop()
-        threading.Thread(target=self._run, name="fabe-ds-engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="fabe-ds-engine", daemon=True)
+        self._thread.start()
+        # Python frees the loop as it ends; a timer that woke the thread then would be its death.
+        atexit.register(self._end)
 
     @classmethod
     def shared(cls) -> LoopThread:
@@ -33,6 +39,11 @@ class LoopThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+    def _end(self) -> None:
+        if self.pid == os.getpid():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(STOP_SECONDS)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What the coroutine gives, run on the loop; the caller waits."""
