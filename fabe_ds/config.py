@@ -102,6 +102,16 @@ class TransformConfig(BaseModel):
     local_files_only: bool = _setting(
         "Model", "Fetch no model from a hub.", True, environment="LOCAL_FILES_ONLY"
     )
+    engine: Literal["transformers", "vllm"] = _setting(
+        "Model", "What runs a local model; vllm needs fabe-ds[vllm].", "transformers", changes=True
+    )
+    attn_implementation: str = _setting(
+        "Model",
+        "Attention of a local model: auto, or one of transformers' (sdpa, eager, ...), which "
+        "then generates in its own way.",
+        "auto",
+    )
+    compile: bool = _setting("Model", "Compile a local model with torch.compile.", False)
     trust_remote_code: bool = _setting("Model", "Run code that comes with the model.", False)
     max_new_tokens: int = _setting(
         "Model",
@@ -119,6 +129,12 @@ class TransformConfig(BaseModel):
         "Model", "Sample tokens; by default where the temperature is above 0.", changes=True
     )
     seed: int | None = _setting("Model", "Seed for sampling.", changes=True)
+    on_long_prompt: Literal["fail", "truncate-left"] = _setting(
+        "Model",
+        "A prompt that is too long for a local model: fail that record, or cut its beginning.",
+        "fail",
+        changes=True,
+    )
     stop: list[str] = _setting("Model", "Text that ends an answer; repeatable.", [], changes=True)
     use_chat_template: bool = _setting(
         "Model", "Ask through the model's chat template, where it has one.", True, changes=True
@@ -133,6 +149,11 @@ class TransformConfig(BaseModel):
     tpm: float | None = _setting("Execution", "Most tokens a minute, prompts and answers.", gt=0)
     batch_size: int = _setting(
         "Execution", "Records a local model takes at once, at most.", 8, gt=0
+    )
+    max_batch_tokens: int | None = _setting(
+        "Execution",
+        "Tokens a local model holds at once, at most; by default what half the free memory holds.",
+        gt=0,
     )
     retry: int = _setting("Execution", "Tries after a failed one.", 3, ge=0)
     max_requests: int | None = _setting("Execution", "Most requests to send.", ge=0)

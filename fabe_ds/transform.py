@@ -109,6 +109,11 @@ class Transform:
             config.local_files_only,
             config.trust_remote_code,
             config.batch_size,
+            config.max_batch_tokens,
+            config.attn_implementation,
+            config.compile,
+            config.on_long_prompt,
+            config.engine,
         )
         key = config.api_key.get_secret_value() if config.api_key else None
         if key is None and config.provider == "openai":

@@ -44,6 +44,11 @@ class Endpoint:
     local_files_only: bool = True
     trust_remote_code: bool = False
     batch_size: int = 8
+    max_batch_tokens: int | None = None
+    attn_implementation: str = "auto"
+    compile: bool = False
+    on_long_prompt: str = "fail"
+    engine: str = "transformers"
 
 
 class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass

@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError
 from fabe_ds.providers.base import Completion, LocalProvider, Request, Requirement
+
+if TYPE_CHECKING:
+    from fabe_ds.providers.decode import Answer
+    from fabe_ds.providers.generation import Generation
+    from fabe_ds.providers.vllm import VllmGeneration
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +93,14 @@ class TransformersProvider(LocalProvider):
             body["seed"] = sampling.seed
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if self.endpoint.engine != "transformers":
+            body["engine"] = self.endpoint.engine
+        if self.endpoint.on_long_prompt != "fail":
+            body["on_long_prompt"] = self.endpoint.on_long_prompt
         return body
 
     def preflight(self) -> None:
-        _ = self.model
+        _ = self.generation
 
     def prompt_tokens(self, request: Request) -> int | None:
         return len(self.prompt_ids(request))
@@ -101,7 +111,19 @@ class TransformersProvider(LocalProvider):
             for name, value in self.body(request).items()
             if name not in ("messages", "prompt")
         }
-        return f"{self.tokenizer.decode(self.prompt_ids(request))}\n{settings}"
+        own = f"\nthe model's own: {self._own_settings}" if self._own_settings else ""
+        return f"{self.tokenizer.decode(self.prompt_ids(request))}\n{settings}{own}"
+
+    @cached_property
+    def _own_settings(self) -> dict[str, Any]:
+        """The generation settings that came with the model's folder."""
+        from transformers import GenerationConfig
+
+        if not (self.path / "generation_config.json").is_file():
+            return {}
+        settings: dict[str, Any] = GenerationConfig.from_pretrained(str(self.path)).to_diff_dict()
+        settings.pop("transformers_version", None)
+        return settings
 
     @cached_property
     def _source(self) -> dict[str, Any]:
@@ -168,7 +190,11 @@ class TransformersProvider(LocalProvider):
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         _quieten()
-        name = self.endpoint.model
+        name, endpoint = self.endpoint.model, self.endpoint
+        _use_allowed_threads()
+        options: dict[str, Any] = {"dtype": self.dtype}
+        if endpoint.attn_implementation != "auto":
+            options["attn_implementation"] = endpoint.attn_implementation
         try:
             config = AutoConfig.from_pretrained(**self._source)
             if getattr(config, "is_encoder_decoder", False):
@@ -176,15 +202,46 @@ class TransformersProvider(LocalProvider):
                     f"--model {name}: an encoder-decoder model ({config.model_type}); "
                     "a causal language model is needed"
                 )
-            model = AutoModelForCausalLM.from_pretrained(**self._source, dtype=self.dtype)
-            model = model.to(self.device)
+            spread = endpoint.device == "auto" and self.device == "cuda"
+            if spread or getattr(config, "quantization_config", None) is not None:
+                options["device_map"] = "auto" if spread else self.device
+            model = AutoModelForCausalLM.from_pretrained(**self._source, **options)
+            if "device_map" not in options:
+                model = model.to(self.device)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise RunStopped(f"--model {name}: cannot be loaded: {_line(error)}") from None
         log.info("%s on %s as %s", name, self.device, self.dtype)
-        self._own_settings = model.generation_config.to_dict()
+        self._loaded_settings = model.generation_config.to_dict()
         # What generate() finds unset it takes from here, sampling included; so nothing is here.
         model.generation_config = GenerationConfig()
+        if endpoint.compile:
+            model.compile(dynamic=True)
         return model.eval()
+
+    @cached_property
+    def generation(self) -> Generation | VllmGeneration:
+        """What answers prompts: the model in this process, or vLLM's engine.
+
+        Raises: RunStopped, Requirement.
+        """
+        if self.endpoint.engine == "vllm":
+            from fabe_ds.providers.vllm import VllmGeneration
+
+            return VllmGeneration(self.path, self.endpoint)
+        from fabe_ds.providers.generation import Generation, Loaded
+
+        model = self.model
+        return Generation(
+            Loaded(
+                model,
+                self.tokenizer,
+                self.device,
+                self._loaded_settings,
+                self.endpoint.batch_size,
+                self.endpoint.max_batch_tokens,
+                plain=self.endpoint.attn_implementation != "auto",
+            )
+        )
 
     @cached_property
     def _system_is_refused(self) -> bool:
@@ -219,107 +276,69 @@ class TransformersProvider(LocalProvider):
         return encoded["input_ids"]  # type: ignore[no-any-return]
 
     def complete(self, requests: Sequence[Request]) -> list[Completion | RecordFailed]:
-        answers: dict[int, Completion | RecordFailed] = {}
-        rows: dict[int, list[int]] = {}
+        answers = {index: answer for batch in self.stream(requests) for index, answer in batch}
+        return [answers[index] for index in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[Request]
+    ) -> Iterator[list[tuple[int, Completion | RecordFailed]]]:
+        """Answers as they are ready, each with its request's index."""
+        from fabe_ds.providers.decode import Prompt, seed_of
+
+        prompts: list[Prompt] = []
+        failed: list[tuple[int, Completion | RecordFailed]] = []
         for index, request in enumerate(requests):
             try:
-                rows[index] = self._fitting(request)
+                ids = self._fitting(request)
             except RecordFailed as error:
-                answers[index] = error
-        if rows:
-            sampling = requests[0].sampling
-            for index, answer in zip(
-                rows, self._generate_or_halve(list(rows.values()), sampling), strict=True
-            ):
-                answers[index] = answer
-        return [answers[index] for index in range(len(requests))]
+                failed.append((index, error))
+            else:
+                seed = seed_of(request.sampling.seed, request.sample, ids)
+                prompts.append(Prompt(index, ids, seed))
+        if failed:
+            yield failed
+        if not prompts:
+            return
+        lengths = {prompt.number: len(prompt.ids) for prompt in prompts}
+        for given in self.generation.answers(prompts, requests[0].sampling):
+            yield [
+                (i, a if isinstance(a, RecordFailed) else self._completion(lengths[i], a))
+                for i, a in given
+            ]
+
+    @cached_property
+    def _context(self) -> int | None:
+        """The most tokens that a prompt and its answer may have together."""
+        if self.endpoint.engine == "vllm":
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(**self._source)
+        else:
+            config = self.model.config
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def _fitting(self, request: Request) -> list[int]:
         ids = self.prompt_ids(request)
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        wanted = len(ids) + request.sampling.max_new_tokens
-        if room and wanted > room:
-            raise RecordFailed(
-                "context",
-                f"the prompt has {len(ids)} tokens, which with {request.sampling.max_new_tokens} "
-                f"new ones is more than the model's {room}",
-            )
-        return ids
-
-    def _generate_or_halve(
-        self, rows: list[list[int]], sampling: Any
-    ) -> list[Completion | RecordFailed]:
-        try:
-            return list(self.generate(rows, sampling))
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-        _free_memory(self.device)
-        if len(rows) == 1:
-            return [RecordFailed("memory", "out of memory with this record alone")]
-        log.warning("out of memory with %d records at once; trying half", len(rows))
-        middle = len(rows) // 2
-        return [
-            *self._generate_or_halve(rows[:middle], sampling),
-            *self._generate_or_halve(rows[middle:], sampling),
-        ]
-
-    def generate(self, rows: list[list[int]], sampling: Any) -> list[Completion]:
-        """One padded batch: rows[n] of token ids -> n completions, new tokens only."""
-        import torch
-
-        longest = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        extra: dict[str, Any] = {}
-        if sampling.stop:
-            extra = {"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer}
-        if sampling.samples and sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                generation_config=self._generation_config(sampling),
-                **extra,
-            )
-        new = output[:, longest:].tolist()
-        return [self._completion(len(row), fresh) for row, fresh in zip(rows, new, strict=True)]
-
-    def _generation_config(self, sampling: Any) -> Any:
-        """The model's own generation settings (its end tokens among them) under ours."""
-        from transformers import GenerationConfig
-
-        keep = ("bos_token_id", "repetition_penalty", "no_repeat_ngram_size")
-        settings = {name: self._own_settings.get(name) for name in keep}
-        settings["eos_token_id"] = self._ends or None
-        settings |= {
-            "max_new_tokens": sampling.max_new_tokens,
-            "do_sample": sampling.samples,
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        if sampling.samples:
-            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return GenerationConfig(
-            **{key: value for key, value in settings.items() if value is not None}
+        if not ids:
+            raise RecordFailed("prompt", "the prompt has no tokens")
+        room, new = self._context, request.sampling.max_new_tokens
+        if not room or len(ids) + new <= room:
+            return ids
+        if self.endpoint.on_long_prompt == "truncate-left" and new < room:
+            return ids[new - room :]
+        raise RecordFailed(
+            "context",
+            f"the prompt has {len(ids)} tokens, which with {new} new ones is more than the "
+            f"model's {room}",
         )
 
-    @cached_property
-    def _ends(self) -> list[int]:
-        """The tokens that end an answer: the model's own, else the tokenizer's."""
-        ends = self._own_settings.get("eos_token_id")
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-    def _completion(self, prompt_tokens: int, fresh: list[int]) -> Completion:
-        ends = self._ends
-        stop = next((place for place, token in enumerate(fresh) if token in ends), None)
-        tokens = fresh if stop is None else fresh[:stop]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        reason = "length" if stop is None else "stop"
-        return Completion(text, reason, prompt_tokens, len(tokens) + (stop is not None))
+    def _completion(self, prompt_tokens: int, answer: Answer) -> Completion:
+        text = answer.text
+        if text is None:
+            text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        # The token that ended it was computed too.
+        count = len(answer.tokens) + (answer.reason == "stop" and answer.text is None)
+        return Completion(text, answer.reason, prompt_tokens, count)
 
 
 def _quieten() -> None:
@@ -340,16 +359,15 @@ def _cpu_has_bf16() -> bool:
     return bool(check and check())
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
-
-
-def _free_memory(device: str) -> None:
-    import gc
-
+def _use_allowed_threads() -> None:
+    """No more threads than the processor time this container is given."""
     import torch
 
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        allowed = int(quota) / int(period)
+    except (OSError, ValueError):  # no such limit
+        return
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), round(allowed))))

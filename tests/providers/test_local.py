@@ -9,6 +9,7 @@ import pytest
 
 from fabe_ds.errors import RecordFailed, RunStopped
 from fabe_ds.providers import Completion, Endpoint, Request, Requirement, Sampling
+from fabe_ds.providers.decode import Decoder
 from fabe_ds.providers.hf import HFProvider
 from fabe_ds.providers.modelscope import ModelScopeProvider
 from tests.models import DROPS_SYSTEM, NO_SYSTEM, tiny_model
@@ -89,29 +90,38 @@ def test_a_prompt_longer_than_the_context_fails_alone(tmp_path):
     assert "more than the model's 128" in str(long)
 
 
-def test_running_out_of_memory_halves_the_batch(tiny, monkeypatch):
-    model = provider(tiny)
-    expected = model.complete([request(prompt) for prompt in PROMPTS])
-    sizes = []
-    generate = HFProvider.generate
+def short_of_memory(monkeypatch, rows: int) -> list[int]:
+    """Lets a step of more than so many rows run out of memory; gives the rows of each step."""
+    sizes: list[int] = []
+    step = Decoder._step
 
-    def small_memory(self, rows, sampling):
-        sizes.append(len(rows))
-        if len(rows) > 2:
+    def small_memory(self, blocks):
+        sizes.append(sum(len(block.rows) for block in blocks))
+        if sizes[-1] > rows:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-        return generate(self, rows, sampling)
+        step(self, blocks)
 
-    monkeypatch.setattr(HFProvider, "generate", small_memory)
-    assert model.complete([request(prompt) for prompt in PROMPTS]) == expected
-    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    monkeypatch.setattr(Decoder, "_step", small_memory)
+    return sizes
+
+
+def test_running_out_of_memory_halves_the_batch_for_good(tiny, monkeypatch):
+    model = provider(tiny)
+    asked = [request(prompt) for prompt in PROMPTS]
+    expected = model.complete(asked)
+    sizes = short_of_memory(monkeypatch, 2)
+    assert model.complete(asked) == expected
+    assert max(sizes) > 2
+    sizes.clear()
+    assert model.complete(asked) == expected
+    assert max(sizes) <= 2
 
 
 def test_a_record_that_is_too_much_alone_fails_alone(tiny, monkeypatch):
-    def no_memory(self, rows, sampling):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(HFProvider, "generate", no_memory)
-    (answer,) = provider(tiny).complete([request("a")])
+    model = provider(tiny)
+    assert model.generation.own_loop
+    short_of_memory(monkeypatch, 0)
+    (answer,) = model.complete([request("a")])
     assert isinstance(answer, RecordFailed)
     assert answer.kind == "memory"
 
