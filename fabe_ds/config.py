@@ -93,8 +93,13 @@ class TransformConfig(BaseModel):
     )
     base_url: str | None = _setting("Model", "Base URL of the server.", changes=True)
     api_key: SecretStr | None = _setting("Model", "Key for the server; better, OPENAI_API_KEY.")
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?|mps|auto)$")] = _setting(
-        "Model", "Device: cpu, cuda, cuda:N, mps or auto.", "cpu", environment="DEVICE"
+    device: Annotated[str, Field(pattern=r"^(mps|auto|cpu(,cpu)*|cuda(:\d+(,(cuda:)?\d+)*)?)$")] = (
+        _setting(
+            "Model",
+            "Device: cpu, cuda, cuda:N, mps or auto; cuda:0,1 for a process on each.",
+            "cpu",
+            environment="DEVICE",
+        )
     )
     dtype: str = _setting(
         "Model", "Type of the weights: auto, float32, bfloat16, float16.", "auto", changes=True
@@ -174,6 +179,14 @@ class TransformConfig(BaseModel):
         "raise",
         changes=True,
     )
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices, each of which gets a process of its own where there are several."""
+        kind, _, numbers = self.device.partition(":")
+        if not numbers:
+            return self.device.split(",")
+        return [f"{kind}:{number.removeprefix('cuda:')}" for number in numbers.split(",")]
 
     @property
     def strips_fences(self) -> bool:

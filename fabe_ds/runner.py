@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fabe_ds.config import RunConfig, setting
 from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item, Stats
+from fabe_ds.engine.tally import gathered
 from fabe_ds.errors import RECORDS_FAILED, UsageError
 from fabe_ds.providers.base import without_userinfo
 from fabe_ds.records import Loaded, Source, discover, export_records, load
@@ -110,6 +112,8 @@ def make_plan(config: RunConfig) -> Plan:
     root = config.input_path
     if root is None:
         raise UsageError("--input is required: a file, or a folder of files")
+    if config.inplace and len(config.devices) > 1:
+        raise UsageError("--inplace goes with one device; write to --output")
     if config.inplace and config.output_path is not None:
         raise UsageError("--inplace and --output do not go together")
     output = None if config.inplace else config.output_path or DEFAULT_OUTPUT
@@ -182,11 +186,21 @@ def _map(
         features = datasets.Features({**dataset.features, **result_features()})
         return datasets.Dataset.from_dict({name: [] for name in features}, features)
     finished = state.clean and config.resume
-    items = _items(dataset, transform, plan)
-    transform.look_ahead(items)
+    several = len(config.devices) > 1
+    if not several:
+        transform.look_ahead(_items(dataset, transform, plan))
     datasets.disable_progress_bars()
-    watching = watch(transform.session.stats, len(dataset)) if watch and not finished else None
-    with watching or contextlib.nullcontext():
+    stats = transform.session.stats
+    watching = watch(stats, len(dataset)) if watch and not finished else None
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Any] = {}
+        if several:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(gathered(Path(folder), stats))
+            stack.enter_context(_spawning())
+            workers = {"num_proc": len(config.devices), "with_rank": True}
+        if watching:
+            stack.enter_context(watching)
         result = dataset.map(
             transform,
             batched=True,
@@ -196,12 +210,26 @@ def _map(
             # A run with failures is never answered from the fingerprint cache, or they would
             # stay for ever; the record cache makes that cheap.
             load_from_cache_file=finished,
+            **workers,
         )
     if result.data.column("failure").null_count != len(result):
         return datasets.concatenate_datasets([dataset, result], axis=1)
     state.clean = True
     state.save()
     return datasets.concatenate_datasets([dataset, result], axis=1)
+
+
+@contextlib.contextmanager
+def _spawning() -> Iterator[None]:
+    """Worker processes begin afresh: a device that was used cannot be used in a forked child."""
+    import multiprocess
+
+    before = multiprocess.get_start_method()
+    multiprocess.set_start_method("spawn", force=True)
+    try:
+        yield
+    finally:
+        multiprocess.set_start_method(before, force=True)
 
 
 def _items(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[Item]:

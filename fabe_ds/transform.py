@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.config import TransformConfig, setting, validated
-from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats
+from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats, tally
 from fabe_ds.engine.budget import Budget, read_price
 from fabe_ds.engine.intake import Intake, Reask
+from fabe_ds.engine.slots import SharedSlots, die_with_parent, is_worker
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.prompts import Instruction, clean_answer, load_instruction
 from fabe_ds.prompts.validate import build_check
@@ -97,14 +98,16 @@ class Transform:
         self._language = config.template_vars.get("language", "python")
         self._session: _Session | None = None
         self._ahead: Iterator[Outcome] | None = None
+        self._rank = 0
         self.provider = self._build_provider()
 
     def _build_provider(self) -> Provider:
         config = self.config
+        devices = config.devices
         endpoint = Endpoint(
             config.model or "local",
             config.base_url,
-            config.device,
+            devices[self._rank % len(devices)],
             config.dtype,
             config.local_files_only,
             config.trust_remote_code,
@@ -114,6 +117,7 @@ class Transform:
             config.compile,
             config.on_long_prompt,
             config.engine,
+            len(devices),
         )
         key = config.api_key.get_secret_value() if config.api_key else None
         if key is None and config.provider == "openai":
@@ -192,7 +196,20 @@ class Transform:
             return error
         return Request(text, prompt, self._system, self._sampling, self._chat, self._language)
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]] | pa.Table:
+    def __call__(
+        self, batch: Mapping[str, Sequence[Any]], rank: int | None = None
+    ) -> dict[str, list[Any]] | pa.Table:
+        """One batch. `rank` (of `with_rank=True`) says which of several devices is this
+        process's."""
+        if rank is not None and rank != self._rank:
+            self.close()
+            self._rank = rank
+            self.provider = self._build_provider()
+        result = self._answer(batch)
+        tally.leave(self.stats)
+        return result
+
+    def _answer(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]] | pa.Table:
         if all(name in batch for name in CARRIER):
             if self._ahead is not None:
                 return result_table(islice(self._ahead, len(batch["index"])))
@@ -309,7 +326,6 @@ class _Session:
         if isinstance(provider, HttpProvider):
             from fabe_ds.engine.http import HttpEngine, Policy
             from fabe_ds.engine.limiter import AUTO_MOST
-            from fabe_ds.engine.slots import SharedSlots, die_with_parent, is_worker
 
             policy = Policy(
                 concurrency=None if config.concurrency == "auto" else config.concurrency,
@@ -335,6 +351,8 @@ class _Session:
                 slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
             self.engine = HttpEngine(provider, intake, policy, budget, slots)
         elif isinstance(provider, LocalProvider):
+            if is_worker():
+                die_with_parent()
             window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
             self.engine = LocalEngine(provider, intake, window)
         else:

@@ -49,6 +49,8 @@ class Endpoint:
     compile: bool = False
     on_long_prompt: str = "fail"
     engine: str = "transformers"
+    sharers: int = 1
+    """Processes that share this machine's processor for one run."""
 
 
 class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -191,7 +192,7 @@ class TransformersProvider(LocalProvider):
 
         _quieten()
         name, endpoint = self.endpoint.model, self.endpoint
-        _use_allowed_threads()
+        _use_allowed_threads(endpoint.sharers)
         options: dict[str, Any] = {"dtype": self.dtype}
         if endpoint.attn_implementation != "auto":
             options["attn_implementation"] = endpoint.attn_implementation
@@ -359,15 +360,14 @@ def _cpu_has_bf16() -> bool:
     return bool(check and check())
 
 
-def _use_allowed_threads() -> None:
-    """No more threads than the processor time this container is given."""
+def _use_allowed_threads(sharers: int) -> None:
+    """No more threads than this process's share of what the container is given."""
     import torch
 
     if "OMP_NUM_THREADS" in os.environ:
         return
-    try:
+    allowed: float = torch.get_num_threads()
+    with contextlib.suppress(OSError, ValueError):  # there is no such limit
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        allowed = int(quota) / int(period)
-    except (OSError, ValueError):  # no such limit
-        return
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), round(allowed))))
+        allowed = min(allowed, int(quota) / int(period))
+    torch.set_num_threads(max(1, round(allowed / sharers)))

@@ -36,7 +36,7 @@ its parameters and what it returns exactly as they are. Use descriptive names fo
 prefer early returns to deep nesting, and replace loops by comprehensions where that is clearer. \
 Add type annotations to all parameters and to the result, and write a docstring of one line that \
 says what the function does. Do not add imports, do not change the behaviour on errors, and do not \
-explain what you did. Where the function is already as simple as it can be, give it back unchanged. \
+explain what you did. Where the function is already as simple as can be, give it back unchanged. \
 Output only the code, without a fence.
 
 """

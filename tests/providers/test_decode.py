@@ -321,3 +321,28 @@ def test_settings_are_shown_by_the_dry_run(box, tiny):
     for part in ("'temperature': 0.5", "'top_p': 0.9", "'stop': ['END']", "'seed': 3"):
         assert part in shown.out
     assert json.dumps("eos_token_id").strip('"') in shown.out
+
+
+@pytest.mark.slow
+def test_several_devices_have_a_process_each(box, talkative):
+    box.lines("data.jsonl", [{"code": text} for text in prompts(60, 12)])
+    command = [
+        *("run", "--input", "data.jsonl", "--instruction", "Say it", "--provider", "hf"),
+        *("--model", talkative, "--dtype", "float32", "--on-truncated", "keep"),
+        *("--max-new-tokens", 8, "--log-level", "DEBUG"),
+    ]
+    both = box.fabe(*command, "--device", "cpu,cpu")
+    assert both.code == 0, both
+    report = box.report()
+    assert (report["done"], report["cached"]) == (60, 0)
+    assert report["completion_tokens"] > 0
+    alone = box.fabe(*command, "--output", "alone", "--cache-dir", "alone-cache")
+    assert alone.code == 0
+    assert box.read("outputs/data.jsonl") == box.read("alone/data.jsonl")
+    again = box.fabe(*command)
+    assert "60 from cache" in again.out
+    refused = box.fabe(*command, "--device", "cpu,cpu", "--inplace")
+    assert (refused.code, refused.err) == (
+        2,
+        "fabe-ds: --inplace goes with one device; write to --output\n",
+    )
