@@ -49,7 +49,7 @@ def test_a_server_is_started_used_and_stopped(box):
     assert [record["code"] for record in box.read("outputs/data.jsonl")] == [
         f"X = {i}" for i in range(5)
     ]
-    once_more = serve_and_run(box, "-u", url, *server, "--", *run, "--validate", "regex:Z")
+    once_more = serve_and_run(box, "-u", url, *server, "--", *run, "--validate", "regex:^Q$")
     assert once_more.returncode == 1, "the port is free again, and the exit code is fabe-ds's"
 
 
