@@ -10,7 +10,8 @@ from fabe_ds.version import __version__
 if TYPE_CHECKING:
     from fabe_ds.config import RunConfig
     from fabe_ds.records import export_records, load_records
-    from fabe_ds.runner import RunResult, run
+    from fabe_ds.result import RunResult
+    from fabe_ds.runner import run
     from fabe_ds.transform import transform_fn
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
 
 _HOMES = {
     "RunConfig": "fabe_ds.config",
-    "RunResult": "fabe_ds.runner",
+    "RunResult": "fabe_ds.result",
     "export_records": "fabe_ds.records",
     "load_records": "fabe_ds.records",
     "run": "fabe_ds.runner",

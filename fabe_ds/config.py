@@ -52,6 +52,28 @@ class TransformConfig(BaseModel):
         "original_code",
         changes=True,
     )
+    also_fields: list[str] = _setting(
+        _IO,
+        "One more field to rewrite in the same pass, for tables (Parquet, CSV, ...); repeatable.",
+        [],
+        flag="also-field",
+        changes=True,
+    )
+    status_field: str | None = _setting(
+        _IO,
+        "Column that says what became of each record (failure, finish reason, tokens); for tables.",
+        changes=True,
+    )
+    samples: int = _setting(
+        "Model",
+        "Answers to each record; above 1 they are listed in --samples-field, for tables.",
+        1,
+        changes=True,
+        ge=1,
+    )
+    samples_field: str = _setting(
+        "Model", "Column of all answers where --samples is above 1.", "samples", changes=True
+    )
     instruction: str | None = _setting(
         "Prompt", "Instruction: a text, or a Jinja2 template file.", changes=True
     )
@@ -209,6 +231,13 @@ class RunConfig(TransformConfig):
     )
     output_path: Path | None = _setting(
         _IO, "Folder to write to; it mirrors the input.  [default: outputs]", flag="output"
+    )
+    split: str = _setting(
+        _IO, "Split of a Hub or saved Dataset, as datasets writes it (train, train[:100]).", "train"
+    )
+    config_name: str | None = _setting(_IO, "Configuration of a Hub dataset.")
+    output_format: Literal["jsonl", "parquet", "dataset"] | None = _setting(
+        _IO, "What a table is written as.  [default: parquet, or jsonl for CSV]"
     )
     inplace: bool = _setting(_IO, "Replace the input files.", False)
     on_bad_input: Literal["fail", "skip"] = _setting(

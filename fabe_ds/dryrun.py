@@ -14,6 +14,7 @@ from fabe_ds.errors import InputError, RecordFailed
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import batches, field_target
 from fabe_ds.runner import Plan, make_plan
+from fabe_ds.table import is_table, load_table, table_items
 from fabe_ds.transform import Transform, acceptance
 
 SHOWN = 3
@@ -36,14 +37,17 @@ class DryRun:
 
 def dry_run(config: RunConfig) -> DryRun:
     """Raises: FabeError, as the run would."""
-    plan = make_plan(config)
+    plan = None if is_table(config) else make_plan(config)
     transform = Transform(config)
     cache = None
     if transform.provider.cached and config.resume:
         cache = RecordCache.existing(config.cache_dir)
     seen = DryRun()
     try:
-        rows = _items(config, plan, transform, seen)
+        if plan is None:
+            rows = _table_items(config, transform, seen)
+        else:
+            rows = _items(config, plan, transform, seen)
         while part := list(islice(rows, ROWS)):
             _count(part, transform, cache, seen)
     finally:
@@ -71,6 +75,18 @@ def _items(
             if config.on_bad_input == "fail":
                 raise
             seen.bad_files.append(str(error))
+
+
+def _table_items(
+    config: RunConfig, transform: Transform, seen: DryRun
+) -> Iterator[Request | RecordFailed]:
+    dataset = load_table(config)
+    seen.records = len(dataset)
+    for item in table_items(dataset, transform):
+        if item is None:
+            seen.skipped["no text"] += 1
+        else:
+            yield item
 
 
 def _count(

@@ -10,21 +10,20 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.config import RunConfig, setting
+from fabe_ds.config import RunConfig, flag
 from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item, Stats
 from fabe_ds.engine.tally import gathered
-from fabe_ds.errors import RECORDS_FAILED, UsageError
-from fabe_ds.providers.base import without_userinfo
+from fabe_ds.errors import UsageError
 from fabe_ds.records import Loaded, Source, discover, export_records, load
-from fabe_ds.records.export import copy_unchanged, replacing
+from fabe_ds.records.export import copy_unchanged
 from fabe_ds.records.mapped import passed_over
+from fabe_ds.result import FAILURES, REPORT, RunResult, beside, write_failures, write_report
 from fabe_ds.transform import Transform, result_features
-from fabe_ds.version import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,46 +31,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = Path("outputs")
-REPORT, FAILURES = "run.json", "failures.jsonl"
 MAP_ROWS = 1000  # part of the fingerprint, so it is the same for every run
 
 Watch = Callable[[Stats, int], contextlib.AbstractContextManager[object]]
 """Shows the progress of a run over so many records while its block runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a run did. Counts are records; `outputs` are the files written (or found up to date)."""
-
-    records: int
-    done: int
-    cached: int
-    failed: int
-    skipped: dict[str, int]
-    failures_by_kind: dict[str, int]
-    bad_files: list[str]
-    outputs: list[Path]
-    seconds: float
-    requests: int
-    retries: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-    failures_file: Path | None = None
-    report: Path | None = None
-    example: tuple[str, str] | None = field(default=None, repr=False)
-
-    @property
-    def exit_code(self) -> int:
-        return RECORDS_FAILED if self.failed or self.bad_files else 0
-
-
 def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
     """Rewrites the field of every record of the input, and writes the records back.
+
+    JSON comes back byte for byte but for the field; a table (Parquet, CSV, Arrow, a Dataset) comes
+    back with its other columns as they were.
 
     A failed record keeps its original and is listed in the failures file.
     Raises: FabeError.
     """
+    from fabe_ds.table import is_table, run_table
+
+    if is_table(config):
+        return run_table(config, watch)
     started = time.monotonic()
     plan = make_plan(config)
     transform = Transform(config)
@@ -112,6 +90,11 @@ def make_plan(config: RunConfig) -> Plan:
     root = config.input_path
     if root is None:
         raise UsageError("--input is required: a file, or a folder of files")
+    for name in ("also_fields", "status_field", "output_format"):
+        if getattr(config, name):
+            raise UsageError(f"{flag(name)} goes with tables (Parquet, CSV, a Dataset), not JSON")
+    if config.samples > 1:
+        raise UsageError("--samples goes with tables (Parquet, CSV, a Dataset), not JSON")
     if config.inplace and len(config.devices) > 1:
         raise UsageError("--inplace goes with one device; write to --output")
     if config.inplace and config.output_path is not None:
@@ -120,7 +103,7 @@ def make_plan(config: RunConfig) -> Plan:
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"--output {output}: not a folder")
     folder = output or config.cache_dir / "runs" / root.resolve().name
-    reports = [_beside(folder, name) for name in (REPORT, FAILURES)]
+    reports = [beside(folder, name) for name in (REPORT, FAILURES)]
     sources = discover(root, config.input_glob, [output, *reports] if output else reports)
     plan = Plan(root, sources, output, folder)
     names: dict[str, str] = {}
@@ -333,19 +316,13 @@ def _report(
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
         cost=stats.cost,
-        failures_file=_beside(plan.reports, FAILURES) if failed else None,
-        report=_beside(plan.reports, REPORT),
+        failures_file=beside(plan.reports, FAILURES) if failed else None,
+        report=beside(plan.reports, REPORT),
         example=_example(written),
     )
-    _write_failures(written, _beside(plan.reports, FAILURES), failed)
-    _write_report(config, result)
+    write_failures(_failures(written) if failed else (), beside(plan.reports, FAILURES))
+    write_report(config, result)
     return result
-
-
-def _beside(path: Path, name: str) -> Path:
-    """`outputs/` -> `outputs.run.json`: beside the output, where no later run takes it for data."""
-    path = path.resolve()
-    return path.with_name(f"{path.name}.{name}")
 
 
 def _counts(column: Any) -> dict[str, int]:
@@ -364,16 +341,6 @@ def _example(written: Dataset) -> tuple[str, str] | None:
     return table.column("text")[first].as_py(), table.column("completion")[first].as_py()
 
 
-def _write_failures(written: Dataset, path: Path, failed: int) -> None:
-    """One line a failed record; no file where there are none."""
-    if not failed:
-        path.unlink(missing_ok=True)
-        return
-    with replacing(path) as file:
-        for failure in _failures(written):
-            file.write((json.dumps(failure, ensure_ascii=False) + "\n").encode())
-
-
 def _failures(written: Dataset) -> Iterable[dict[str, Any]]:
     import pyarrow.compute as pc
 
@@ -381,18 +348,3 @@ def _failures(written: Dataset) -> Iterable[dict[str, Any]]:
     table = written.data.table.select(names)
     for row in table.filter(pc.is_valid(table.column("failure"))).to_pylist():
         yield {"record": row.pop("index"), **row}
-
-
-def _write_report(config: RunConfig, result: RunResult) -> None:
-    assert result.report is not None
-    settings = {
-        name: getattr(config, name)
-        for name in RunConfig.model_fields
-        if name != "api_key" and setting(name, "panel")
-    }
-    if config.base_url:
-        settings["base_url"] = without_userinfo(config.base_url)
-    body = {"fabe_ds": __version__, "config": settings, **asdict(result)}
-    body.pop("example")
-    with replacing(result.report) as file:
-        file.write(json.dumps(body, indent=2, ensure_ascii=False, default=str).encode() + b"\n")

@@ -56,6 +56,10 @@ def transform_fn(**options: Any) -> Transform:
     column with the new values and, where the records lack one, a column `backup_field` with the
     originals. Missing and empty values stay. Completions are kept in `cache_dir` as they arrive.
 
+    `field` may be a list: the first is backed up as `backup_field`, each other as `original_` and
+    its column's name. `status_field` adds a column of what became of each record (of its first
+    field that failed), `samples=n` one of n answers to each (the first is the new value).
+
     The callable is pure configuration: it pickles, and its fingerprint is the same in every
     process. A batch of a thousand rows or more keeps the model busy; each batch waits for its
     slowest record.
@@ -63,6 +67,8 @@ def transform_fn(**options: Any) -> Transform:
     Raises: UsageError. The map raises FabeError after a batch in which records failed, so that no
     failure is cached; with on_error="keep" they keep their originals instead.
     """
+    if isinstance(options.get("field"), list | tuple):
+        options["field"], *options["also_fields"] = options["field"]
     return Transform(validated(TransformConfig, options, {}))
 
 
@@ -76,16 +82,20 @@ class Transform:
         if not config.model and config.provider != "echo":
             raise UsageError("--model is required (or MODEL_PATH in the environment)")
         try:
-            self.path = parse_path(config.field)
+            self.paths = [parse_path(name) for name in (config.field, *config.also_fields)]
         except ValueError as error:
             raise UsageError(f"--field: {error}") from None
+        self.path = self.paths[0]
         if config.batch_api and config.provider != "openai":
             raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
         if config.validate_with:
             build_check(config.validate_with)  # a wrong one is said now, not at the first answer
         self.config = config
         self._template, name = load_instruction(config.instruction or "")
-        self.instruction = Instruction(self._template, name, config.template_vars, self.path)
+        self.instructions = [
+            Instruction(self._template, name, config.template_vars, path) for path in self.paths
+        ]
+        self.instruction = self.instructions[0]
         self._sampling = Sampling(
             config.max_new_tokens,
             config.temperature,
@@ -94,6 +104,8 @@ class Transform:
             config.seed,
             tuple(config.stop),
         )
+        if config.samples > 1 and not self._sampling.samples and config.provider != "echo":
+            raise UsageError("--samples: equal answers without sampling; give a --temperature")
         self._system, self._chat = config.system_prompt or None, config.use_chat_template
         self._language = config.template_vars.get("language", "python")
         self._session: _Session | None = None
@@ -186,12 +198,12 @@ class Transform:
             self._session.close()
         self._session = None
 
-    def item(self, text: Any, record: str | Mapping[str, Any] | None) -> Item:
-        """What one record asks for. Raises: TemplateError."""
+    def item(self, text: Any, record: str | Mapping[str, Any] | None, field: int = 0) -> Item:
+        """What one record asks for, for the nth of its fields. Raises: TemplateError."""
         if not isinstance(text, str) or not text or text.isspace():
             return None
         try:
-            prompt = self.instruction.prompt(text, record)
+            prompt = self.instructions[field].prompt(text, record)
         except RecordFailed as error:
             return error
         return Request(text, prompt, self._system, self._sampling, self._chat, self._language)
@@ -233,18 +245,39 @@ class Transform:
     def _answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
         yield from self.session.outcomes(items)
 
+    @property
+    def answers_each(self) -> int:
+        """Items that one record of a table asks for."""
+        return len(self.paths) * self.config.samples
+
+    def table_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
+        """What the rows of an ordinary Dataset ask for: for each row, each field, all samples.
+
+        Raises: UsageError (no such column), TemplateError.
+        """
+        for name, path in zip(
+            (self.config.field, *self.config.also_fields), self.paths, strict=True
+        ):
+            if path[0] not in batch:
+                raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}")
+        names = list(batch)
+        whole = self.instruction.needs_record
+        for row in range(len(batch[self.path[0]])):
+            record = {name: batch[name][row] for name in names} if whole else None
+            for field, (column, *inner) in enumerate(self.paths):
+                item = self.item(_inside(batch[column][row], inner), record, field)
+                yield item
+                for _ in range(1, self.config.samples):
+                    yield item  # equal requests that are sampled are told apart by the engine
+
     def _rewrite(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns of an ordinary Dataset that change."""
-        column, *inner = self.path
-        if column not in batch:
-            raise UsageError(f"--field {self.config.field}: the dataset has no column {column!r}")
-        values = list(batch[column])
-        names = list(batch) if self.instruction.needs_record else []
-        rows = zip(*(batch[name] for name in names), strict=True) if names else None
-        records = [dict(zip(names, row, strict=True)) for row in rows] if rows else None
-        texts = [_inside(value, inner) for value in values]
-        items = [self.item(text, records[i] if records else None) for i, text in enumerate(texts)]
-        outcomes = list(self.session.outcomes(items))
+        samples = self.config.samples
+        if self._ahead is not None:
+            count = len(batch[self.path[0]]) * self.answers_each
+            outcomes = list(islice(self._ahead, count))
+        else:
+            outcomes = list(self.session.outcomes(self.table_items(batch)))
         failed = [outcome for outcome in outcomes if outcome.kind is not None]
         if failed and self.config.on_error == "raise":
             raise FabeError(
@@ -252,15 +285,52 @@ class Transform:
                 f"{failed[0].message}. What was answered is kept; run again to send the failed "
                 "ones, or keep their originals with on_error='keep'"
             )
-        new = [
-            value if outcome.text is None else _with_inside(value, inner, outcome.text)
-            for value, outcome in zip(values, outcomes, strict=True)
-        ]
-        changed = {column: new}
-        backup = self.config.backup
-        if backup and backup not in batch:
-            changed[backup] = texts
+        changed: dict[str, list[Any]] = {}
+        for field, (column, *inner) in enumerate(self.paths):
+            first = outcomes[field * samples :: self.answers_each]
+            values = changed.get(column) or list(batch[column])
+            backup = self.config.backup
+            if backup and field:
+                backup = f"original_{column}"
+            if backup and backup not in batch:
+                changed[backup] = [_inside(value, inner) for value in values]
+            changed[column] = [
+                value if outcome.text is None else _with_inside(value, inner, outcome.text)
+                for value, outcome in zip(values, first, strict=True)
+            ]
+        each = range(0, len(outcomes), self.answers_each)
+        if samples > 1:
+            changed[self.config.samples_field] = [
+                [outcome.text for outcome in outcomes[start : start + samples]] for start in each
+            ]
+        if self.config.status_field:
+            changed[self.config.status_field] = [
+                _status(outcomes[start : start + self.answers_each]) for start in each
+            ]
         return changed
+
+
+def _status(outcomes: list[Outcome]) -> dict[str, Any]:
+    """What became of one record: its first failure, else its last answer; tokens of all.
+
+    `state` is done, cached (no request was sent), failed or skipped (it has no text).
+    """
+    told = next((outcome for outcome in outcomes if outcome.kind is not None), outcomes[-1])
+    completions = [outcome.completion for outcome in outcomes if outcome.completion]
+    if told.kind is not None:
+        state = "failed"
+    elif not completions and told.text is None:
+        state = "skipped"
+    else:
+        state = "cached" if all(o.cached for o in outcomes if o.text is not None) else "done"
+    return {
+        "state": state,
+        "failure": told.kind,
+        "message": told.message,
+        "finish_reason": told.completion.finish_reason if told.completion else None,
+        "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in completions),
+        "completion_tokens": sum(answer.completion_tokens or 0 for answer in completions),
+    }
 
 
 def acceptance(config: TransformConfig, provider: Provider) -> Accept:

@@ -1,0 +1,91 @@
+"""What a run leaves behind: its counts, its report and its list of failures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fabe_ds.config import RunConfig, setting
+from fabe_ds.errors import RECORDS_FAILED
+from fabe_ds.providers.base import without_userinfo
+from fabe_ds.records.export import replacing
+from fabe_ds.version import __version__
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+REPORT, FAILURES = "run.json", "failures.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run did. Counts are records; `outputs` are the files written (or found up to date)."""
+
+    records: int
+    done: int
+    cached: int
+    failed: int
+    skipped: dict[str, int]
+    failures_by_kind: dict[str, int]
+    bad_files: list[str]
+    outputs: list[Path]
+    seconds: float
+    requests: int
+    retries: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    failures_file: Path | None = None
+    report: Path | None = None
+    example: tuple[str, str] | None = field(default=None, repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        return RECORDS_FAILED if self.failed or self.bad_files else 0
+
+    def failures(self) -> Dataset:
+        """The failed records: where each stands (`file`, `record`), `failure` (the class),
+        `message`, `text`, ...; empty where none failed."""
+        from datasets import Dataset
+
+        if self.failures_file is None:
+            return Dataset.from_list([])
+        with self.failures_file.open(encoding="utf-8") as lines:
+            return Dataset.from_list([json.loads(line) for line in lines])
+
+
+def beside(path: Path, name: str) -> Path:
+    """`outputs/` -> `outputs.run.json`: beside the output, where no later run takes it for data."""
+    path = path.resolve()
+    return path.with_name(f"{path.name}.{name}")
+
+
+def write_failures(failures: Iterable[dict[str, Any]], path: Path) -> None:
+    """One line a failed record; no file where there are none."""
+    rows = iter(failures)
+    first = next(rows, None)
+    if first is None:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as file:
+        for failure in (first, *rows):
+            file.write((json.dumps(failure, ensure_ascii=False) + "\n").encode())
+
+
+def write_report(config: RunConfig, result: RunResult) -> None:
+    """The counts and the settings, but for the key, as JSON."""
+    assert result.report is not None
+    settings = {
+        name: getattr(config, name)
+        for name in RunConfig.model_fields
+        if name != "api_key" and setting(name, "panel")
+    }
+    if config.base_url:
+        settings["base_url"] = without_userinfo(config.base_url)
+    body = {"fabe_ds": __version__, "config": settings, **asdict(result)}
+    body.pop("example")
+    with replacing(result.report) as file:
+        file.write(json.dumps(body, indent=2, ensure_ascii=False, default=str).encode() + b"\n")

@@ -1,0 +1,257 @@
+"""A run over a table: Parquet, CSV or Arrow files, a saved Dataset, or a Dataset of the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fabe_ds.config import RunConfig
+from fabe_ds.engine.intake import Item
+from fabe_ds.errors import InputError, UsageError
+from fabe_ds.folders import private_folder
+from fabe_ds.records.export import replacing
+from fabe_ds.result import FAILURES, REPORT, RunResult, beside, write_failures, write_report
+from fabe_ds.transform import Transform
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fabe_ds.runner import Watch
+
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_JSON = (".json", ".jsonl", ".ndjson", ".gz")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+STATUS = "_fabe_ds"
+ROWS = 1000
+
+
+def is_table(config: RunConfig) -> bool:
+    """Whether the input is a table, and not JSON."""
+    path = config.input_path
+    if path is None:
+        return False
+    if path.is_dir():
+        return _is_saved(path) or (not config.input_glob and bool(_files(path)))
+    if path.exists():
+        return path.suffix.lower() in BUILDERS
+    return _is_hub_id(path)
+
+
+def _is_hub_id(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return bool(_HUB_ID.fullmatch(str(path))) and suffix not in _JSON and suffix not in BUILDERS
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _files(folder: Path) -> list[Path]:
+    """The table files of a folder that has no JSON, all of one kind."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    if any(file.suffix.lower() in _JSON for file in files):
+        return []
+    tables = [file for file in files if file.suffix.lower() in BUILDERS]
+    return [file for file in tables if file.suffix == tables[0].suffix]
+
+
+def load_table(config: RunConfig) -> Dataset:
+    """The input as a Dataset with its own columns.
+
+    Raises: UsageError (no such dataset or split), InputError (a file that cannot be read).
+    """
+    import datasets
+
+    path = config.input_path
+    assert path is not None
+    datasets.disable_progress_bars()
+    try:
+        if path.is_dir() and _is_saved(path):
+            saved = datasets.load_from_disk(str(path))
+            if isinstance(saved, datasets.DatasetDict):
+                if config.split not in saved:
+                    raise UsageError(f"--split {config.split}: has {', '.join(saved)}")
+                saved = saved[config.split]
+            return saved
+        if path.exists():
+            files = _files(path) if path.is_dir() else [path]
+            options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
+            return datasets.load_dataset(
+                BUILDERS[files[0].suffix.lower()],
+                data_files=[str(file.resolve()) for file in files],
+                split=config.split,
+                cache_dir=str(private_folder(config.cache_dir) / "tables"),
+                **options,
+            )
+        return datasets.load_dataset(str(path), config.config_name, split=config.split)
+    except UsageError:
+        raise
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"--input {path}: {reason}") from None
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise InputError(path, reason) from None
+
+
+def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
+    """`run` of a table. Raises: FabeError."""
+    started = time.monotonic()
+    if config.inplace:
+        raise UsageError("--inplace goes with JSON files; give an --output")
+    output = config.output_path or Path("outputs")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output}: not a folder")
+    status = config.status_field or STATUS
+    transform = Transform(config.model_copy(update={"on_error": "keep", "status_field": status}))
+    dataset = load_table(config)
+    _check_columns(dataset, transform)
+    try:
+        written = _map(dataset, transform, watch)
+        place = _write(written if config.status_field else written.remove_columns(status), config)
+        states = written.with_format("arrow")[status].combine_chunks() if len(written) else None
+        report = _result(config, transform, states, place, output, started)
+        write_failures(_failures(written, transform), beside(output, FAILURES))
+        write_report(config, report)
+        return report
+    finally:
+        transform.close()
+
+
+def _check_columns(dataset: Dataset, transform: Transform) -> None:
+    names = (transform.config.field, *transform.config.also_fields)
+    for name, (column, *inner) in zip(names, transform.paths, strict=True):
+        if column not in dataset.features:
+            raise UsageError(
+                f"--field {name}: no column {column!r}; there are {', '.join(dataset.features)}"
+            )
+        kind = getattr(dataset.features[column], "dtype", None)
+        if not inner and kind not in ("string", "large_string"):
+            raise UsageError(f"--field {name}: the column is {kind or 'nested'}, not text")
+
+
+def _map(dataset: Dataset, transform: Transform, watch: Watch | None) -> Dataset:
+    import datasets
+
+    config = transform.config
+    features = datasets.Features({**dataset.features, **_new_features(dataset, transform)})
+    if not len(dataset):
+        return datasets.Dataset.from_dict({name: [] for name in features}, features)
+    transform.look_ahead(table_items(dataset, transform))
+    total = len(dataset) * transform.answers_each
+    with watch(transform.session.stats, total) if watch else contextlib.nullcontext():
+        return dataset.map(
+            transform,
+            batched=True,
+            batch_size=ROWS,
+            features=features,
+            # Kept in our own folder, never beside a Dataset that a person saved; made anew each
+            # time, which the record cache makes cheap and which never keeps a failure.
+            cache_file_name=str(
+                private_folder(private_folder(config.cache_dir) / "tables")
+                / f"{transform.digest()}-{dataset._fingerprint}.arrow"
+            ),
+            load_from_cache_file=False,
+        )
+
+
+def _new_features(dataset: Dataset, transform: Transform) -> dict[str, Any]:
+    from datasets import List, Value
+
+    config, text = transform.config, Value("string")
+    features: dict[str, Any] = {}
+    for field, (column, *_) in enumerate(transform.paths):
+        backup = config.backup and (f"original_{column}" if field else config.backup)
+        if backup and backup not in dataset.features:
+            features[backup] = text
+    if config.samples > 1:
+        features[config.samples_field] = List(text)
+    assert config.status_field is not None
+    counts = {name: Value("int64") for name in ("prompt_tokens", "completion_tokens")}
+    told = dict.fromkeys(("state", "failure", "message", "finish_reason"), text)
+    features[config.status_field] = {**told, **counts}
+    return features
+
+
+def table_items(dataset: Dataset, transform: Transform) -> Iterator[Item]:
+    """What all the rows ask for."""
+    for table in dataset.with_format("arrow").iter(batch_size=ROWS):
+        yield from transform.table_items(table.to_pydict())
+
+
+def _write(dataset: Dataset, config: RunConfig) -> Path:
+    path, folder = config.input_path, config.output_path or Path("outputs")
+    assert path is not None
+    kind = config.output_format
+    if kind is None:
+        csv = BUILDERS.get(path.suffix.lower()) == "csv"
+        kind = "jsonl" if csv else "dataset" if _is_saved(path) else "parquet"
+    if kind == "dataset":
+        place = folder / path.name
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+        try:
+            dataset.save_to_disk(str(scratch / "saved"))
+            if place.exists():
+                place.rename(scratch / "old")
+            (scratch / "saved").rename(place)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return place
+    place = folder / f"{path.stem if path.is_file() else path.name}.{kind}"
+    with replacing(place) as file:
+        if kind == "jsonl":
+            dataset.to_json(file, lines=True, force_ascii=False)
+        else:
+            dataset.to_parquet(file)
+    return place
+
+
+def _result(
+    config: RunConfig, transform: Transform, states: Any, place: Path, output: Path, started: float
+) -> RunResult:
+    import pyarrow.compute as pc
+
+    def counts(name: str) -> dict[str, int]:
+        if states is None:
+            return {}
+        values = pc.struct_field(states, name).drop_null().value_counts().to_pylist()
+        return {entry["values"]: entry["counts"] for entry in values}
+
+    state, stats = counts("state"), transform.stats
+    return RunResult(
+        records=sum(state.values()),
+        done=state.get("done", 0),
+        cached=state.get("cached", 0),
+        failed=state.get("failed", 0),
+        skipped={"no text": state["skipped"]} if "skipped" in state else {},
+        failures_by_kind=counts("failure"),
+        bad_files=[],
+        outputs=[place],
+        seconds=time.monotonic() - started,
+        requests=stats.requests if transform.provider.cached else 0,
+        retries=stats.retries,
+        prompt_tokens=stats.prompt_tokens,
+        completion_tokens=stats.completion_tokens,
+        cost=stats.cost,
+        failures_file=beside(output, FAILURES) if state.get("failed") else None,
+        report=beside(output, REPORT),
+    )
+
+
+def _failures(written: Dataset, transform: Transform) -> Iterable[dict[str, Any]]:
+    name = transform.config.status_field
+    columns = [name, *{path[0]: None for path in transform.paths}]
+    row = 0
+    for table in written.select_columns(columns).with_format("arrow").iter(batch_size=ROWS):
+        for entry in table.to_pylist():
+            told = entry.pop(name)
+            if told["state"] == "failed":
+                yield {"record": row, **told, **entry}
+            row += 1

@@ -1,0 +1,276 @@
+"""Tables: Parquet, CSV and Arrow files, saved Datasets, through the command and through map."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fabe_ds
+from tests.server import ModelServer, completion, error
+
+ROWS = [{"id": i, "code": f"x = {i}", "score": i / 3, "tags": ["a", None]} for i in range(25)]
+
+
+def command(server, source, *more):
+    return [
+        *("run", "--input", source, "--instruction", "Up", "--provider", "openai"),
+        *("--model", "m", "--base-url", server.url, *more),
+    ]
+
+
+def parquet(box, rows=ROWS, name="data.parquet"):
+    path = box.path / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_a_parquet_file(box, server):
+    path = parquet(box)
+    ended = box.fabe(*command(server, "data.parquet"))
+    assert ended.code == 0, ended.err
+    before, after = pq.read_table(path), pq.read_table(box.path / "outputs/data.parquet")
+    assert after.column_names == [*before.column_names, "original_code"]
+    for name in ("id", "score", "tags"):
+        assert after[name].to_pylist() == before[name].to_pylist()
+        assert after.schema.field(name).type == before.schema.field(name).type
+    assert after["code"].to_pylist() == [f"X = {i}" for i in range(25)]
+    assert after["original_code"].to_pylist() == before["code"].to_pylist()
+    sent = len(server.calls)
+    again = box.fabe(*command(server, "data.parquet"))
+    assert "0 rewritten, 25 from cache" in again.out
+    assert len(server.calls) == sent == 25
+
+
+def test_a_folder_of_parquet_files_and_a_part_of_it(box, server):
+    parquet(box, ROWS[:10], "tables/a.parquet")
+    parquet(box, ROWS[10:], "tables/b.parquet")
+    ended = box.fabe(*command(server, "tables", "--split", "train[:12]"))
+    assert ended.code == 0, ended.err
+    after = pq.read_table(box.path / "outputs/tables.parquet")
+    assert after["id"].to_pylist() == list(range(12))
+
+
+def test_csv_comes_back_as_json_lines(box, server):
+    box.write("data.csv", 'id,code\n1,"x = 1"\n2,"a, ""b"""\n3,\n')
+    ended = box.fabe(*command(server, "data.csv"))
+    assert ended.code == 0, ended.err
+    assert "1 skipped (1 no text)" in ended.out
+    assert box.read("outputs/data.jsonl") == [
+        {"id": 1, "code": "X = 1", "original_code": "x = 1"},
+        {"id": 2, "code": 'A, "B"', "original_code": 'a, "b"'},
+        {"id": 3, "code": None, "original_code": None},
+    ]
+
+
+def test_a_saved_dataset_comes_back_as_one(box, server):
+    saved = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])}
+    )
+    saved.save_to_disk(str(box.path / "saved"))
+    files = sorted(path for path in (box.path / "saved").rglob("*"))
+    ended = box.fabe(*command(server, "saved", "--split", "test"))
+    assert ended.code == 0, ended.err
+    back = datasets.load_from_disk(str(box.path / "outputs/saved"))
+    assert back["code"][:] == ["X = 0", "X = 1", "X = 2"]
+    assert back.features["tags"] == saved["test"].features["tags"]
+    assert sorted(path for path in (box.path / "saved").rglob("*")) == files
+    wrong = box.fabe(*command(server, "saved", "--split", "dev"))
+    assert (wrong.code, wrong.err) == (2, "fabe-ds: --split dev: has train, test\n")
+
+
+def test_a_failed_row_keeps_what_it_has(box):
+    async def behave(call):
+        return error(400, "too rude") if call.prompt.endswith("x = 3") else None
+
+    parquet(box)
+    with ModelServer(behave) as server:
+        ended = box.fabe(*command(server, "data.parquet", "--status-field", "how"))
+    assert ended.code == 1
+    after = pq.read_table(box.path / "outputs/data.parquet").to_pylist()
+    assert after[3]["code"] == after[3]["original_code"] == "x = 3"
+    assert after[3]["how"]["state"] == "failed"
+    assert "too rude" in after[3]["how"]["message"]
+    assert after[4]["how"] == {
+        "state": "done",
+        "failure": None,
+        "message": None,
+        "finish_reason": "stop",
+        "prompt_tokens": after[4]["how"]["prompt_tokens"],
+        "completion_tokens": 3,
+    }
+    (failure,) = box.read("outputs.failures.jsonl")
+    assert (failure["record"], failure["code"]) == (3, "x = 3")
+    with ModelServer(port=int(server.root.rsplit(":", 1)[1])) as server:
+        assert box.fabe(*command(server, "data.parquet")).code == 0
+        assert len(server.calls) == 1
+    assert not (box.path / "outputs.failures.jsonl").exists()
+
+
+def test_several_fields_in_one_pass(box, server):
+    parquet(box, [{"instruction": f"do {i}", "output": f"done {i}", "n": i} for i in range(4)])
+    ended = box.fabe(
+        *command(server, "data.parquet", "--field", "instruction", "--also-field", "output"),
+        *("--output-format", "jsonl"),
+    )
+    assert ended.code == 0, ended.err
+    assert box.read("outputs/data.jsonl")[2] == {
+        "instruction": "DO 2",
+        "output": "DONE 2",
+        "n": 2,
+        "original_code": "do 2",
+        "original_output": "done 2",
+    }
+
+
+def test_several_samples_of_each(box):
+    async def behave(call):
+        return completion(call, f"{call.prompt[-5:]} {call.body['seed']}")
+
+    parquet(box, ROWS[:3])
+    more = ("--samples", 3, "--temperature", 1, "--seed", 5, "--output-format", "jsonl")
+    with ModelServer(behave) as server:
+        ended = box.fabe(*command(server, "data.parquet", *more))
+        assert ended.code == 0, ended.err
+        assert len(server.calls) == 9
+        again = box.fabe(*command(server, "data.parquet", *more))
+        assert "3 from cache" in again.out
+        assert len(server.calls) == 9
+        useless = box.fabe(*command(server, "data.parquet", "--samples", 3))
+        assert useless.code == 2
+        assert "give a --temperature" in useless.err
+    row = box.read("outputs/data.jsonl")[1]
+    assert row["samples"] == ["x = 1 5", "x = 1 6", "x = 1 7"]
+    assert row["code"] == "x = 1 5"
+
+
+def test_a_turn_of_a_chat(box, server):
+    turns = [
+        [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}]
+        for i in range(3)
+    ]
+    parquet(box, [{"messages": chat} for chat in turns])
+    more = ("--field", "messages.1.content", "--backup-field", "")
+    ended = box.fabe(*command(server, "data.parquet", *more))
+    assert ended.code == 0, ended.err
+    after = pq.read_table(box.path / "outputs/data.parquet")
+    assert after.column_names == ["messages"]
+    assert after["messages"].to_pylist()[2] == [
+        {"role": "user", "content": "q 2"},
+        {"role": "assistant", "content": "A 2"},
+    ]
+
+
+def test_the_dry_run_of_a_table(box, server):
+    parquet(box)
+    ended = box.fabe(*command(server, "data.parquet", "--dry-run"))
+    assert ended.code == 0, ended.err
+    assert "25 records, 25 to do" in ended.out
+    assert not server.calls
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "said"),
+    [
+        ("data.parquet", ("--field", "no"), "--field no: no column 'no'; there are id, code"),
+        ("data.parquet", ("--field", "id"), "--field id: the column is int64, not text"),
+        ("data.parquet", ("--inplace",), "--inplace goes with JSON files"),
+        ("data.parquet", ("--split", "dev"), "--input data.parquet: "),
+        ("broken.parquet", (), "broken.parquet"),
+        ("org/name", (), "--input org/name: "),
+        ("data.jsonl", ("--also-field", "b"), "--also-field goes with tables"),
+        ("data.jsonl", ("--samples", 2, "--temperature", 1), "--samples goes with tables"),
+    ],
+)
+def test_what_is_wrong_is_one_line(box, server, source, more, said):
+    parquet(box)
+    box.write("broken.parquet", b"PAR1 no")
+    box.lines("data.jsonl", [{"code": "x"}])
+    environment = {"HF_HUB_OFFLINE": "1"}
+    ended = box.fabe(*command(server, source, *more), **environment)
+    assert ended.code == 2, ended
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert not server.calls
+    assert not (box.path / "outputs").exists()
+
+
+# The same through Dataset.map.
+
+
+def options(server, tmp_path, **more):
+    return {
+        "instruction": "Up",
+        "provider": "openai",
+        "model": "m",
+        "base_url": server.url,
+        "cache_dir": tmp_path / "cache",
+        **more,
+    }
+
+
+def test_a_dataset_dict(server, tmp_path):
+    both = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])}
+    )
+    after = both.map(fabe_ds.transform_fn(**options(server, tmp_path)), batched=True)
+    assert after["train"]["code"][24] == "X = 24"
+    assert after["test"]["original_code"][:] == ["x = 0", "x = 1", "x = 2"]
+    assert len(server.calls) == 25
+
+
+def test_a_stream(server, tmp_path):
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    after = stream.map(
+        fabe_ds.transform_fn(**options(server, tmp_path)), batched=True, batch_size=10
+    )
+    first = next(iter(after))
+    assert (first["code"], first["original_code"]) == ("X = 0", "x = 0")
+    assert len(server.calls) == 10
+    assert [row["code"] for row in after] == [f"X = {i}" for i in range(25)]
+    assert len(server.calls) == 25
+
+
+def test_fields_status_and_samples_of_a_map(server, tmp_path):
+    rows = [{"q": f"ask {i}", "a": f"say {i}"} for i in range(4)]
+    transform = fabe_ds.transform_fn(
+        **options(
+            server,
+            tmp_path,
+            field=["q", "a"],
+            status_field="status",
+            samples=2,
+            temperature=1.0,
+            backup_field="original_q",
+        )
+    )
+    after = datasets.Dataset.from_list(rows).map(transform, batched=True)
+    assert after[1]["q"] == "ASK 1"
+    assert after[1]["samples"] == ["ASK 1", "ASK 1"]
+    assert (after[1]["original_q"], after[1]["original_a"]) == ("ask 1", "say 1")
+    assert after[1]["status"]["state"] == "done"
+    assert len(server.calls) == 16
+
+
+def test_the_python_api_gives_failures_as_a_dataset(tmp_path):
+    async def behave(call):
+        return error(400, "no") if call.prompt.endswith("3") else None
+
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "data.parquet")
+    with ModelServer(behave) as server:
+        config = fabe_ds.RunConfig(
+            **options(server, tmp_path),
+            input_path=tmp_path / "data.parquet",
+            output_path=tmp_path / "out",
+        )
+        result = fabe_ds.run(config)
+    assert (result.records, result.done, result.failed) == (25, 22, 3)
+    failures = result.failures()
+    assert failures["record"][:] == [3, 13, 23]
+    assert set(failures["failure"][:]) == {"rejected"}
+    report = json.loads(result.report.read_text())
+    assert report["failed"] == 3
