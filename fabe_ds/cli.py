@@ -251,7 +251,7 @@ def _log_to_stderr(level: str) -> None:
     logging.getLogger("fabe_ds").setLevel(level)
     if level != "DEBUG":
         for noisy in ("datasets", "transformers", "modelscope"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)  # we say it in a line
+            logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def _print_dry_run(seen: Any) -> None:

@@ -71,6 +71,7 @@ def load_table(config: RunConfig) -> Dataset:
     path = config.input_path
     assert path is not None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say what is wrong, in a line
     try:
         if path.is_dir() and _is_saved(path):
             saved = datasets.load_from_disk(str(path))

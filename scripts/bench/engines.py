@@ -47,7 +47,8 @@ def main(count: int) -> None:
             )
             if ended.returncode:
                 sys.exit(ended.stderr[-2000:])
-            rates = json.loads(ended.stdout.splitlines()[-1])
+            line = next(text for text in ended.stdout.splitlines() if text.startswith('{"cold"'))
+            rates = json.loads(line)
             print(
                 f"{engine:22} {rates['cold']:6.2f} {rates['others']:7.2f} {rates['again']:7.2f}",
                 flush=True,
