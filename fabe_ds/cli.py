@@ -67,6 +67,22 @@ def _without_values(args: list[str], names: set[str]) -> Iterator[str]:
 
 
 def _run(config: Path | None, **flags: Any) -> None:
+    settings = _settings(config, flags)
+    if settings.dry_run:
+        from fabe_ds.dryrun import dry_run
+
+        _print_dry_run(dry_run(settings))
+        return
+    _run_and_report(settings)
+
+
+def _preview(config: Path | None, number: int, **flags: Any) -> None:
+    from fabe_ds.preview import preview
+
+    _print_preview(preview(_settings(config, flags), number))
+
+
+def _settings(config: Path | None, flags: dict[str, Any]) -> RunConfig:
     variables = flags.pop("template_vars", None)
     if variables:
         flags["template_vars"] = dict(map(_variable, variables))
@@ -74,12 +90,7 @@ def _run(config: Path | None, **flags: Any) -> None:
         {name: value for name, value in flags.items() if value not in (None, [])}, config
     )
     _log_to_stderr(settings.log_level)
-    if settings.dry_run:
-        from fabe_ds.dryrun import dry_run
-
-        _print_dry_run(dry_run(settings))
-        return
-    _run_and_report(settings)
+    return settings
 
 
 def _run_and_report(settings: RunConfig) -> None:
@@ -151,6 +162,22 @@ def _shown_default(default: Any) -> str | bool:
 
 _run.__signature__ = _signature()  # type: ignore[attr-defined]
 app.command("run", cls=ValuedFlags, help="Rewrite a field of every record.")(_run)
+_preview.__signature__ = _run.__signature__.replace(  # type: ignore[attr-defined]
+    parameters=[
+        inspect.Parameter(
+            "number",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=5,
+            annotation=Annotated[int, typer.Option("-n", help="How many records.", min=1)],
+        ),
+        *_run.__signature__.parameters.values(),  # type: ignore[attr-defined]
+    ]
+)
+app.command(
+    "preview",
+    cls=ValuedFlags,
+    help="Rewrite a few records for real, show before and after, and what all would take.",
+)(_preview)
 
 
 @app.command("providers")
@@ -165,6 +192,34 @@ def providers() -> None:
         except UsageError as error:
             lacking, needs = str(error), "?"
         print(f"{name:<12} {'ready' if lacking is None else lacking}\n{'':<12} needs {needs}")
+
+
+@app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where.")] = Path(),
+    provider: Annotated[str, typer.Option(help="Who answers.")] = "openai",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Write a commented configuration and a prompt to begin with."""
+    from fabe_ds.scaffold import write_project
+
+    for path in write_project(folder, provider, force):
+        print(f"written: {path}")
+
+
+@app.command("doctor")
+def doctor(
+    cache_dir: Annotated[Path, typer.Option(help="The cache folder.")] = Path(".cache"),
+    base_url: Annotated[str | None, typer.Option(help="A server to look for.")] = None,
+) -> None:
+    """Check packages, devices, servers, keys and the cache."""
+    from fabe_ds.doctor import findings
+
+    bad = False
+    for state, what, detail in findings(cache_dir, base_url):
+        print(f"{state:<5} {what:<18} {detail}")
+        bad = bad or state == "bad"
+    raise typer.Exit(int(bad))
 
 
 @app.command("retry")
@@ -187,6 +242,17 @@ def _config_of(report: Path, api_key: str | None = None) -> RunConfig:
         raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
     given = {name: value for name, value in saved.items() if value is not None}
     return validated(RunConfig, {**given, "api_key": api_key}, {})
+
+
+@app.command("report")
+def report_page(
+    report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
+    output: Annotated[Path | None, typer.Option(help="The page.  [default: beside it]")] = None,
+) -> None:
+    """Write a page about a run: counts, charts, failures, before and after."""
+    from fabe_ds.report import write_page
+
+    print(f"written: {write_page(report, output)}")
 
 
 cache_app = typer.Typer(no_args_is_help=True, help="Look into the record cache.")
@@ -266,6 +332,40 @@ def _print_dry_run(seen: Any) -> None:
     )
     for error in seen.bad_files:
         print(f"left out: {error}")
+
+
+def _print_preview(seen: Any) -> None:
+    import difflib
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    styles = {"+": "green", "-": "red", "?": ""}
+    for number, (request, outcome) in enumerate(seen.shown, 1):
+        answer = outcome.completion
+        tokens = (
+            f", {answer.prompt_tokens} prompt and {answer.completion_tokens} completion tokens"
+            if answer is not None and answer.completion_tokens is not None
+            else ""
+        )
+        state = outcome.message or ("from cache" if outcome.cached else "done")
+        console.print(Text(f"--- record {number}: {state}{tokens}", style="bold"))
+        if outcome.text is None:
+            continue
+        for line in difflib.ndiff(request.text.splitlines(), outcome.text.splitlines()):
+            if line[0] != "?":
+                console.print(Text(line, style=styles.get(line[0], "dim")))
+    counts = seen.counts
+    console.print(
+        f"{len(seen.shown)} records in {seen.seconds:.1f} s, kept in the cache; "
+        f"{counts.records} in all, {counts.to_do - counts.cached} were to be asked for"
+    )
+    for estimate in seen.estimates:
+        console.print(
+            f"whole run: about {estimate.likely:,.6g} {estimate.name} "
+            f"({estimate.least:,.6g} to {estimate.most:,.6g})"
+        )
 
 
 def _in_words(what: str, counts: Any) -> str:

@@ -37,23 +37,32 @@ class DryRun:
 
 def dry_run(config: RunConfig) -> DryRun:
     """Raises: FabeError, as the run would."""
-    plan = None if is_table(config) else make_plan(config)
     transform = Transform(config)
     cache = None
     if transform.provider.cached and config.resume:
         cache = RecordCache.existing(config.cache_dir)
     seen = DryRun()
     try:
-        if plan is None:
-            rows = _table_items(config, transform, seen)
-        else:
-            rows = _items(config, plan, transform, seen)
+        rows = _rows(config, transform, seen)
         while part := list(islice(rows, ROWS)):
             _count(part, transform, cache, seen)
     finally:
         if cache is not None:
             cache.close()
     return seen
+
+
+def requests_of(config: RunConfig, transform: Transform) -> Iterator[Request | RecordFailed]:
+    """What the records that have text ask for. Raises: FabeError."""
+    return _rows(config, transform, DryRun())
+
+
+def _rows(
+    config: RunConfig, transform: Transform, seen: DryRun
+) -> Iterator[Request | RecordFailed]:
+    if is_table(config):
+        return _table_items(config, transform, seen)
+    return _items(config, make_plan(config), transform, seen)
 
 
 def _items(

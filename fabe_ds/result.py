@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,8 @@ from fabe_ds.version import __version__
 if TYPE_CHECKING:
     from datasets import Dataset
 
-REPORT, FAILURES = "run.json", "failures.jsonl"
+REPORT, FAILURES, SAMPLES = "run.json", "failures.jsonl", "samples.jsonl"
+SAMPLES_KEPT, SAMPLE_CHARACTERS = 200, 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,31 @@ def write_failures(failures: Iterable[dict[str, Any]], path: Path) -> None:
             file.write((json.dumps(failure, ensure_ascii=False) + "\n").encode())
 
 
-def write_report(config: RunConfig, result: RunResult) -> None:
-    """The counts and the settings, but for the key, as JSON."""
+def sizes(column: Any) -> dict[int, int]:
+    """A column of whole numbers as counts by size: {n: values of up to 2**(n/4)}."""
+    steps: Counter[int] = Counter()
+    for entry in column.drop_null().value_counts().to_pylist():
+        steps[math.ceil(4 * math.log2(max(1, entry["values"])))] += entry["counts"]
+    return dict(sorted(steps.items()))
+
+
+def spread(indices: Sequence[int]) -> list[int]:
+    """So many of the indices as samples are kept of, evenly spaced."""
+    step = max(1, math.ceil(len(indices) / SAMPLES_KEPT))
+    return list(indices[::step])
+
+
+def write_samples(samples: Iterable[tuple[str, str, str]], path: Path) -> None:
+    """(where, before, after) of some records, for the report's page."""
+    with replacing(path) as file:
+        for where, before, after in samples:
+            texts = {"before": before[:SAMPLE_CHARACTERS], "after": after[:SAMPLE_CHARACTERS]}
+            line = json.dumps({"where": where, **texts}, ensure_ascii=False)
+            file.write((line + "\n").encode())
+
+
+def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -> None:
+    """The counts, the settings but for the key, and the run's `course`, as JSON."""
     assert result.report is not None
     settings = {
         name: getattr(config, name)
@@ -85,7 +111,7 @@ def write_report(config: RunConfig, result: RunResult) -> None:
     }
     if config.base_url:
         settings["base_url"] = without_userinfo(config.base_url)
-    body = {"fabe_ds": __version__, "config": settings, **asdict(result)}
+    body = {"fabe_ds": __version__, "config": settings, **asdict(result), **course}
     body.pop("example")
     with replacing(result.report) as file:
         file.write(json.dumps(body, indent=2, ensure_ascii=False, default=str).encode() + b"\n")

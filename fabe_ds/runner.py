@@ -19,10 +19,22 @@ from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item, Stats
 from fabe_ds.engine.tally import gathered
 from fabe_ds.errors import UsageError
+from fabe_ds.history import Point, recorded
 from fabe_ds.records import Loaded, Source, discover, export_records, load
 from fabe_ds.records.export import copy_unchanged
 from fabe_ds.records.mapped import passed_over
-from fabe_ds.result import FAILURES, REPORT, RunResult, beside, write_failures, write_report
+from fabe_ds.result import (
+    FAILURES,
+    REPORT,
+    SAMPLES,
+    RunResult,
+    beside,
+    sizes,
+    spread,
+    write_failures,
+    write_report,
+    write_samples,
+)
 from fabe_ds.transform import Transform, result_features
 
 if TYPE_CHECKING:
@@ -63,11 +75,12 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
     )
     state = _State.of(loaded.dataset, transform)
     try:
-        written = _map(loaded.dataset, transform, plan, state, watch)
+        with recorded(transform.session.stats) as history:
+            written = _map(loaded.dataset, transform, plan, state, watch)
         if config.inplace:
             _mark_written(transform, plan, written)
         outputs = _export(written, loaded, plan, state)
-        return _report(config, plan, written, loaded, transform, outputs, started)
+        return _report(config, plan, written, loaded, transform, outputs, started, history)
     finally:
         transform.close()
 
@@ -103,7 +116,7 @@ def make_plan(config: RunConfig) -> Plan:
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"--output {output}: not a folder")
     folder = output or config.cache_dir / "runs" / root.resolve().name
-    reports = [beside(folder, name) for name in (REPORT, FAILURES)]
+    reports = [beside(folder, name) for name in (REPORT, FAILURES, SAMPLES)]
     sources = discover(root, config.input_glob, [output, *reports] if output else reports)
     plan = Plan(root, sources, output, folder)
     names: dict[str, str] = {}
@@ -291,6 +304,7 @@ def _report(
     transform: Transform,
     outputs: list[Path],
     started: float,
+    history: list[Point],
 ) -> RunResult:
     table, stats = written.data.table, transform.stats
     failures = _counts(table.column("failure"))
@@ -321,7 +335,14 @@ def _report(
         example=_example(written),
     )
     write_failures(_failures(written) if failed else (), beside(plan.reports, FAILURES))
-    write_report(config, result)
+    write_samples(_samples(written), beside(plan.reports, SAMPLES))
+    course = {
+        "history": history,
+        "latency": stats.latency,
+        "prompt_tokens_each": sizes(table.column("prompt_tokens")),
+        "completion_tokens_each": sizes(table.column("completion_tokens")),
+    }
+    write_report(config, result, course)
     return result
 
 
@@ -339,6 +360,15 @@ def _example(written: Dataset) -> tuple[str, str] | None:
     if first < 0:
         return None
     return table.column("text")[first].as_py(), table.column("completion")[first].as_py()
+
+
+def _samples(written: Dataset) -> Iterator[tuple[str, str, str]]:
+    import pyarrow.compute as pc
+
+    table = written.data.table.select(["file", "line", "text", "completion"])
+    there = pc.indices_nonzero(pc.is_valid(table.column("completion")))
+    for row in table.take(spread(there.to_pylist())).to_pylist() if len(there) else []:
+        yield f"{row['file']}:{row['line']}", row["text"], row["completion"]
 
 
 def _failures(written: Dataset) -> Iterable[dict[str, Any]]:

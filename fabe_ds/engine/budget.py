@@ -22,6 +22,10 @@ class Price:
     prompt: float
     completion: float
 
+    def cost(self, prompt: int, completion: int) -> float:
+        """What so many tokens cost."""
+        return (prompt * self.prompt + completion * self.completion) / _MILLION
+
 
 def read_price(file: Path | None, model: str) -> Price:
     """The model's price in a YAML file of `model: {prompt: ..., completion: ...}`.
@@ -102,5 +106,5 @@ class Budget:
         return self._amounts(prompt, request.sampling.max_new_tokens)
 
     def _amounts(self, prompt: int, completion: int) -> dict[str, float]:
-        cost = (prompt * self._price.prompt + completion * self._price.completion) / _MILLION
+        cost = self._price.cost(prompt, completion)
         return {"--max-requests": 1, "--max-tokens-total": prompt + completion, "--max-cost": cost}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fabe_ds.engine.cache import RecordCache
@@ -54,6 +55,11 @@ class Stats:
     in_flight: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    latency: Counter[int] = field(default_factory=Counter)
+    """Answers by the time they took: those of up to 2**(n/4) seconds under n."""
+
+    def took(self, seconds: float) -> None:
+        self.latency[math.ceil(4 * math.log2(max(1e-3, seconds)))] += 1
 
     @property
     def settled(self) -> int:

@@ -204,6 +204,7 @@ class Job:
         if isinstance(answer, Completion):
             self._gone_since, self._failures = None, 0
             limiter.answered(time.monotonic() - started, len(self._tasks))
+            self.intake.stats.took(time.monotonic() - started)
             if answer.completion_tokens is not None:
                 used = (answer.prompt_tokens or 0) + answer.completion_tokens
                 limiter.corrected(used - _tokens_at_most(task))

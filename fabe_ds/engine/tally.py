@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,7 +30,12 @@ def add_up(folder: Path, into: Stats) -> None:
     """Sets `into` to the sum of what the workers have left."""
     left = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     for field in fields(Stats):
-        setattr(into, field.name, sum(counts[field.name] for counts in left))
+        if field.name == "latency":
+            into.latency = Counter()
+            for counts in left:
+                into.latency.update({int(n): count for n, count in counts["latency"].items()})
+        else:
+            setattr(into, field.name, sum(counts[field.name] for counts in left))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,93 @@
+"""Whether this machine has what a run needs: packages, devices, servers, keys, the cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_PACKAGES = ("datasets", "pyarrow", "aiohttp", "torch", "transformers", "modelscope", "vllm")
+_OPTIONAL = ("torch", "transformers", "modelscope", "vllm")
+_SERVERS = {
+    "ollama": "http://localhost:11434/api/tags",
+    "OpenAI-compatible": "http://localhost:8000/v1/models",
+}
+_SECONDS = 2.0
+
+
+class Finding(NamedTuple):
+    """`state` is ok, none (it is not there, and need not be) or bad."""
+
+    state: str
+    what: str
+    detail: str
+
+
+def findings(cache_dir: Path, base_url: str | None = None) -> Iterator[Finding]:
+    """All that is looked at, as it is found."""
+    yield Finding("ok", "python", sys.version.split()[0])
+    yield from _packages()
+    yield _device()
+    yield from _servers(base_url)
+    key = bool(os.environ.get("OPENAI_API_KEY"))
+    yield Finding("ok" if key else "none", "OPENAI_API_KEY", "set" if key else "not set")
+    yield from _cache(cache_dir)
+
+
+def _packages() -> Iterator[Finding]:
+    for name in _PACKAGES:
+        try:
+            yield Finding("ok", name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            advice = {"modelscope": "modelscope", "vllm": "vllm"}.get(name, "hf")
+            if name in _OPTIONAL:
+                yield Finding("none", name, f"not installed; pip install 'fabe-ds[{advice}]'")
+            else:
+                yield Finding("bad", name, "not installed; pip install fabe-ds")
+
+
+def _device() -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("none", "device", "no torch, so no local models")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+        return Finding("ok", "device", f"cuda: {', '.join(names)}")
+    if torch.backends.mps.is_available():
+        return Finding("ok", "device", "mps")
+    return Finding("ok", "device", f"cpu, {torch.get_num_threads()} threads; no GPU")
+
+
+def _servers(base_url: str | None) -> Iterator[Finding]:
+    import requests
+
+    wanted = {"--base-url": f"{base_url.rstrip('/')}/models"} if base_url else _SERVERS
+    for name, url in wanted.items():
+        try:
+            status = requests.get(url, timeout=_SECONDS).status_code
+        except requests.RequestException:
+            yield Finding("bad" if base_url else "none", name, f"nothing answers at {url}")
+        else:
+            yield Finding("ok" if status < 500 else "bad", name, f"{url} answers {status}")
+
+
+def _cache(folder: Path) -> Iterator[Finding]:
+    from fabe_ds.cachetool import stats
+    from fabe_ds.errors import FabeError
+
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(nearest).free / 1e9
+    if not os.access(nearest, os.W_OK):
+        yield Finding("bad", "cache", f"{folder} cannot be written")
+        return
+    try:
+        found = stats(folder)
+        detail = f"{found.completions} completions, {found.size / 1e6:.1f} MB"
+    except FabeError:
+        detail = "none yet"
+    yield Finding("ok", "cache", f"{folder}: {detail}; {free:.0f} GB free")

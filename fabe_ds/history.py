@@ -1,0 +1,44 @@
+"""How a run went, second by second."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from fabe_ds.engine.intake import Stats
+
+MOST_POINTS = 400
+
+Point = tuple[float, int, int, int]
+"""Seconds since the start; then records settled, records failed, and completion tokens so far."""
+
+
+@contextlib.contextmanager
+def recorded(stats: Stats, seconds: float = 0.25) -> Iterator[list[Point]]:
+    """A list of points that grows while the block runs; the longer the run, the further apart."""
+    points: list[Point] = []
+    started, over = time.monotonic(), threading.Event()
+
+    def note() -> None:
+        moment = round(time.monotonic() - started, 3)
+        points.append((moment, stats.settled, stats.failed, stats.completion_tokens))
+
+    def follow() -> None:
+        pause = seconds
+        while not over.wait(pause):
+            note()
+            if len(points) >= MOST_POINTS:
+                del points[1::2]
+                pause *= 2
+
+    note()
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield points
+    finally:
+        over.set()
+        thread.join()
+        note()

@@ -1,0 +1,101 @@
+"""A few records for real, and what the whole run would take at that rate."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from fabe_ds.config import RunConfig
+from fabe_ds.dryrun import DryRun, dry_run, requests_of
+from fabe_ds.engine.budget import read_price
+from fabe_ds.engine.intake import Outcome
+from fabe_ds.providers.base import Request
+from fabe_ds.transform import Transform
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A total for the whole run, and a range it is likely in (two standard errors)."""
+
+    name: str
+    least: float
+    likely: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """`shown` are requests with what became of them; `counts` those of the whole input."""
+
+    shown: list[tuple[Request, Outcome]]
+    seconds: float
+    counts: DryRun
+    estimates: list[Estimate]
+
+
+def preview(config: RunConfig, count: int) -> Preview:
+    """Runs the first `count` records that have text; the record cache keeps their answers.
+
+    Raises: FabeError.
+    """
+    counts = dry_run(config)
+    transform = Transform(config)
+    try:
+        items = [
+            item
+            for item in islice(requests_of(config, transform), count)
+            if isinstance(item, Request)
+        ]
+        started = time.monotonic()
+        outcomes = list(transform.session.outcomes(items))
+        seconds = time.monotonic() - started
+    finally:
+        transform.close()
+    shown = list(zip(items, outcomes, strict=True))
+    return Preview(shown, seconds, counts, list(_estimates(config, outcomes, seconds, counts)))
+
+
+def _estimates(
+    config: RunConfig, outcomes: Sequence[Outcome], seconds: float, counts: DryRun
+) -> Iterator[Estimate]:
+    answers = [outcome.completion for outcome in outcomes if outcome.completion is not None]
+    left = counts.to_do - counts.cached
+    if not answers or left <= 0:
+        return
+    prompts = [answer.prompt_tokens or 0 for answer in answers]
+    completions = [answer.completion_tokens or 0 for answer in answers]
+    if any(prompts):
+        yield _estimate("prompt tokens", prompts, left)
+    if any(completions):
+        yield _estimate("completion tokens", completions, left)
+    fresh = sum(not outcome.cached for outcome in outcomes)
+    if fresh:
+        # So few records may not fill all the places in flight.
+        concurrency = config.concurrency if isinstance(config.concurrency, int) else fresh
+        wide = concurrency / min(concurrency, fresh)
+        likely = left * seconds / fresh / wide
+        spread = _spread(completions) if any(completions) else 0.0
+        yield Estimate("seconds", likely * max(0.0, 1 - spread), likely, likely * (1 + spread))
+    if config.prices is not None:
+        price = read_price(config.prices, config.model or "")
+        costs = [
+            price.cost(asked, answered)
+            for asked, answered in zip(prompts, completions, strict=True)
+        ]
+        yield _estimate("cost", costs, left)
+
+
+def _estimate(name: str, values: Sequence[float], records: int) -> Estimate:
+    likely, spread = statistics.fmean(values) * records, _spread(values)
+    return Estimate(name, max(0.0, likely * (1 - spread)), likely, likely * (1 + spread))
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Two standard errors of the mean, as a part of it; all of it where one value is known."""
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not mean:
+        return 1.0
+    return float(2 * statistics.stdev(values) / len(values) ** 0.5 / mean)

@@ -1,0 +1,190 @@
+"""One page about a run: a file that any browser shows, with no network."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from fabe_ds.errors import UsageError
+from fabe_ds.records.export import replacing
+
+PAGE = Path(__file__).parent / "report.html.j2"
+SHOWN_FAILURES = 50  # of each class
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 200, 52, 26
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A picture, and the same as rows of a table for those who cannot see it."""
+
+    title: str
+    svg: str
+    columns: tuple[str, str]
+    rows: list[tuple[str, str]]
+
+
+def write_page(report: Path, place: Path | None = None) -> Path:
+    """The page of a run, from its report (`outputs.run.json`) and the files beside it.
+
+    Raises: UsageError where the report is not one.
+    """
+    import jinja2
+
+    try:
+        run = json.loads(report.read_text(encoding="utf-8"))
+        config = run["config"]
+    except OSError as error:
+        raise UsageError(f"{report}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
+    stem = report.name.removesuffix(".run.json")
+    failures = _lines(report.with_name(f"{stem}.failures.jsonl"))
+    samples = _lines(report.with_name(f"{stem}.samples.jsonl"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+        name=stem,
+        run=run,
+        tiles=_tiles(run),
+        charts=_charts(run),
+        failures=_by_class(failures),
+        samples=[
+            {**sample, "diff": _diff(sample["before"], sample["after"])} for sample in samples
+        ],
+        settings={key: value for key, value in config.items() if value not in (None, "", [], {})},
+    )
+    place = place or report.with_name(f"{stem}.html")
+    with replacing(place) as file:
+        file.write(page.encode())
+    return place
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
+    seconds = max(run["seconds"], 1e-9)
+    tiles = [
+        ("records", f"{run['records']:,}"),
+        ("rewritten", f"{run['done']:,}"),
+        ("from cache", f"{run['cached']:,}"),
+        ("failed", f"{run['failed']:,}"),
+        ("skipped", f"{sum(run['skipped'].values()):,}"),
+        ("time", _duration(seconds)),
+        ("records a second", f"{run['records'] / seconds:,.1f}"),
+        ("requests", f"{run['requests']:,}"),
+        ("prompt tokens", f"{run['prompt_tokens']:,}"),
+        ("completion tokens", f"{run['completion_tokens']:,}"),
+    ]
+    if run["cost"]:
+        tiles.append(("cost", f"{run['cost']:,.2f}"))
+    return tiles
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02}:{int(rest):02}" if hours or minutes else f"{rest:.1f} s"
+
+
+def _charts(run: dict[str, Any]) -> list[Chart]:
+    charts = []
+    points = run.get("history", [])
+    rates = [
+        (b[0], (b[1] - a[1]) / (b[0] - a[0])) for a, b in pairwise(_spaced(points)) if b[0] > a[0]
+    ]
+    if len(rates) > 1:
+        rows = [(f"{moment:.1f} s", f"{rate:.1f}") for moment, rate in rates]
+        title = "Throughput, records a second"
+        charts.append(Chart(title, _line(rates, title), ("time", "records a second"), rows))
+    latency = [(2 ** (int(n) / 4), count) for n, count in run.get("latency", {}).items()]
+    for title, bars, unit in (
+        ("Latency of an answer, seconds", sorted(latency), "s"),
+        ("Prompt tokens of a record", _buckets(run.get("prompt_tokens_each", {})), ""),
+        ("Completion tokens of a record", _buckets(run.get("completion_tokens_each", {})), ""),
+    ):
+        if bars:
+            rows = [(f"up to {edge:.3g} {unit}".strip(), f"{count:,}") for edge, count in bars]
+            charts.append(Chart(title, _bars(bars, title), ("size", "records"), rows))
+    return charts
+
+
+def _spaced(points: Sequence[Sequence[float]], most: int = 80) -> list[Sequence[float]]:
+    return list(points[:: max(1, math.ceil(len(points) / most))])
+
+
+def _buckets(counts: dict[str, int]) -> list[tuple[float, int]]:
+    return sorted((2 ** (int(n) / 4), count) for n, count in counts.items())
+
+
+def _frame(title: str, most: float, inner: str, ticks: list[tuple[float, str]]) -> str:
+    """An SVG with axes: `ticks` are places on the lower one, in parts of its length."""
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
+    for step in range(3):
+        y = _y(most * step / 2, most)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        label = f"{most * step / 2:,.3g}" if most < 1000 else f"{most * step / 2:,.0f}"
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="left">{label}</text>')
+    parts.append(inner)
+    for place, label in ticks:
+        x = LEFT + place * (WIDTH - LEFT)
+        anchor = "end" if place > 0.95 else "middle" if place > 0.05 else "start"
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{label}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def _y(value: float, most: float) -> float:
+    return 10 + (HEIGHT - BOTTOM - 10) * (1 - value / (most or 1))
+
+
+def _line(points: list[tuple[float, float]], title: str) -> str:
+    end, most = points[-1][0], max(rate for _, rate in points)
+    places = [
+        f"{LEFT + moment / end * (WIDTH - LEFT):.1f},{_y(rate, most):.1f}"
+        for moment, rate in points
+    ]
+    base = _y(0, most)
+    area = f'<polygon class="area" points="{LEFT},{base} {" ".join(places)} {WIDTH},{base}"/>'
+    line = f'<polyline class="line" points="{" ".join(places)}"/>'
+    ticks = [(part, _duration(end * part)) for part in (0, 0.25, 0.5, 0.75, 1)]
+    return _frame(title, most, area + line, ticks)
+
+
+def _bars(bars: list[tuple[float, int]], title: str) -> str:
+    most = max(count for _, count in bars)
+    wide = (WIDTH - LEFT) / len(bars)
+    drawn = [
+        f'<rect class="bar" x="{LEFT + n * wide + 1:.1f}" width="{max(1, wide - 2):.1f}" rx="2" '
+        f'y="{_y(count, most):.1f}" height="{_y(0, most) - _y(count, most):.1f}">'
+        f"<title>up to {edge:.3g}: {count:,}</title></rect>"
+        for n, (edge, count) in enumerate(bars)
+    ]
+    every = max(1, len(bars) // 6)
+    ticks = [
+        ((n + 0.5) / len(bars), f"{edge:.3g}") for n, (edge, _) in enumerate(bars) if n % every == 0
+    ]
+    return _frame(title, most, "".join(drawn), ticks)
+
+
+def _by_class(failures: list[dict[str, Any]]) -> list[tuple[str, int, list[dict[str, Any]]]]:
+    classes: dict[str, list[dict[str, Any]]] = {}
+    for failure in failures:
+        classes.setdefault(failure["failure"], []).append(failure)
+    order = sorted(classes.items(), key=lambda pair: -len(pair[1]))
+    return [(kind, len(found), list(islice(found, SHOWN_FAILURES))) for kind, found in order]
+
+
+def _diff(before: str, after: str) -> list[tuple[str, str]]:
+    """Lines of both: (kind, line), the kind being same, gone or new."""
+    kinds = {" ": "same", "-": "gone", "+": "new"}
+    lines = difflib.ndiff(before.splitlines(), after.splitlines())
+    return [(kinds[line[0]], line[2:]) for line in lines if line[0] in kinds]
