@@ -103,6 +103,18 @@ def _run_and_report(settings: RunConfig) -> None:
     gc.set_threshold(50_000, 20, 100)
     result = run(settings, watching)
     _print_summary(result)
+    if settings.push_to_hub is not None and result.report is not None:
+        from fabe_ds.hub import Push, push_run
+
+        push = Push(
+            settings.push_to_hub,
+            not settings.public,
+            settings.revision,
+            settings.push_config_name,
+            force=settings.force,
+            failures=settings.push_failures,
+        )
+        print(f"pushed: {push_run(result.report, push)}")
     raise typer.Exit(result.exit_code)
 
 
@@ -242,6 +254,26 @@ def _config_of(report: Path, api_key: str | None = None) -> RunConfig:
         raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
     given = {name: value for name, value in saved.items() if value is not None}
     return validated(RunConfig, {**given, "api_key": api_key}, {})
+
+
+@app.command("push")
+def push(
+    report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
+    repo: Annotated[str, typer.Argument(help="Dataset of the Hub (org/name).")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    config_name: Annotated[str, typer.Option(help="Configuration to push as.")] = "default",
+    split: Annotated[str, typer.Option(help="Split to push as.")] = "train",
+    force: Annotated[bool, typer.Option("--force", help="With failed records too.")] = False,
+    failures: Annotated[
+        bool, typer.Option("--failures", help="The failed ones too, as a configuration.")
+    ] = False,
+) -> None:
+    """Push what a run has written to the Hub, with a card that says how it was made."""
+    from fabe_ds.hub import Push, push_run
+
+    wanted = Push(repo, not public, revision, config_name, split, force, failures)
+    print(f"pushed: {push_run(report, wanted)}")
 
 
 @app.command("report")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from fabe_ds.errors import UsageError
 
 C = TypeVar("C", bound=BaseModel)
-Panel = Literal["Input and output", "Prompt", "Model", "Execution"]
+Panel = Literal["Input and output", "Prompt", "Model", "Execution", "Hub"]
 
 
 def _setting(
@@ -242,6 +242,16 @@ class RunConfig(TransformConfig):
     inplace: bool = _setting(_IO, "Replace the input files.", False)
     on_bad_input: Literal["fail", "skip"] = _setting(
         _IO, "What to do with a file that is broken.", "fail"
+    )
+    push_to_hub: str | None = _setting(
+        "Hub", "Dataset of the Hub (org/name) to push the records to; private unless --public."
+    )
+    public: bool = _setting("Hub", "Let everybody see it.", False)
+    revision: str | None = _setting("Hub", "Branch to push to.")
+    push_config_name: str = _setting("Hub", "Configuration to push as.", "default")
+    force: bool = _setting("Hub", "Push a run with failed records too.", False)
+    push_failures: bool = _setting(
+        "Hub", "Push the failed records too, as a configuration of their own (failures).", False
     )
     dry_run: bool = _setting(
         "Execution",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from tests.server import ModelServer
@@ -26,6 +27,8 @@ def folder(box):
         "configs/prompts/refactor_python.j2",
         (REPO / "configs/prompts/refactor_python.j2").read_text(),
     )
+    rows = [{"question": f"why {i}?", "answer": "so"} for i in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(str(box.path / "data.parquet"))
     return box
 
 

@@ -30,7 +30,7 @@ def page(tmp_path_factory):
         assert box.fabe(*openai_run(server)).code == 1
     ended = box.fabe("report", "outputs.run.json")
     assert ended.code == 0, ended.err
-    assert ended.out == f"written: {box.path / 'outputs.html'}\n"
+    assert ended.out == "written: outputs.html\n"
     return box.path / "outputs.html"
 
 

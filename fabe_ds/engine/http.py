@@ -91,7 +91,8 @@ class HttpEngine:
                 raise
 
     def close(self) -> None:
-        self._thread.call(self._session.close())
+        if not self._thread.ended:  # Python's exit may come here after the loop's end
+            self._thread.call(self._session.close())
 
     async def _open_session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(

@@ -23,6 +23,7 @@ class LoopThread:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = _new_loop()
+        self.ended = False
         self._thread = threading.Thread(target=self._run, name="fabe-ds-engine", daemon=True)
         self._thread.start()
         # Python frees the loop as it ends; a timer that woke the thread then would be its death.
@@ -42,6 +43,7 @@ class LoopThread:
 
     def _end(self) -> None:
         if self.pid == os.getpid():
+            self.ended = True
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(STOP_SECONDS)
 

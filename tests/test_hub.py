@@ -1,0 +1,145 @@
+"""Pushing to a Hub, and reading from one, over HTTP."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.hub import Hub
+from tests.server import ModelServer, completion, error, openai_run
+
+ROWS = [{"id": i, "code": f"x = {i}", "score": 0.5, "tags": ["a"]} for i in range(10)]
+
+
+@pytest.fixture
+def hub():
+    with Hub() as running:
+        yield running
+
+
+def card(files: dict[str, bytes]) -> tuple[dict[str, object], str]:
+    _, head, body = files["README.md"].decode().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def table(files: dict[str, bytes], start="data/train-"):
+    (name,) = [name for name in files if name.startswith(start)]
+    return pq.read_table(io.BytesIO(files[name]))
+
+
+def test_a_run_is_pushed_and_is_private(box, hub, server):
+    box.lines("in/data.jsonl", ROWS)
+    box.write("in/README.md", "---\nlicense: apache-2.0\nlanguage:\n- en\n---\nMine.\n")
+    command = openai_run(server, "--push-to-hub", "me/rewritten", "--api-key", "sk-secret")
+    command[2] = "in"
+    ended = box.fabe(*command, **hub.environment)
+    assert ended.code == 0, ended
+    assert f"pushed: {hub.url}/datasets/me/rewritten" in ended.out
+    assert hub.repos["me/rewritten"].private
+    files = hub.files("me/rewritten")
+    records = table(files)
+    assert records.column_names == ["id", "code", "original_code", "score", "tags"]
+    assert records["code"].to_pylist() == [f"X = {i}" for i in range(10)]
+    assert records["id"].to_pylist() == list(range(10))
+    facts, text = card(files)
+    assert (facts["license"], facts["language"]) == ("apache-2.0", ["en"])
+    assert facts["configs"][0]["config_name"] == "default"
+    assert "| model | `m` |" in text
+    assert "```\nUp\n```" in text
+    assert "| rewritten | 10 |" in text
+    assert "fabe-ds run --input in --field code" in text
+    for secret in ("hf_test", "sk-secret"):
+        assert not any(secret.encode() in data for data in files.values())
+        assert secret not in ended.out + ended.err
+
+
+def test_no_licence_is_made_up(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    ended = box.fabe("push", "outputs.run.json", "me/plain", "--public", **hub.environment)
+    assert ended.code == 0, ended
+    assert not hub.repos["me/plain"].private
+    facts, _ = card(hub.files("me/plain"))
+    assert "license" not in facts
+    assert "language" not in facts
+
+
+def test_a_run_with_failures_is_refused_unless_forced(box, hub):
+    async def behave(call):
+        return error(400, "no") if call.prompt.endswith("3") else None
+
+    box.lines("data.jsonl", ROWS)
+    with ModelServer(behave) as server:
+        assert box.fabe(*openai_run(server)).code == 1
+    refused = box.fabe("push", "outputs.run.json", "me/some", **hub.environment)
+    assert refused.code == 2
+    assert "1 records failed" in refused.err
+    assert not hub.repos
+    forced = box.fabe(
+        "push", "outputs.run.json", "me/some", "--force", "--failures", **hub.environment
+    )
+    assert forced.code == 0, forced
+    files = hub.files("me/some")
+    assert table(files)["code"].to_pylist()[3] == "x = 3"
+    failed = table(files, "failures/train-")
+    assert failed["record"].to_pylist() == [3]
+    facts, text = card(files)
+    assert {config["config_name"] for config in facts["configs"]} == {"default", "failures"}
+    assert "| failed, and kept as they were | 1 |" in text
+
+
+def test_to_a_branch_and_a_configuration(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    push = ("push", "outputs.run.json", "me/two", "--revision", "next", "--config-name", "small")
+    ended = box.fabe(*push, "--split", "test", **hub.environment)
+    assert ended.code == 0, ended
+    files = hub.files("me/two", "next")
+    assert len(table(files, "small/test-")) == 10
+    assert "README.md" in files
+    assert "README.md" not in hub.files("me/two")
+
+
+def test_a_dataset_of_the_hub_is_read_and_its_licence_kept(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    box.write("README.md", "---\nlicense: mit\n---\n")
+    assert box.fabe(*openai_run(server)).code == 0
+    assert box.fabe("push", "outputs.run.json", "me/first", **hub.environment).code == 0
+    command = openai_run(server, "--field", "original_code", "--backup-field", "")
+    command[2] = "me/first"
+    ended = box.fabe(*command, "--push-to-hub", "me/second", **hub.environment)
+    assert ended.code == 0, ended
+    records = table(hub.files("me/second"))
+    assert records["original_code"].to_pylist() == [f"X = {i}" for i in range(10)]
+    assert card(hub.files("me/second"))[0]["license"] == "mit"
+
+
+def test_an_instruction_with_fences_of_its_own(box, hub, server):
+    async def behave(call):
+        return completion(call, "done")
+
+    box.lines("data.jsonl", ROWS[:1])
+    box.write("prompt.txt", "Put it in\n```\nfences\n```\n{{ text }}")
+    with ModelServer(behave) as fenced:
+        command = openai_run(fenced, "--push-to-hub", "me/fences")
+        command[4] = "prompt.txt"
+        assert box.fabe(*command, **hub.environment).code == 0
+    assert "````\nPut it in" in card(hub.files("me/fences"))[1]
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "said"),
+    [("a b/c", "hf_test", "--push-to-hub a b/c: "), ("me/x", "hf_wrong", "me/x: the Hub refused")],
+)
+def test_what_is_wrong_is_one_line(box, hub, server, repo, token, said):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    ended = box.fabe("push", "outputs.run.json", repo, **{**hub.environment, "HF_TOKEN": token})
+    assert ended.code in (1, 2), sys.version
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert token not in ended.err
