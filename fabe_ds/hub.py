@@ -134,7 +134,7 @@ def _push_card(run: dict[str, Any], push: Push) -> None:
     card = DatasetCard(Path(pushed).read_text(encoding="utf-8"))
     for name, value in _source_facts(run["config"]).items():
         setattr(card.data, name, value)
-    card.data.tags = sorted({*(card.data.get("tags") or ()), "fabe-ds", "synthetic"})
+    card.data["tags"] = sorted({*(card.data.get("tags") or ()), "fabe-ds", "synthetic"})
     card.text = card_text(run, push.repo)
     HfApi().upload_file(
         path_or_fileobj=str(card).encode(),
