@@ -55,8 +55,7 @@ def push_run(report: Path, push: Push) -> str:
             "push it all the same with --force"
         )
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-    from requests import RequestException
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -86,9 +85,18 @@ def push_run(report: Path, push: Push) -> str:
         raise UsageError(f"--push-to-hub {push.repo}: {_line(error)}") from None
     except LocalTokenNotFoundError:
         raise UsageError("no token for the Hub: set HF_TOKEN, or `hf auth login`") from None
-    except (HfHubHTTPError, RequestException, OSError) as error:
+    except hub_errors() as error:
         raise FabeError(f"{push.repo}: the Hub refused: {_line(error)}") from None
     return str(info.repo_url)
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises where the Hub refuses, or cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its versions are built on one HTTP library or another, whose own errors share this base.
+    bases = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (HfHubHTTPError, OSError, *bases)
 
 
 def _read(report: Path) -> dict[str, Any]:
@@ -149,7 +157,6 @@ def _push_card(run: dict[str, Any], push: Push) -> None:
 def _source_facts(config: dict[str, Any]) -> dict[str, Any]:
     """Licence and language as the source states them; nothing where it does not."""
     from huggingface_hub import DatasetCard
-    from huggingface_hub.errors import HfHubHTTPError
 
     source = Path(config["input_path"])
     folder = source if source.is_dir() else source.parent
@@ -158,7 +165,9 @@ def _source_facts(config: dict[str, Any]) -> dict[str, Any]:
             card = DatasetCard.load(folder / "README.md")
         else:
             card = DatasetCard.load(str(source))
-    except (OSError, ValueError, HfHubHTTPError):
+    except ValueError:  # no card there
+        return {}
+    except hub_errors():
         return {}
     facts = card.data.to_dict()
     return {name: facts[name] for name in _KEPT if facts.get(name)}

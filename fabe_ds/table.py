@@ -40,6 +40,7 @@ BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arro
 _JSON = (".json", ".jsonl", ".ndjson", ".gz")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 STATUS = "_fabe_ds"
+_HUB_SECONDS = 30.0
 ROWS = 1000
 
 
@@ -57,7 +58,9 @@ def is_table(config: RunConfig) -> bool:
 
 def _is_hub_id(path: Path) -> bool:
     suffix = path.suffix.lower()
-    return bool(_HUB_ID.fullmatch(str(path))) and suffix not in _JSON and suffix not in BUILDERS
+    if suffix in _JSON or suffix in BUILDERS or path.parent.exists():  # a misspelled path
+        return False
+    return _HUB_ID.fullmatch(str(path)) is not None
 
 
 def _is_saved(path: Path) -> bool:
@@ -102,6 +105,7 @@ def load_table(config: RunConfig) -> Dataset:
                 cache_dir=str(private_folder(config.cache_dir) / "tables"),
                 **options,
             )
+        _look_for(str(path))
         return datasets.load_dataset(str(path), config.config_name, split=config.split)
     except UsageError:
         raise
@@ -111,6 +115,28 @@ def load_table(config: RunConfig) -> Dataset:
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise InputError(path, reason) from None
+
+
+def _look_for(repo: str) -> None:
+    """Asks the Hub once; datasets itself would ask a Hub that is away for half a minute."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from fabe_ds.hub import hub_errors
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(repo, timeout=_HUB_SECONDS)
+    except RepositoryNotFoundError:
+        raise UsageError(
+            f"--input {repo}: no such file or folder, and no such dataset on the Hub (a private "
+            "one needs HF_TOKEN)"
+        ) from None
+    except hub_errors():
+        raise UsageError(
+            f"--input {repo}: no such file or folder, and the Hub cannot be reached"
+        ) from None
 
 
 def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:

@@ -118,6 +118,28 @@ def test_a_dataset_of_the_hub_is_read_and_its_licence_kept(box, hub, server):
     assert card(hub.files("me/second"))[0]["license"] == "mit"
 
 
+def test_a_dataset_that_is_not_there_is_one_line(box, hub, server):
+    command = openai_run(server)
+    command[2] = "me/absent"
+    ended = box.fabe(*command, **hub.environment)
+    assert ended.code == 2
+    assert "no such file or folder, and no such dataset on the Hub" in ended.err
+    gone = box.fabe(*command, **{**hub.environment, "HF_ENDPOINT": "http://127.0.0.1:1"})
+    assert (gone.code, gone.err) == (
+        2,
+        "fabe-ds: --input me/absent: no such file or folder, and the Hub cannot be reached\n",
+    )
+
+
+def test_a_hub_that_is_away_is_one_line(box, server):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    gone = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_test"}
+    ended = box.fabe("push", "outputs.run.json", "me/x", **gone)
+    assert ended.code == 1
+    assert "fabe-ds: me/x: the Hub refused: " in ended.err
+
+
 def test_an_instruction_with_fences_of_its_own(box, hub, server):
     async def behave(call):
         return completion(call, "done")

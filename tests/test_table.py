@@ -182,6 +182,7 @@ def test_the_dry_run_of_a_table(box, server):
         ("data.parquet", ("--split", "dev"), "--input data.parquet: "),
         ("broken.parquet", (), "broken.parquet"),
         ("org/name", (), "--input org/name: "),
+        ("data/name", (), "--input data/name: no such file or directory"),
         ("data.jsonl", ("--also-field", "b"), "--also-field goes with tables"),
         ("data.jsonl", ("--samples", 2, "--temperature", 1), "--samples goes with tables"),
     ],
@@ -190,6 +191,7 @@ def test_what_is_wrong_is_one_line(box, server, source, more, said):
     parquet(box)
     box.write("broken.parquet", b"PAR1 no")
     box.lines("data.jsonl", [{"code": "x"}])
+    box.write("data/other.txt", "")
     environment = {"HF_HUB_OFFLINE": "1"}
     ended = box.fabe(*command(server, source, *more), **environment)
     assert ended.code == 2, ended
