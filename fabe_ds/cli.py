@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-import json
 import logging
 import os
 import signal
@@ -246,12 +245,9 @@ def retry(
 
 
 def _config_of(report: Path, api_key: str | None = None) -> RunConfig:
-    try:
-        saved = json.loads(report.read_text(encoding="utf-8"))["config"]
-    except OSError as error:
-        raise UsageError(f"{report}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
+    from fabe_ds.result import read_report
+
+    saved = read_report(report)["config"]
     given = {name: value for name, value in saved.items() if value is not None}
     return validated(RunConfig, {**given, "api_key": api_key}, {})
 
@@ -367,13 +363,13 @@ def _print_dry_run(seen: Any) -> None:
 
 
 def _print_preview(seen: Any) -> None:
-    import difflib
-
     from rich.console import Console
     from rich.text import Text
 
+    from fabe_ds.report import diff_lines
+
     console = Console(highlight=False, soft_wrap=True)
-    styles = {"+": "green", "-": "red", "?": ""}
+    marks = {"same": ("  ", "dim"), "gone": ("- ", "red"), "new": ("+ ", "green")}
     for number, (request, outcome) in enumerate(seen.shown, 1):
         answer = outcome.completion
         tokens = (
@@ -385,9 +381,9 @@ def _print_preview(seen: Any) -> None:
         console.print(Text(f"--- record {number}: {state}{tokens}", style="bold"))
         if outcome.text is None:
             continue
-        for line in difflib.ndiff(request.text.splitlines(), outcome.text.splitlines()):
-            if line[0] != "?":
-                console.print(Text(line, style=styles.get(line[0], "dim")))
+        for kind, line in diff_lines(request.text, outcome.text):
+            mark, style = marks[kind]
+            console.print(Text(mark + line, style=style))
     counts = seen.counts
     console.print(
         f"{len(seen.shown)} records in {seen.seconds:.1f} s, kept in the cache; "

@@ -35,9 +35,9 @@ class DryRun:
     prompt_tokens: list[int] = field(default_factory=list)
 
 
-def dry_run(config: RunConfig) -> DryRun:
+def dry_run(config: RunConfig, transform: Transform | None = None) -> DryRun:
     """Raises: FabeError, as the run would."""
-    transform = Transform(config)
+    transform = transform or Transform(config)
     cache = None
     if transform.provider.cached and config.resume:
         cache = RecordCache.existing(config.cache_dir)

@@ -63,3 +63,8 @@ class RecordFailed(FabeError):
 
 class MalformedResponse(FabeError):
     """A server's answer that does not follow its protocol; worth another try."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line an error has to say, else its name: libraries write many."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

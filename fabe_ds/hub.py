@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.errors import FabeError, UsageError
+from fabe_ds.errors import FabeError, UsageError, first_line
 from fabe_ds.records.scan import parse_path
+from fabe_ds.result import read_lines, read_report
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +48,7 @@ def push_run(report: Path, push: Push) -> str:
     The token is that of HF_TOKEN or of `hf auth login`. Raises: UsageError (no such report, a run
     with failures that is not forced), FabeError (the Hub refused).
     """
-    run = _read(report)
+    run = read_report(report)
     if run["failed"] and not push.force:
         raise UsageError(
             f"{report}: {run['failed']} records failed and keep their originals; run it again, or "
@@ -71,9 +71,7 @@ def push_run(report: Path, push: Push) -> str:
         failed = Path(run["failures_file"]) if run["failures_file"] else None
         if push.failures and failed is not None:
             # Of other columns than the records, so no split of theirs.
-            with failed.open(encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in lines]
-            datasets.Dataset.from_list(rows).push_to_hub(
+            datasets.Dataset.from_list(read_lines(failed)).push_to_hub(
                 push.repo,
                 config_name="failures",
                 split=push.split,
@@ -82,11 +80,11 @@ def push_run(report: Path, push: Push) -> str:
             )
         _push_card(run, push)
     except HFValidationError as error:
-        raise UsageError(f"--push-to-hub {push.repo}: {_line(error)}") from None
+        raise UsageError(f"--push-to-hub {push.repo}: {first_line(error)}") from None
     except LocalTokenNotFoundError:
         raise UsageError("no token for the Hub: set HF_TOKEN, or `hf auth login`") from None
     except hub_errors() as error:
-        raise FabeError(f"{push.repo}: the Hub refused: {_line(error)}") from None
+        raise FabeError(f"{push.repo}: the Hub refused: {first_line(error)}") from None
     return str(info.repo_url)
 
 
@@ -97,17 +95,6 @@ def hub_errors() -> tuple[type[Exception], ...]:
     # Its versions are built on one HTTP library or another, whose own errors share this base.
     bases = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
     return (HfHubHTTPError, OSError, *bases)
-
-
-def _read(report: Path) -> dict[str, Any]:
-    try:
-        run = json.loads(report.read_text(encoding="utf-8"))
-        _ = run["config"], run["failed"], run["outputs"]
-    except OSError as error:
-        raise UsageError(f"{report}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
-    return dict(run)
 
 
 def _load(outputs: list[Path]) -> Dataset:
@@ -127,7 +114,7 @@ def _load(outputs: list[Path]) -> Dataset:
     except FileNotFoundError:
         raise UsageError(f"{first}: what the run has written is gone") from None
     except datasets.exceptions.DatasetGenerationError as error:
-        reason = _line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise FabeError(
             f"{first}: the records have no columns of one type each: {reason}"
         ) from None
@@ -217,7 +204,3 @@ fabe-ds run --input {source} --field {config["field"]} --instruction prompt.txt 
 
 The original stands in `{config.get("backup_field") or column}`.
 """
-
-
-def _line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -41,8 +41,8 @@ def preview(config: RunConfig, count: int) -> Preview:
 
     Raises: FabeError.
     """
-    counts = dry_run(config)
-    transform = Transform(config)
+    transform = Transform(config)  # for both, or a local model's tokenizer would be read twice
+    counts = dry_run(config, transform)
     try:
         items = [
             item

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import html
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.errors import UsageError
 from fabe_ds.records.export import replacing
+from fabe_ds.result import FAILURES, SAMPLES, read_lines, read_report
 
 PAGE = Path(__file__).parent / "report.html.j2"
 SHOWN_FAILURES = 50  # of each class
@@ -37,16 +36,12 @@ def write_page(report: Path, place: Path | None = None) -> Path:
     """
     import jinja2
 
-    try:
-        run = json.loads(report.read_text(encoding="utf-8"))
-        config = run["config"]
-    except OSError as error:
-        raise UsageError(f"{report}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
+    run = read_report(report)
     stem = report.name.removesuffix(".run.json")
-    failures = _lines(report.with_name(f"{stem}.failures.jsonl"))
-    samples = _lines(report.with_name(f"{stem}.samples.jsonl"))
+    failures, samples = (
+        read_lines(path) if (path := report.with_name(f"{stem}.{name}")).exists() else []
+        for name in (FAILURES, SAMPLES)
+    )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         name=stem,
@@ -55,20 +50,16 @@ def write_page(report: Path, place: Path | None = None) -> Path:
         charts=_charts(run),
         failures=_by_class(failures),
         samples=[
-            {**sample, "diff": _diff(sample["before"], sample["after"])} for sample in samples
+            {**sample, "diff": diff_lines(sample["before"], sample["after"])} for sample in samples
         ],
-        settings={key: value for key, value in config.items() if value not in (None, "", [], {})},
+        settings={
+            key: value for key, value in run["config"].items() if value not in (None, "", [], {})
+        },
     )
     place = place or report.with_name(f"{stem}.html")
     with replacing(place) as file:
         file.write(page.encode())
     return place
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
@@ -183,8 +174,8 @@ def _by_class(failures: list[dict[str, Any]]) -> list[tuple[str, int, list[dict[
     return [(kind, len(found), list(islice(found, SHOWN_FAILURES))) for kind, found in order]
 
 
-def _diff(before: str, after: str) -> list[tuple[str, str]]:
-    """Lines of both: (kind, line), the kind being same, gone or new."""
+def diff_lines(before: str, after: str) -> list[tuple[str, str]]:
+    """Lines of both texts: (kind, line), the kind being same, gone or new."""
     kinds = {" ": "same", "-": "gone", "+": "new"}
     lines = difflib.ndiff(before.splitlines(), after.splitlines())
     return [(kinds[line[0]], line[2:]) for line in lines if line[0] in kinds]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import RunConfig, setting
-from fabe_ds.errors import RECORDS_FAILED
+from fabe_ds.errors import RECORDS_FAILED, UsageError
 from fabe_ds.providers.base import without_userinfo
 from fabe_ds.records.export import replacing
 from fabe_ds.version import __version__
@@ -56,14 +56,45 @@ class RunResult:
 
         if self.failures_file is None:
             return Dataset.from_list([])
-        with self.failures_file.open(encoding="utf-8") as lines:
-            return Dataset.from_list([json.loads(line) for line in lines])
+        return Dataset.from_list(read_lines(self.failures_file))
+
+
+def read_report(report: Path) -> dict[str, Any]:
+    """What a run has left as its report. Raises: UsageError where the file is not one."""
+    try:
+        run: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        _ = run["config"], run["failed"], run["outputs"]
+    except OSError as error:
+        raise UsageError(f"{report}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
+    return run
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 too
+        return [json.loads(line) for line in lines]
 
 
 def beside(path: Path, name: str) -> Path:
     """`outputs/` -> `outputs.run.json`: beside the output, where no later run takes it for data."""
     path = path.resolve()
     return path.with_name(f"{path.name}.{name}")
+
+
+def leave(
+    config: RunConfig,
+    result: RunResult,
+    output: Path,
+    failures: Iterable[dict[str, Any]],
+    samples: Iterable[tuple[str, str, str]],
+    course: dict[str, Any],
+) -> None:
+    """Writes the failures, the samples and the report of a run beside its output."""
+    write_failures(failures, beside(output, FAILURES))
+    write_samples(samples, beside(output, SAMPLES))
+    write_report(config, result, course)
 
 
 def write_failures(failures: Iterable[dict[str, Any]], path: Path) -> None:

@@ -29,11 +29,9 @@ from fabe_ds.result import (
     SAMPLES,
     RunResult,
     beside,
+    leave,
     sizes,
     spread,
-    write_failures,
-    write_report,
-    write_samples,
 )
 from fabe_ds.transform import Transform, result_features
 
@@ -334,15 +332,14 @@ def _report(
         report=beside(plan.reports, REPORT),
         example=_example(written),
     )
-    write_failures(_failures(written) if failed else (), beside(plan.reports, FAILURES))
-    write_samples(_samples(written), beside(plan.reports, SAMPLES))
     course = {
         "history": history,
         "latency": stats.latency,
         "prompt_tokens_each": sizes(table.column("prompt_tokens")),
         "completion_tokens_each": sizes(table.column("completion_tokens")),
     }
-    write_report(config, result, course)
+    failing = _failures(written) if failed else ()
+    leave(config, result, plan.reports, failing, _samples(written), course)
     return result
 
 

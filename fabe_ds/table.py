@@ -13,21 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import RunConfig
 from fabe_ds.engine.intake import Item
-from fabe_ds.errors import InputError, UsageError
+from fabe_ds.errors import InputError, UsageError, first_line
 from fabe_ds.folders import private_folder
 from fabe_ds.history import recorded
 from fabe_ds.records.export import replacing
 from fabe_ds.result import (
     FAILURES,
     REPORT,
-    SAMPLES,
     RunResult,
     beside,
+    leave,
     sizes,
     spread,
-    write_failures,
-    write_report,
-    write_samples,
 )
 from fabe_ds.transform import Transform, inside
 
@@ -110,11 +107,9 @@ def load_table(config: RunConfig) -> Dataset:
     except UsageError:
         raise
     except (FileNotFoundError, ConnectionError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"--input {path}: {reason}") from None
+        raise UsageError(f"--input {path}: {first_line(error)}") from None
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(path, reason) from None
+        raise InputError(path, first_line(error.__cause__ or error)) from None
 
 
 def _look_for(repo: str) -> None:
@@ -159,13 +154,12 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
         place = _write(written if config.status_field else written.remove_columns(status), config)
         states = written.with_format("arrow")[status].combine_chunks() if len(written) else None
         report = _result(config, transform, states, place, output, started)
-        write_failures(_failures(written, transform), beside(output, FAILURES))
-        write_samples(_samples(written, transform), beside(output, SAMPLES))
         course = {"history": history, "latency": transform.stats.latency}
         if states is not None:
             for name in ("prompt_tokens", "completion_tokens"):
                 course[f"{name}_each"] = sizes(pc.struct_field(states, name))
-        write_report(config, report, course)
+        failures, samples = _failures(written, transform), _samples(written, transform)
+        leave(config, report, output, failures, samples, course)
         return report
     finally:
         transform.close()

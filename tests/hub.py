@@ -6,17 +6,17 @@ tree, resolve, card check. It keeps commits in memory, by branch.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from aiohttp import web
+
+from tests.server import Serving
 
 
 @dataclass
@@ -26,28 +26,15 @@ class Repo:
     commits: list[str] = field(default_factory=list)
 
 
-class Hub:
-    """Runs in a thread of its own."""
+class Hub(Serving):
+    """What is pushed stays in `repos` and `stored`; `asked` lists the requests."""
 
     def __init__(self, token: str | None = "hf_test") -> None:
         self.token = token
         self.repos: dict[str, Repo] = {}
         self.stored: dict[str, bytes] = {}
         self.asked: list[tuple[str, str, str | None]] = []
-        self._loop = asyncio.new_event_loop()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-
-    def __enter__(self) -> Hub:
-        self._thread.start()
-        assert self._started.wait(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
+        super().__init__()
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         return self.repos[repo].branches[branch]
@@ -55,11 +42,6 @@ class Hub:
     @property
     def environment(self) -> dict[str, str]:
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
-
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._start())
-        self._loop.run_forever()
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=1 << 30, middlewares=[self._guard])
@@ -81,7 +63,6 @@ class Hub:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        self._started.set()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:

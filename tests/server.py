@@ -12,7 +12,7 @@ import json
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -49,21 +49,17 @@ def openai_run(server: ModelServer, *more: Any) -> list[Any]:
     ]
 
 
-class ModelServer:
-    """Runs in a thread of its own. `behaviour` may answer in its own way, or return None."""
+class Serving:
+    """A server with an event loop in a thread of its own. `_start` sets up `_runner`."""
 
-    def __init__(self, behaviour: Behaviour | None = None, latency: float = 0.0, port: int = 0):
-        self.behaviour, self.latency = behaviour, latency
-        self.calls: list[Call] = []
-        self.in_flight = self.most_in_flight = 0
-        self.models = ["m", "llama3:latest"]
-        self.key: str | None = None
-        self._port = port
+    _runner: web.AppRunner
+
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
-    def __enter__(self) -> ModelServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         assert self._started.wait(10)
         return self
@@ -73,6 +69,28 @@ class ModelServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._start())
+        self._started.set()
+        self._loop.run_forever()
+
+    async def _start(self) -> None:
+        raise NotImplementedError
+
+
+class ModelServer(Serving):
+    """Runs in a thread of its own. `behaviour` may answer in its own way, or return None."""
+
+    def __init__(self, behaviour: Behaviour | None = None, latency: float = 0.0, port: int = 0):
+        self.behaviour, self.latency = behaviour, latency
+        self.calls: list[Call] = []
+        self.in_flight = self.most_in_flight = 0
+        self.models = ["m", "llama3:latest"]
+        self.key: str | None = None
+        self._port = port
+        super().__init__()
 
     @property
     def root(self) -> str:
@@ -86,11 +104,6 @@ class ModelServer:
     def prompts(self) -> list[str]:
         return [call.prompt for call in self.calls]
 
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._start())
-        self._loop.run_forever()
-
     async def _start(self) -> None:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/v1/models", self._list_openai)
@@ -103,7 +116,6 @@ class ModelServer:
         site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
         self._port = self._runner.addresses[0][1]
-        self._started.set()
 
     def routes(self, app: web.Application) -> None:
         """More of a protocol, in a class of its own."""

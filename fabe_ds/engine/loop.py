@@ -26,7 +26,7 @@ class LoopThread:
         self.ended = False
         self._thread = threading.Thread(target=self._run, name="fabe-ds-engine", daemon=True)
         self._thread.start()
-        # Python frees the loop as it ends; a timer that woke the thread then would be its death.
+        # A timer that woke the thread once the interpreter is gone would kill the process.
         atexit.register(self._end)
 
     @classmethod

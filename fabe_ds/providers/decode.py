@@ -2,7 +2,7 @@
 
 What generate() does for one padded batch, this does for a stream of prompts: the beginning they
 share is computed once, the rest in small groups of like length, and then all rows take their
-steps together. A row that ends leaves its slot at once and another prompt takes it.
+steps together. Rows that end leave at once, and blocks of new ones take their places.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fabe_ds.errors import first_line
 from fabe_ds.providers.base import Requirement
 from fabe_ds.providers.local import TransformersProvider
 
@@ -26,7 +27,6 @@ class HFProvider(TransformersProvider):
                 "with --no-local-files-only"
             ) from None
         except (HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().split("\n")[0]
             raise Requirement(
-                f"--model {model}: cannot be fetched from the Hub: {reason}"
+                f"--model {model}: cannot be fetched from the Hub: {first_line(error)}"
             ) from None

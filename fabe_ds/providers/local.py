@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.errors import RecordFailed, RunStopped, UsageError
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
 from fabe_ds.providers.base import Completion, LocalProvider, Request, Requirement
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class TransformersProvider(LocalProvider):
             tokenizer = AutoTokenizer.from_pretrained(**self._source)
         except (OSError, ValueError, ImportError) as error:
             raise RunStopped(
-                f"--model {self.endpoint.model}: no tokenizer: {_line(error)}"
+                f"--model {self.endpoint.model}: no tokenizer: {first_line(error)}"
             ) from None
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:  # masked out wherever it stands, so any token serves
@@ -210,7 +210,7 @@ class TransformersProvider(LocalProvider):
             if "device_map" not in options:
                 model = model.to(self.device)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-            raise RunStopped(f"--model {name}: cannot be loaded: {_line(error)}") from None
+            raise RunStopped(f"--model {name}: cannot be loaded: {first_line(error)}") from None
         log.info("%s on %s as %s", name, self.device, self.dtype)
         self._loaded_settings = model.generation_config.to_dict()
         # What generate() finds unset it takes from here, sampling included; so nothing is here.
@@ -273,7 +273,7 @@ class TransformersProvider(LocalProvider):
                 sanitize_control_tokens=True,
             )
         except Exception as error:  # templates raise what they like
-            raise RecordFailed("prompt", f"chat template: {_line(error)}") from None
+            raise RecordFailed("prompt", f"chat template: {first_line(error)}") from None
         return encoded["input_ids"]  # type: ignore[no-any-return]
 
     def complete(self, requests: Sequence[Request]) -> list[Completion | RecordFailed]:
@@ -347,10 +347,6 @@ def _quieten() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _cpu_has_bf16() -> bool:

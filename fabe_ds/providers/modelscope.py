@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from fabe_ds.errors import first_line
 from fabe_ds.providers.base import Requirement
 from fabe_ds.providers.local import TransformersProvider
 
@@ -28,8 +29,7 @@ class ModelScopeProvider(TransformersProvider):
         try:
             return Path(snapshot_download(model, local_files_only=local))
         except Exception as error:  # the client's exceptions share no base
-            reason = str(error).strip().split("\n")[0]
             advice = "; download it, or allow it with --no-local-files-only" if local else ""
             raise Requirement(
-                f"--model {model}: not found by ModelScope: {reason}{advice}"
+                f"--model {model}: not found by ModelScope: {first_line(error)}{advice}"
             ) from None

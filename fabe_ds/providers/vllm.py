@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.errors import RecordFailed, RunStopped
+from fabe_ds.errors import RecordFailed, RunStopped, first_line
 from fabe_ds.providers.base import Endpoint, Requirement, Sampling
 from fabe_ds.providers.decode import Answer, Prompt
 
@@ -66,8 +66,9 @@ class VllmGeneration:
         try:
             self._engine = LLM(**engine_arguments(path, endpoint)).llm_engine
         except (ValueError, RuntimeError, OSError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise RunStopped(f"--model {endpoint.model}: vLLM cannot load it: {reason}") from None
+            raise RunStopped(
+                f"--model {endpoint.model}: vLLM cannot load it: {first_line(error)}"
+            ) from None
 
     def answers(
         self, prompts: Sequence[Prompt], sampling: Sampling
