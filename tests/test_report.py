@@ -111,3 +111,11 @@ def test_what_is_no_report(box):
         assert ended.code == 2
         assert ended.err.startswith(f"fabe-ds: {name}: ")
         assert ended.err.count("\n") == 1
+
+
+def test_a_line_separator_in_a_record(box):
+    box.lines("data.jsonl", [{"code": "one\u2028two"}, {"code": "three\x85four"}])
+    assert box.fabe("run", "--input", "data.jsonl", "--instruction", "I").code == 0
+    ended = box.fabe("report", "outputs.run.json")
+    assert ended.code == 0, ended.err
+    assert "2 samples" in (box.path / "outputs.html").read_text()
