@@ -9,6 +9,7 @@ from fabe_ds.version import __version__
 
 if TYPE_CHECKING:
     from fabe_ds.config import RunConfig
+    from fabe_ds.hub import push_to_hub
     from fabe_ds.records import export_records, load_records
     from fabe_ds.result import RunResult
     from fabe_ds.runner import run
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "export_records",
     "load_records",
+    "push_to_hub",
     "run",
     "transform_fn",
 ]
@@ -34,6 +36,7 @@ _HOMES = {
     "RunResult": "fabe_ds.result",
     "export_records": "fabe_ds.records",
     "load_records": "fabe_ds.records",
+    "push_to_hub": "fabe_ds.hub",
     "run": "fabe_ds.runner",
     "transform_fn": "fabe_ds.transform",
 }

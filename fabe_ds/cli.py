@@ -9,15 +9,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from fabe_ds.config import RunConfig, flag, read_config, setting, validated
+from fabe_ds.config import PANELS, RunConfig, TransformConfig, flag, read_config, setting, validated
 from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, UsageError
 
 app = typer.Typer(
@@ -112,6 +113,7 @@ def _run_and_report(settings: RunConfig) -> None:
             settings.push_config_name,
             force=settings.force,
             failures=settings.push_failures,
+            hub=settings.hub,
         )
         print(f"pushed: {push_run(result.report, push)}")
     raise typer.Exit(result.exit_code)
@@ -132,19 +134,17 @@ def _signature() -> inspect.Signature:
         typer.Option("--config", help="YAML file of settings.", rich_help_panel="Input and output"),
     ]
     parameters = [inspect.Parameter("config", keyword, default=None, annotation=file)]
-    for name, declared in RunConfig.model_fields.items():
+    for name in sorted(RunConfig.model_fields, key=_place):
+        declared = RunConfig.model_fields[name]
         kind = _flag_type(declared.annotation)
         spelled = flag(name)
         names = [f"{spelled}/--no-{spelled[2:]}"] if kind is bool else [spelled]
-        shown = _shown_default(declared.get_default(call_default_factory=True))
-        text = declared.description or ""
-        if variable := setting(name, "environment"):
-            text += f" [env {variable}]"
         option = typer.Option(
             *names,
-            help=text,
+            help=_help(name, declared),
             rich_help_panel=setting(name, "panel"),
-            show_default=shown,
+            show_default=False,
+            autocompletion=_completion(name, declared.annotation),
         )
         listed = list[str] if kind is list else kind
         annotation = Annotated[listed | None, option]  # type: ignore[valid-type]
@@ -165,10 +165,40 @@ def _flag_type(annotation: Any) -> type:
     return str
 
 
-def _shown_default(default: Any) -> str | bool:
-    if default is None or default in ([], {}):
-        return False
-    return str(default).lower() if isinstance(default, bool) else str(default)
+def _place(name: str) -> tuple[int, bool]:
+    """Where a flag stands in --help: its panel, and in the first what is read and written."""
+    panel = setting(name, "panel")
+    return PANELS.index(panel), panel == PANELS[0] and name in TransformConfig.model_fields
+
+
+def _help(name: str, declared: FieldInfo) -> str:
+    text = declared.description or ""
+    default = declared.get_default(call_default_factory=True)
+    if default not in (None, [], {}):
+        shown = str(default).lower() if isinstance(default, bool) else default
+        text += f"  [default: {shown}]"
+    if variable := setting(name, "environment"):
+        text += f"  [env: {variable}]"
+    return text.replace("[", "\\[")  # else a style of rich's
+
+
+def _completion(name: str, annotation: Any) -> Callable[[str], list[str]] | None:
+    """What the shell offers for a flag's value; None leaves it the names of files."""
+    options = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
+    literals = [option for option in options if get_origin(option) is Literal]
+    if not literals and name != "provider":
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        if name == "provider":
+            from fabe_ds.providers import provider_names
+
+            known: Iterable[str] = provider_names()
+        else:
+            known = [value for literal in literals for value in get_args(literal)]
+        return [value for value in known if value.startswith(incomplete)]
+
+    return complete
 
 
 _run.__signature__ = _signature()  # type: ignore[attr-defined]
@@ -264,11 +294,14 @@ def push(
     failures: Annotated[
         bool, typer.Option("--failures", help="The failed ones too, as a configuration.")
     ] = False,
+    hub: Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Whose hub.")] = (
+        "huggingface"
+    ),
 ) -> None:
     """Push what a run has written to the Hub, with a card that says how it was made."""
     from fabe_ds.hub import Push, push_run
 
-    wanted = Push(repo, not public, revision, config_name, split, force, failures)
+    wanted = Push(repo, not public, revision, config_name, split, force, failures, hub)
     print(f"pushed: {push_run(report, wanted)}")
 
 

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from fabe_ds.errors import UsageError
 
 C = TypeVar("C", bound=BaseModel)
-Panel = Literal["Input and output", "Prompt", "Model", "Execution", "Hub"]
+Panel = Literal["Input and output", "Prompt", "Model", "Execution", "Ray", "Hub"]
+PANELS: tuple[str, ...] = get_args(Panel)
+"""The groups of flags, in the order of --help."""
 
 
 def _setting(
@@ -63,16 +65,6 @@ class TransformConfig(BaseModel):
         _IO,
         "Column that says what became of each record (failure, finish reason, tokens); for tables.",
         changes=True,
-    )
-    samples: int = _setting(
-        "Model",
-        "Answers to each record; above 1 they are listed in --samples-field, for tables.",
-        1,
-        changes=True,
-        ge=1,
-    )
-    samples_field: str = _setting(
-        "Model", "Column of all answers where --samples is above 1.", "samples", changes=True
     )
     instruction: str | None = _setting(
         "Prompt", "Instruction: a text, or a Jinja2 template file.", changes=True
@@ -163,6 +155,16 @@ class TransformConfig(BaseModel):
         changes=True,
     )
     stop: list[str] = _setting("Model", "Text that ends an answer; repeatable.", [], changes=True)
+    samples: int = _setting(
+        "Model",
+        "Answers to each record; above 1 they are listed in --samples-field, for tables.",
+        1,
+        changes=True,
+        ge=1,
+    )
+    samples_field: str = _setting(
+        "Model", "Column of all answers where --samples is above 1.", "samples", changes=True
+    )
     use_chat_template: bool = _setting(
         "Model", "Ask through the model's chat template, where it has one.", True, changes=True
     )
@@ -211,6 +213,12 @@ class TransformConfig(BaseModel):
         return [f"{kind}:{number.removeprefix('cuda:')}" for number in numbers.split(",")]
 
     @property
+    def capped(self) -> bool:
+        """Whether there is a cap on what may be spent."""
+        caps = (self.max_requests, self.max_tokens_total, self.max_cost)
+        return any(cap is not None for cap in caps)
+
+    @property
     def strips_fences(self) -> bool:
         return self.strip_fences and self.auto_extract_code
 
@@ -222,7 +230,9 @@ class TransformConfig(BaseModel):
 class RunConfig(TransformConfig):
     """A whole run: the transform, and the files it reads and writes."""
 
-    input_path: Path | None = _setting(_IO, "File or folder to read.", flag="input")
+    input_path: Path | None = _setting(
+        _IO, "File, folder, saved Dataset, or dataset of the Hub (org/name) to read.", flag="input"
+    )
     input_glob: list[str] = _setting(
         _IO, "Pattern of files in a folder (*.jsonl, **/*.json); repeatable.", [], flag="glob"
     )
@@ -246,12 +256,29 @@ class RunConfig(TransformConfig):
     push_to_hub: str | None = _setting(
         "Hub", "Dataset of the Hub (org/name) to push the records to; private unless --public."
     )
+    hub: Literal["huggingface", "modelscope"] = _setting(
+        "Hub", "Whose hub; modelscope needs fabe-ds[modelscope].", "huggingface"
+    )
     public: bool = _setting("Hub", "Let everybody see it.", False)
     revision: str | None = _setting("Hub", "Branch to push to.")
     push_config_name: str = _setting("Hub", "Configuration to push as.", "default")
     force: bool = _setting("Hub", "Push a run with failed records too.", False)
     push_failures: bool = _setting(
         "Hub", "Push the failed records too, as a configuration of their own (failures).", False
+    )
+    runner: Literal["local", "ray"] = _setting(
+        "Ray",
+        "Where the transform runs: in this process, or in the workers of a Ray cluster.",
+        "local",
+    )
+    ray_address: str | None = _setting(
+        "Ray", "Address of the cluster (auto, host:port).  [default: one on this machine]"
+    )
+    workers: int | None = _setting(
+        "Ray", "Workers.  [default: one a node, or as many as the GPUs serve]", gt=0
+    )
+    gpus_per_worker: float | None = _setting(
+        "Ray", "GPUs of each.  [default: 1 for a model on cuda, else none]", ge=0
     )
     dry_run: bool = _setting(
         "Execution",

@@ -10,8 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_PACKAGES = ("datasets", "pyarrow", "aiohttp", "torch", "transformers", "modelscope", "vllm")
-_OPTIONAL = ("torch", "transformers", "modelscope", "vllm")
+_PACKAGES = ("datasets", "pyarrow", "aiohttp")
+_OPTIONAL = {  # and the extra that brings each
+    "torch": "hf",
+    "transformers": "hf",
+    "modelscope": "modelscope",
+    "vllm": "vllm",
+    "ray": "ray",
+}
+_KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "MODELSCOPE_API_TOKEN")
 _SERVERS = {
     "ollama": "http://localhost:11434/api/tags",
     "OpenAI-compatible": "http://localhost:8000/v1/models",
@@ -33,19 +40,19 @@ def findings(cache_dir: Path, base_url: str | None = None) -> Iterator[Finding]:
     yield from _packages()
     yield _device()
     yield from _servers(base_url)
-    key = bool(os.environ.get("OPENAI_API_KEY"))
-    yield Finding("ok" if key else "none", "OPENAI_API_KEY", "set" if key else "not set")
+    for name in _KEYS:
+        key = bool(os.environ.get(name))
+        yield Finding("ok" if key else "none", name, "set" if key else "not set")
     yield from _cache(cache_dir)
 
 
 def _packages() -> Iterator[Finding]:
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_OPTIONAL):
         try:
             yield Finding("ok", name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            advice = {"modelscope": "modelscope", "vllm": "vllm"}.get(name, "hf")
-            if name in _OPTIONAL:
-                yield Finding("none", name, f"not installed; pip install 'fabe-ds[{advice}]'")
+            if extra := _OPTIONAL.get(name):
+                yield Finding("none", name, f"not installed; pip install 'fabe-ds[{extra}]'")
             else:
                 yield Finding("bad", name, "not installed; pip install fabe-ds")
 

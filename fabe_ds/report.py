@@ -114,7 +114,8 @@ def _spaced(points: Sequence[Sequence[float]], most: int = 80) -> list[Sequence[
 
 
 def _buckets(counts: dict[str, int]) -> list[tuple[float, int]]:
-    return sorted((2 ** (int(n) / 4), count) for n, count in counts.items())
+    """Counts of whole numbers by the largest that each holds."""
+    return sorted((math.floor(2 ** (int(n) / 4)), count) for n, count in counts.items())
 
 
 def _frame(title: str, most: float, inner: str, ticks: list[tuple[float, str]]) -> str:

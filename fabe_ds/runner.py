@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from fabe_ds.config import RunConfig, flag
 from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item, Stats
@@ -74,7 +76,7 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
     state = _State.of(loaded.dataset, transform)
     try:
         with recorded(transform.session.stats) as history:
-            written = _map(loaded.dataset, transform, plan, state, watch)
+            written = _map(config, loaded.dataset, transform, plan, state, watch)
         if config.inplace:
             _mark_written(transform, plan, written)
         outputs = _export(written, loaded, plan, state)
@@ -170,12 +172,16 @@ def _digest(path: Path) -> str:
 
 
 def _map(
-    dataset: Dataset, transform: Transform, plan: Plan, state: _State, watch: Watch | None
+    config: RunConfig,
+    dataset: Dataset,
+    transform: Transform,
+    plan: Plan,
+    state: _State,
+    watch: Watch | None,
 ) -> Dataset:
     """The carrier with the transform's columns beside its own."""
     import datasets
 
-    config = transform.config
     if not len(dataset):
         features = datasets.Features({**dataset.features, **result_features()})
         return datasets.Dataset.from_dict({name: [] for name in features}, features)
@@ -185,6 +191,7 @@ def _map(
         transform.look_ahead(_items(dataset, transform, plan))
     datasets.disable_progress_bars()
     stats = transform.session.stats
+    place = state.path.with_name(f"answers-{transform.digest()}.arrow")
     watching = watch(stats, len(dataset)) if watch and not finished else None
     with contextlib.ExitStack() as stack:
         workers: dict[str, Any] = {}
@@ -195,17 +202,26 @@ def _map(
             workers = {"num_proc": len(config.devices), "with_rank": True}
         if watching:
             stack.enter_context(watching)
-        result = dataset.map(
-            transform,
-            batched=True,
-            batch_size=MAP_ROWS,
-            remove_columns=dataset.column_names,
-            features=result_features(),
-            # A run with failures is never answered from the fingerprint cache, or they would
-            # stay for ever; the record cache makes that cheap.
-            load_from_cache_file=finished,
-            **workers,
-        )
+        if config.runner == "ray" and not (finished and place.exists()):
+            from fabe_ds.distributed.mapped import mapped
+
+            rows = _tables(dataset, transform, plan)
+            result = mapped(
+                rows, len(dataset), transform, config, result_features(), place, carrier=True
+            )
+        else:
+            result = dataset.map(
+                transform,
+                batched=True,
+                batch_size=MAP_ROWS,
+                remove_columns=dataset.column_names,
+                features=result_features(),
+                cache_file_name=str(place),
+                # A run with failures is never answered from the fingerprint cache, or they would
+                # stay for ever; the record cache makes that cheap.
+                load_from_cache_file=finished,
+                **workers,
+            )
     if result.data.column("failure").null_count != len(result):
         return datasets.concatenate_datasets([dataset, result], axis=1)
     state.clean = True
@@ -227,21 +243,28 @@ def _spawning() -> Iterator[None]:
 
 
 def _items(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[Item]:
+    for table in _tables(dataset, transform, plan):
+        yield from transform.carrier_items(table.to_pydict())
+
+
+def _tables(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[pa.Table]:
+    """What the transform needs of the rows; no text where there is nothing to do."""
     columns = ["text", "raw"] if transform.instruction.needs_record else ["text"]
     if plan.output is None:
         columns += ["file", "index"]
     rows = dataset.select_columns(columns).with_format("arrow")
     written = _written(transform, plan) if plan.output is None else None
     for table in passed_over(rows.iter(batch_size=MAP_ROWS)):
-        batch = table.to_pydict()
-        if written is not None:
-            batch["text"] = [
-                None if text is None or written(file, index, text) else text
-                for file, index, text in zip(
-                    batch["file"], batch["index"], batch["text"], strict=True
-                )
-            ]
-        yield from transform.carrier_items(batch)
+        if written is None:
+            yield table
+            continue
+        batch = [table.column(name).to_pylist() for name in ("file", "index", "text")]
+        texts = [
+            None if text is None or written(file, index, text) else text
+            for file, index, text in zip(*batch, strict=True)
+        ]
+        left = table.drop_columns(["file", "index", "text"])
+        yield left.append_column("text", pa.array(texts, pa.large_string()))
 
 
 def _written(transform: Transform, plan: Plan) -> Callable[[str, int, str], bool] | None:
@@ -258,7 +281,8 @@ def _written(transform: Transform, plan: Plan) -> Callable[[str, int, str], bool
 
 
 def _marks(transform: Transform) -> RecordCache:
-    return transform.session.cache or RecordCache(transform.config.cache_dir)
+    cache = transform.session.cache
+    return cache if isinstance(cache, RecordCache) else RecordCache(transform.config.cache_dir)
 
 
 def _mark_written(transform: Transform, plan: Plan, written: Dataset) -> None:

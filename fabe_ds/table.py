@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from fabe_ds.config import RunConfig
 from fabe_ds.engine.intake import Item
 from fabe_ds.errors import InputError, UsageError, first_line
@@ -29,7 +31,7 @@ from fabe_ds.result import (
 from fabe_ds.transform import Transform, inside
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
     from fabe_ds.runner import Watch
 
@@ -117,7 +119,7 @@ def _look_for(repo: str) -> None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from fabe_ds.hub import hub_errors
+    from fabe_ds.hub.huggingface import hub_errors
 
     if constants.HF_HUB_OFFLINE:
         return
@@ -150,7 +152,7 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
     _check_columns(dataset, transform)
     try:
         with recorded(transform.session.stats) as history:
-            written = _map(dataset, transform, watch)
+            written = _map(dataset, transform, config, watch)
         place = _write(written if config.status_field else written.remove_columns(status), config)
         states = written.with_format("arrow")[status].combine_chunks() if len(written) else None
         report = _result(config, transform, states, place, output, started)
@@ -177,47 +179,50 @@ def _check_columns(dataset: Dataset, transform: Transform) -> None:
             raise UsageError(f"--field {name}: the column is {kind or 'nested'}, not text")
 
 
-def _map(dataset: Dataset, transform: Transform, watch: Watch | None) -> Dataset:
+def _map(dataset: Dataset, transform: Transform, config: RunConfig, watch: Watch | None) -> Dataset:
     import datasets
 
-    config = transform.config
-    features = datasets.Features({**dataset.features, **_new_features(dataset, transform)})
+    new = pa.schema(list(transform.new_columns(dataset.column_names).items()))
+    features = datasets.Features({**dataset.features, **datasets.Features.from_arrow_schema(new)})
     if not len(dataset):
         return datasets.Dataset.from_dict({name: [] for name in features}, features)
-    transform.look_ahead(table_items(dataset, transform))
+    # Kept in our own folder, never beside a Dataset that a person saved; made anew each time,
+    # which the record cache makes cheap and which never keeps a failure.
+    folder = private_folder(private_folder(config.cache_dir) / "tables")
+    place = folder / f"{transform.digest()}-{dataset._fingerprint}.arrow"
     total = len(dataset) * transform.answers_each
     with watch(transform.session.stats, total) if watch else contextlib.nullcontext():
+        if config.runner == "ray":
+            return _on_ray(dataset, transform, config, features, place)
+        transform.look_ahead(table_items(dataset, transform))
         return dataset.map(
             transform,
             batched=True,
             batch_size=ROWS,
             features=features,
-            # Kept in our own folder, never beside a Dataset that a person saved; made anew each
-            # time, which the record cache makes cheap and which never keeps a failure.
-            cache_file_name=str(
-                private_folder(private_folder(config.cache_dir) / "tables")
-                / f"{transform.digest()}-{dataset._fingerprint}.arrow"
-            ),
+            cache_file_name=str(place),
             load_from_cache_file=False,
         )
 
 
-def _new_features(dataset: Dataset, transform: Transform) -> dict[str, Any]:
-    from datasets import List, Value
+def _on_ray(
+    dataset: Dataset, transform: Transform, config: RunConfig, features: Features, place: Path
+) -> Dataset:
+    """The same as the map: the workers are given what they need, and give what changes."""
+    from datasets import Features, concatenate_datasets
 
-    config, text = transform.config, Value("string")
-    features: dict[str, Any] = {}
-    for field, (column, *_) in enumerate(transform.paths):
-        backup = config.backup and (f"original_{column}" if field else config.backup)
-        if backup and backup not in dataset.features:
-            features[backup] = text
-    if config.samples > 1:
-        features[config.samples_field] = List(text)
-    assert config.status_field is not None
-    counts = {name: Value("int64") for name in ("prompt_tokens", "completion_tokens")}
-    told = dict.fromkeys(("state", "failure", "message", "finish_reason"), text)
-    features[config.status_field] = {**told, **counts}
-    return features
+    from fabe_ds.distributed.mapped import mapped
+
+    changed = {path[0] for path in transform.paths}
+    new = transform.new_columns(dataset.column_names).keys()
+    backups = transform.new_columns(()).keys() & set(dataset.column_names)
+    whole = transform.instruction.needs_record
+    rows = dataset if whole else dataset.select_columns(sorted(changed | backups))
+    tables = rows.with_format("arrow").iter(batch_size=ROWS)
+    given = Features({name: features[name] for name in features if name in changed | new})
+    result = mapped(tables, len(dataset), transform, config, given, place, carrier=False)
+    joined = concatenate_datasets([dataset.remove_columns(sorted(changed)), result], axis=1)
+    return joined.select_columns(list(features))
 
 
 def table_items(dataset: Dataset, transform: Transform) -> Iterator[Item]:

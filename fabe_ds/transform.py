@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,9 +17,10 @@ import pyarrow as pa
 from fabe_ds.config import TransformConfig, setting, validated
 from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats, tally
 from fabe_ds.engine.budget import Budget, read_price
+from fabe_ds.engine.cache import Completions
 from fabe_ds.engine.intake import Intake, Reask
 from fabe_ds.engine.slots import SharedSlots, die_with_parent, is_worker
-from fabe_ds.errors import FabeError, RecordFailed, UsageError
+from fabe_ds.errors import FabeError, RecordFailed, RunStopped, UsageError
 from fabe_ds.prompts import Instruction, clean_answer, load_instruction
 from fabe_ds.prompts.validate import build_check
 from fabe_ds.providers import (
@@ -42,6 +45,10 @@ if TYPE_CHECKING:
     from fabe_ds.engine.http import HttpEngine
 
 CARRIER = ("raw", "text", "index", "joint")
+OURS = "__fabe_"
+"""What the names of columns begin with that stand beside a table's own on the way to workers."""
+SAMPLE = f"{OURS}sample"
+"""A column that says how many equal rows stand before a row; where answers are sampled."""
 WINDOW_BATCHES = 32
 INVALID = "invalid"
 _RUNTIME = "FABE_DS_RUNTIME_"
@@ -75,7 +82,13 @@ def transform_fn(**options: Any) -> Transform:
 class Transform:
     """What `transform_fn` gives."""
 
-    def __init__(self, config: TransformConfig) -> None:
+    def __init__(
+        self,
+        config: TransformConfig,
+        open_cache: Callable[[Path], Completions] = RecordCache,
+        template: tuple[str, str] | None = None,
+    ) -> None:
+        """`template`: the instruction's text and name, where its file is elsewhere."""
         provider_class(config.provider)  # a misspelled name is said before what else is missing
         if not config.instruction and config.provider != "echo":
             raise UsageError("--instruction is required: a text or a template file")
@@ -91,9 +104,10 @@ class Transform:
         if config.validate_with:
             build_check(config.validate_with)  # a wrong one is said now, not at the first answer
         self.config = config
-        self._template, name = load_instruction(config.instruction or "")
+        self._open_cache = open_cache
+        self.template = template or load_instruction(config.instruction or "")
         self.instructions = [
-            Instruction(self._template, name, config.template_vars, path) for path in self.paths
+            Instruction(*self.template, config.template_vars, path) for path in self.paths
         ]
         self.instruction = self.instructions[0]
         self._sampling = Sampling(
@@ -131,10 +145,13 @@ class Transform:
             config.engine,
             len(devices),
         )
-        key = config.api_key.get_secret_value() if config.api_key else None
-        if key is None and config.provider == "openai":
-            key = os.environ.get("OPENAI_API_KEY")
-        return build_provider(config.provider, endpoint, key)
+        return build_provider(config.provider, endpoint, self.key())
+
+    def key(self) -> str | None:
+        """The key for the server, of the configuration or the environment."""
+        if self.config.api_key is not None:
+            return self.config.api_key.get_secret_value()
+        return os.environ.get("OPENAI_API_KEY") if self.config.provider == "openai" else None
 
     # Identity: what is pickled, hashed by datasets, and shipped to workers.
 
@@ -142,7 +159,7 @@ class Transform:
         """All that can change what comes out, as canonical JSON."""
         names = [name for name in TransformConfig.model_fields if setting(name, "changes")]
         values = {name: getattr(self.config, name) for name in names}
-        values["instruction"] = self._template
+        values["instruction"], _ = self.template
         values["strip_fences"] = values["auto_extract_code"] = self.config.strips_fences
         values["identity"] = self.provider.identity()
         return json.dumps(values, sort_keys=True, ensure_ascii=False)
@@ -152,6 +169,8 @@ class Transform:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
+        if self._session is not None:
+            self._session.intake.begin()  # datasets pickles its callable when a map begins
         spec = self.spec()
         self._leave_runtime(hashlib.sha256(spec.encode()).hexdigest()[:16])
         return _rebuild, (spec, TRANSFORM_VERSION)
@@ -180,7 +199,7 @@ class Transform:
         if self._session is None or self._session.pid != os.getpid():
             if self._session is not None:
                 self.provider = self._build_provider()
-            self._session = _Session(self.config, self.provider)
+            self._session = _Session(self.config, self.provider, self._open_cache)
             weakref.finalize(self, self._session.close)  # a map's callable has no last call
         return self._session
 
@@ -227,13 +246,15 @@ class Transform:
                 return result_table(islice(self._ahead, len(batch["index"])))
             # A dict: a map that is given a table takes it for all the columns there are.
             return result_table(self.session.outcomes(self.carrier_items(batch))).to_pydict()
-        return self._rewrite(batch)
+        return self.rewritten(batch)
 
     def carrier_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
         """What the rows of a carrier ask for."""
-        if not self.instruction.needs_record:
-            return (self.item(text, None) for text in batch["text"])
-        return (self.item(text, raw) for text, raw in zip(batch["text"], batch["raw"], strict=True))
+        count = len(batch["text"])
+        raws = batch["raw"] if self.instruction.needs_record else [None] * count
+        samples = batch.get(SAMPLE) or [0] * count
+        for text, raw, sample in zip(batch["text"], raws, samples, strict=True):
+            yield _numbered(self.item(text, raw), sample)
 
     def look_ahead(self, items: Iterable[Item]) -> None:
         """Answers `items`, those of all the rows of the coming map, ahead of its batches.
@@ -244,6 +265,27 @@ class Transform:
 
     def _answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
         yield from self.session.outcomes(items)
+
+    @property
+    def samples(self) -> bool:
+        """Whether equal requests have answers of their own."""
+        return self._sampling.samples
+
+    def new_columns(self, there: Collection[str]) -> dict[str, pa.DataType]:
+        """The columns that a table of these columns gains."""
+        config, text = self.config, pa.string()
+        new: dict[str, pa.DataType] = {}
+        for field, (column, *_) in enumerate(self.paths):
+            backup = config.backup and (f"original_{column}" if field else config.backup)
+            if backup and backup not in there:
+                new[backup] = text
+        if config.samples > 1:
+            new[config.samples_field] = pa.list_(text)
+        if config.status_field:
+            told = dict.fromkeys(("state", "failure", "message", "finish_reason"), text)
+            counts = dict.fromkeys(("prompt_tokens", "completion_tokens"), pa.int64())
+            new[config.status_field] = pa.struct(told | counts)
+        return new
 
     @property
     def answers_each(self) -> int:
@@ -260,17 +302,19 @@ class Transform:
         ):
             if path[0] not in batch:
                 raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}")
-        names = list(batch)
+        names = [name for name in batch if not name.startswith(OURS)]
         whole = self.instruction.needs_record
+        samples = batch.get(SAMPLE) or [0] * len(batch[self.path[0]])
         for row in range(len(batch[self.path[0]])):
             record = {name: batch[name][row] for name in names} if whole else None
             for field, (column, *inner) in enumerate(self.paths):
                 item = self.item(inside(batch[column][row], inner), record, field)
+                item = _numbered(item, samples[row] * self.config.samples)
                 yield item
                 for _ in range(1, self.config.samples):
                     yield item  # equal requests that are sampled are told apart by the engine
 
-    def _rewrite(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    def rewritten(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns of an ordinary Dataset that change."""
         samples = self.config.samples
         if self._ahead is not None:
@@ -308,6 +352,11 @@ class Transform:
                 _status(outcomes[start : start + self.answers_each]) for start in each
             ]
         return changed
+
+
+def _numbered(item: Item, sample: int) -> Item:
+    """The item as so many-th of its equals, where another process sees the others."""
+    return item._replace(sample=sample) if sample and isinstance(item, Request) else item
 
 
 def _status(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -365,6 +414,15 @@ def asking_again(config: TransformConfig) -> Reask:
     return reask
 
 
+def refuse_caps(config: TransformConfig, other: str) -> None:
+    """Raises: UsageError where spending is capped, which goes without `other`."""
+    if config.capped:
+        raise UsageError(
+            "--max-requests, --max-tokens-total and --max-cost hold in one process; leave "
+            f"{other} out"
+        )
+
+
 def _budget(config: TransformConfig) -> Budget:
     price = None
     if config.max_cost is not None:
@@ -379,12 +437,13 @@ class _Session:
         self,
         config: TransformConfig,
         provider: Provider,
+        open_cache: Callable[[Path], Completions],
     ) -> None:
         self.pid = os.getpid()
-        self.closed = False
+        self.closed = self.stopping = False
         self.stats = Stats()
-        self.cache = RecordCache(config.cache_dir) if provider.cached else None
-        intake = Intake(
+        self.cache = open_cache(config.cache_dir) if provider.cached else None
+        intake = self.intake = Intake(
             provider,
             self.cache,
             acceptance(config, provider),
@@ -412,11 +471,7 @@ class _Session:
                 return
             slots, budget = None, _budget(config)
             if is_worker():
-                if budget.capped:
-                    raise UsageError(
-                        "--max-requests, --max-tokens-total and --max-cost hold in one process; "
-                        "leave num_proc out"
-                    )
+                refuse_caps(config, "num_proc")
                 die_with_parent()
                 slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
             self.engine = HttpEngine(provider, intake, policy, budget, slots)
@@ -429,7 +484,14 @@ class _Session:
             raise UsageError(f"provider {provider.name}: neither an HTTP nor a local provider")
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
-        return self.engine.outcomes(items)
+        """One outcome an item, in order. Raises: RunStopped, when `stopping` has been set."""
+        with contextlib.closing(self.engine.outcomes(items)) as outcomes:
+            while not self.stopping:
+                outcome = next(outcomes, None)
+                if outcome is None:
+                    return
+                yield outcome
+        raise RunStopped("stopped; what was answered is kept")
 
     def close(self) -> None:
         if self.closed or self.pid != os.getpid():

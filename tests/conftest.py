@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 
+# Tests run side by side, and threads of OpenMP spin while they wait: with one for each core,
+# every process that runs a model takes the cores from the others. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.models import save_as_folder, smollm_gguf, tiny_model
 from tests.server import ModelServer
 
@@ -86,7 +90,8 @@ class Box:
         return self.write(name, "".join(json.dumps(record) + "\n" for record in records))
 
     def read(self, name: str) -> list[Any]:
-        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+        with (self.path / name).open() as lines:  # splitlines would split at U+2028 too
+            return [json.loads(line) for line in lines]
 
     def report(self, name: str = "outputs.run.json") -> dict[str, Any]:
         return dict(json.loads((self.path / name).read_text()))

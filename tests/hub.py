@@ -41,7 +41,7 @@ class Hub(Serving):
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+        return {"HF_ENDPOINT": self.root, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=1 << 30, middlewares=[self._guard])
@@ -59,10 +59,7 @@ class Hub(Serving):
         app.router.add_post("/datasets/{owner}/{name}.git/info/lfs/objects/batch", self._batch)
         app.router.add_put("/store/{oid}", self._store)
         app.router.add_get("/datasets/{owner}/{name}/resolve/{revision}/{path:.+}", self._resolve)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        await self._listen(app)
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -91,10 +88,10 @@ class Hub(Serving):
         asked = await request.json()
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.repos:
-            return web.json_response({"url": f"{self.url}/datasets/{name}"}, status=409)
+            return web.json_response({"url": f"{self.root}/datasets/{name}"}, status=409)
         private = asked.get("private", False) or asked.get("visibility") == "private"
         self.repos[name] = Repo(private, commits=["0" * 40])
-        return web.json_response({"url": f"{self.url}/datasets/{name}", "id": name})
+        return web.json_response({"url": f"{self.root}/datasets/{name}", "id": name})
 
     async def _validate(self, _: web.Request) -> web.Response:
         return web.json_response({"errors": [], "warnings": []})
@@ -164,7 +161,7 @@ class Hub(Serving):
                 "oid": wanted["oid"],
                 "size": wanted["size"],
                 "authenticated": True,
-                "actions": {"upload": {"href": f"{self.url}/store/{wanted['oid']}"}},
+                "actions": {"upload": {"href": f"{self.root}/store/{wanted['oid']}"}},
             }
             for wanted in asked["objects"]
         ]
@@ -190,7 +187,7 @@ class Hub(Serving):
                 tree.pop(value["path"], None)
         commit = hashlib.sha1(str(len(repo.commits)).encode()).hexdigest()
         repo.commits.append(commit)
-        url = f"{self.url}/datasets/{name}/commit/{commit}"
+        url = f"{self.root}/datasets/{name}/commit/{commit}"
         return web.json_response({"success": True, "commitOid": commit, "commitUrl": url})
 
     async def _resolve(self, request: web.Request) -> web.Response:

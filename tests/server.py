@@ -50,11 +50,12 @@ def openai_run(server: ModelServer, *more: Any) -> list[Any]:
 
 
 class Serving:
-    """A server with an event loop in a thread of its own. `_start` sets up `_runner`."""
+    """A server with an event loop in a thread of its own. `_start` calls `_listen`."""
 
     _runner: web.AppRunner
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self._port = port
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -65,7 +66,7 @@ class Serving:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
@@ -79,6 +80,23 @@ class Serving:
     async def _start(self) -> None:
         raise NotImplementedError
 
+    async def _stop(self) -> None:
+        await self._runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    async def _listen(self, app: web.Application) -> None:
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        self._port = self._runner.addresses[0][1]
+
+    @property
+    def root(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
 
 class ModelServer(Serving):
     """Runs in a thread of its own. `behaviour` may answer in its own way, or return None."""
@@ -89,12 +107,7 @@ class ModelServer(Serving):
         self.in_flight = self.most_in_flight = 0
         self.models = ["m", "llama3:latest"]
         self.key: str | None = None
-        self._port = port
-        super().__init__()
-
-    @property
-    def root(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        super().__init__(port)
 
     @property
     def url(self) -> str:
@@ -111,11 +124,7 @@ class ModelServer(Serving):
         for path in ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate"):
             app.router.add_post(path, self._complete)
         self.routes(app)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
-        await site.start()
-        self._port = self._runner.addresses[0][1]
+        await self._listen(app)
 
     def routes(self, app: web.Application) -> None:
         """More of a protocol, in a class of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,8 @@ def test_the_seeds_ollama_line(box):
         )
         assert ended.code == 0, ended
         assert sorted(p.name for p in (box.path / "outputs").iterdir()) == ["a.jsonl", "b.jsonl"]
-        assert server.prompts[0].endswith("\n\npath/to/dir/a.jsonl 0")
+        sources = [prompt.rsplit("\n\n", 1)[1] for prompt in sorted(server.prompts)]
+        assert sources == [f"path/to/dir/{n}.jsonl {i}" for n in "ab" for i in range(3)]
         assert server.most_in_flight <= 4
 
 
@@ -452,11 +454,9 @@ def test_providers_are_listed_with_what_they_need(box):
         assert name in ended.out
 
 
-def test_help_is_quick_to_load_and_grouped(box):
-    ended = box.fabe("run", "--help")
-    for panel in ("Input and output", "Prompt", "Model", "Execution"):
-        assert panel in ended.out
-    code = "import sys, fabe_ds.cli; print(sorted({'torch','datasets','aiohttp','pyarrow','transformers'} & set(sys.modules)))"
+def test_help_loads_nothing_heavy():
+    heavy = {"torch", "datasets", "aiohttp", "pyarrow", "transformers", "ray"}
+    code = f"import sys, fabe_ds.cli; print(sorted({heavy} & set(sys.modules)))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -492,3 +492,33 @@ def test_dotted_fields_and_several_globs(box):
         '\n   "content": "# echo: local\\nz",\n   "was": "z"\n'
         in (box.path / "outputs/sub/b.json").read_text()
     )
+
+
+def test_help_groups_the_flags(box):
+    ended = box.fabe("run", "--help", COLUMNS="120")
+    assert ended.code == 0
+    titles = re.findall(r"^╭─ ([A-Z][\w ]+) ─", ended.out, re.MULTILINE)
+    groups = ["Input and output", "Prompt", "Model", "Execution", "Ray", "Hub"]
+    assert titles == ["Options", *groups]
+    text = " ".join(ended.out.replace("│", " ").split())
+    assert "vllm needs fabe-ds[vllm]. [default: transformers]" in text
+    assert "[default: outputs]" in text
+    assert "[default: 128] [env: MAX_NEW_TOKENS]" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("fabe-ds pre", ["preview"]),
+        ("fabe-ds cache ex", ["export", "explain"]),
+        ("fabe-ds run --on-tr", ["--on-truncated"]),
+        ("fabe-ds run --on-truncated ", ["fail", "keep"]),
+        ("fabe-ds run --provider o", ["openai", "ollama"]),
+        ("fabe-ds run --input ", []),  # the shell offers files
+    ],
+)
+def test_the_shell_completes(box, words, offered):
+    asked = {"_FABE_DS_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    ended = box.fabe(**asked, COMP_CWORD=str(words.count(" ")))
+    assert sorted(ended.out.split()) == sorted(offered)
+    assert "_FABE_DS_COMPLETE=complete_bash" in box.fabe("--show-completion", "bash").out

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import fabe_ds
 from tests.hub import Hub
+from tests.scope import TOKEN, Scope
 from tests.server import ModelServer, completion, error, openai_run
 
 ROWS = [{"id": i, "code": f"x = {i}", "score": 0.5, "tags": ["a"]} for i in range(10)]
@@ -38,7 +40,7 @@ def test_a_run_is_pushed_and_is_private(box, hub, server):
     command[2] = "in"
     ended = box.fabe(*command, **hub.environment)
     assert ended.code == 0, ended
-    assert f"pushed: {hub.url}/datasets/me/rewritten" in ended.out
+    assert f"pushed: {hub.root}/datasets/me/rewritten" in ended.out
     assert hub.repos["me/rewritten"].private
     files = hub.files("me/rewritten")
     records = table(files)
@@ -165,3 +167,91 @@ def test_what_is_wrong_is_one_line(box, hub, server, repo, token, said):
     assert said in ended.err
     assert ended.err.count("\n") == 1
     assert token not in ended.err
+
+
+@pytest.fixture
+def scope(box):
+    with Scope() as running:
+        yield running
+
+
+def to_modelscope(scope, server, *more):
+    return openai_run(server, "--push-to-hub", "me/rewritten", "--hub", "modelscope", *more)
+
+
+def test_a_run_is_pushed_to_modelscope(box, scope, server):
+    box.lines("data.jsonl", ROWS)
+    box.write("README.md", "---\nlicense: mit\nlanguage:\n- en\n---\nMine.\n")
+    ended = box.fabe(*to_modelscope(scope, server), **scope.environment)
+    assert ended.code == 0, ended
+    assert ended.out.endswith(f"pushed: {scope.root}/datasets/me/rewritten\n")
+    assert "Upload Report" not in ended.out
+    assert scope.created["me/rewritten"]["Visibility"] == "1"  # private
+    assert scope.created["me/rewritten"]["License"] == "mit"
+    files = scope.files["me/rewritten"]
+    records = table(files)
+    assert records["code"].to_pylist() == [f"X = {i}" for i in range(10)]
+    assert records["tags"].to_pylist() == [["a"]] * 10
+    facts, text = card(files)
+    assert facts["configs"] == [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}
+    ]
+    assert (facts["license"], facts["language"]) == ("mit", ["en"])
+    assert "| rewritten | 10 |" in text
+    assert TOKEN not in ended.out + ended.err + "".join(map(str, files.values()))
+
+
+def test_what_failed_is_pushed_beside_it_and_other_configurations_stay(box, scope):
+    async def behave(call):
+        return error(400, "too rude") if call.prompt.endswith("x = 3") else None
+
+    box.lines("data.jsonl", ROWS)
+    with ModelServer(behave) as server:
+        more = ("--push-config-name", "first", "--public")
+        ended = box.fabe(*to_modelscope(scope, server, *more), **scope.environment)
+        assert ended.code == 2
+        assert "1 records failed" in ended.err.splitlines()[-1]
+        assert not scope.files
+        push = ["push", "outputs.run.json", "me/rewritten", "--hub", "modelscope", "--force"]
+        assert box.fabe(*push, **scope.environment).code == 0
+        more = ("--config-name", "second", "--split", "test", "--failures")
+        assert box.fabe(*push, *more, **scope.environment).code == 0
+    files = scope.files["me/rewritten"]
+    assert sorted(files) == [
+        "README.md",
+        "data/train-00000-of-00001.parquet",
+        "failures/test-00000-of-00001.parquet",
+        "second/test-00000-of-00001.parquet",
+    ]
+    assert table(files, "failures/test-")["text"].to_pylist() == ["x = 3"]
+    facts, _ = card(files)
+    assert [entry["config_name"] for entry in facts["configs"]] == ["default", "second", "failures"]
+    assert "license" not in facts
+    assert scope.created["me/rewritten"]["License"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("repo", "environment", "message"),
+    [
+        ("me/rewritten", {"MODELSCOPE_API_TOKEN": "wrong"}, "does not accept the token"),
+        ("rewritten", {}, "--push-to-hub rewritten: "),
+        ("me/rewritten", {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:1"}, "ModelScope refused: "),
+    ],
+)
+def test_what_modelscope_does_not_take_is_one_line(box, scope, server, repo, environment, message):
+    box.lines("data.jsonl", ROWS[:2])
+    assert box.fabe(*openai_run(server)).code == 0
+    push = ["push", "outputs.run.json", repo, "--hub", "modelscope"]
+    ended = box.fabe(*push, **{**scope.environment, **environment})
+    assert ended.code in (1, 2)
+    assert message in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_wrong_option_of_push_to_hub_is_named(tmp_path):
+    with pytest.raises(
+        fabe_ds.UsageError, match="unknown setting 'privat'; did you mean 'private'"
+    ):
+        fabe_ds.push_to_hub(tmp_path / "outputs.run.json", "me/rewritten", privat=False)
+    with pytest.raises(fabe_ds.UsageError, match="No such file"):
+        fabe_ds.push_to_hub(tmp_path / "outputs.run.json", "me/rewritten", private=False)

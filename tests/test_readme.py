@@ -9,13 +9,17 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 
-from tests.server import ModelServer
+from tests.hub import Hub
+from tests.server import ModelServer, openai_run
 
 REPO = Path(__file__).parent.parent
 TEXT = (REPO / "README.md").read_text()
 SHELL = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+SURFACES = re.findall(r"^\| [^|]+ \| `([^`]+)` \|$", TEXT, re.MULTILINE)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+FABE = Path(sys.executable).parent / "fabe-ds"
 LOCAL = "http://localhost:8000/v1"
 
 
@@ -36,9 +40,7 @@ def folder(box):
 def test_the_shell_blocks(folder, block):
     with ModelServer() as server:
         server.models = ["qwen3:latest"]
-        command = block.replace(LOCAL, server.url).replace(
-            "fabe-ds", f"{Path(sys.executable).parent}/fabe-ds"
-        )
+        command = block.replace(LOCAL, server.url).replace("fabe-ds", str(FABE))
         ended = subprocess.run(
             ["bash", "-ec", command],
             cwd=folder.path,
@@ -62,6 +64,39 @@ def test_the_python_blocks(folder, block):
             text=True,
         )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize("snippet", SURFACES)
+def test_the_table_of_surfaces(folder, snippet):
+    how = next(block for block in PYTHON if "how = dict(" in block)
+    with ModelServer() as server, Hub() as hub:
+        environment = {**folder.environment, **hub.environment}
+        if snippet.startswith("fabe-ds"):
+            settings = dict(re.findall(r"(\w+)=\"(.*)\",\n", how)) | {"base_url": server.url}
+            folder.write("how.yaml", yaml.safe_dump(settings))
+            if "me/data" in snippet:
+                push = "import datasets; datasets.Dataset.from_list([{'code': 'x'}]).push_to_hub('me/data')"
+                subprocess.run([sys.executable, "-c", push], env=environment, check=True)
+            command = ["bash", "-ec", snippet.replace("fabe-ds", str(FABE), 1)]
+        else:
+            preamble = how.replace(LOCAL, server.url)
+            if "outputs.run.json" in snippet:
+                folder.fabe(*openai_run(server))
+            script = folder.write("script.py", f"{preamble}\nprint({snippet})")
+            command = [sys.executable, str(script)]
+        ended = subprocess.run(
+            command, cwd=folder.path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout
+        assert server.calls
+        if "push" in snippet:
+            assert any(name.endswith(".parquet") for name in hub.files("me/rewritten"))
+
+
+def test_the_table_of_surfaces_is_found():
+    assert len(SURFACES) >= 11
 
 
 @pytest.mark.slow

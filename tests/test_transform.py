@@ -6,15 +6,17 @@ import asyncio
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
 
 import fabe_ds
 from fabe_ds import FabeError, UsageError, transform_fn
-from tests.server import ModelServer, error
+from tests.server import ModelServer, completion, error
 
 ROWS = [{"id": i, "code": f"x = {i}"} for i in range(30)]
 
@@ -43,6 +45,7 @@ def test_the_public_names():
         "__version__",
         "export_records",
         "load_records",
+        "push_to_hub",
         "run",
         "transform_fn",
     ]
@@ -290,3 +293,80 @@ def test_a_column_that_is_not_there_is_named(tmp_path, server):
     data = datasets.Dataset.from_list([{"text": "x"}])
     with pytest.raises(UsageError, match="no column 'code'"):
         data.map(transform_fn(**options(server, tmp_path)), batched=True)
+
+
+def test_a_second_map_sends_what_failed_in_the_first(tmp_path):
+    async def behave(call):
+        return error(400, "too rude") if call.number < 35 and "x = 7" in call.prompt else None
+
+    with ModelServer(behave) as server:
+        rewrite = transform_fn(**options(server, tmp_path))
+        data = datasets.Dataset.from_list(ROWS)
+        with pytest.raises(FabeError, match="1 of 30 records"):
+            data.map(rewrite, batched=True)
+        server.calls += server.calls[:10]
+        new = data.map(rewrite, batched=True)
+    assert new["code"][7] == "X = 7"
+    assert len(server.calls) == 30 + 10 + 1
+
+
+def test_a_second_map_finds_its_samples(tmp_path):
+    async def behave(call):
+        return completion(call, f"{call.number}")
+
+    with ModelServer(behave) as server:
+        rewrite = transform_fn(**options(server, tmp_path, temperature=1.0))
+        data = datasets.Dataset.from_list([{"code": "same"}] * 20)
+        first, second = (
+            data.map(rewrite, batched=True, batch_size=5, load_from_cache_file=False)["code"][:]
+            for _ in range(2)
+        )
+    assert len(set(first)) == 20
+    assert second == first
+    assert len(server.calls) == 20
+
+
+def test_a_map_goes_on_where_another_was_interrupted(tmp_path):
+    """As in a notebook: the callable, and what it has open, outlive the map."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with ModelServer(latency=0.2) as server:
+        rewrite = transform_fn(**options(server, tmp_path))
+        data = datasets.Dataset.from_list(ROWS)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.7)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                data.map(rewrite, batched=True)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert 0 < len(server.calls) < 30
+        assert data.map(rewrite, batched=True)["code"][:] == [f"X = {i}" for i in range(30)]
+        assert len(server.calls) == 30
+
+
+def test_threads_share_the_limit_and_ask_once(tmp_path):
+    batch = {"code": [row["code"] for row in ROWS]}
+    with ModelServer(latency=0.05) as server:
+        rewrite = transform_fn(**options(server, tmp_path, concurrency=3))
+        _ = rewrite.session
+        with ThreadPoolExecutor(4) as pool:
+            for result in pool.map(rewrite, [batch] * 4):
+                assert result["code"] == [f"X = {i}" for i in range(30)]
+    assert server.most_in_flight == 3
+    assert len(server.calls) == 30
+
+
+def test_a_thread_takes_over_what_another_leaves(tmp_path):
+    batch = {"code": [row["code"] for row in ROWS]}
+    with ModelServer(latency=0.1) as server:
+        rewrite = transform_fn(**options(server, tmp_path, concurrency=3))
+        leaving = rewrite.session.outcomes(rewrite.table_items(batch))
+        next(leaving)
+        with ThreadPoolExecutor(1) as pool:
+            staying = pool.submit(rewrite, batch)
+            leaving.close()
+            assert staying.result(30)["code"] == [f"X = {i}" for i in range(30)]
+    assert len(server.calls) == 30

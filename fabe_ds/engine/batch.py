@@ -10,14 +10,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 
-from fabe_ds.engine.cache import OpenBatch
+from fabe_ds.engine.cache import OpenBatch, RecordCache
 from fabe_ds.engine.http import Policy
 from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
 from fabe_ds.engine.local import answer_window
@@ -38,13 +38,13 @@ class BatchEngine:
     """Answers items in order; what the cache lacks goes into batches of up to 50,000 requests."""
 
     def __init__(self, provider: HttpProvider, intake: Intake, policy: Policy) -> None:
-        assert intake.cache is not None
+        assert isinstance(intake.cache, RecordCache)  # batches are not sent from other nodes
         self.provider, self.intake, self.policy = provider, intake, policy
         self.cache = intake.cache
         self._session = requests.Session()
         self._session.headers.update(provider.headers())
 
-    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+    def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order. Raises: RunStopped, CacheError."""
         self._collect_open()
         iterator = iter(items)

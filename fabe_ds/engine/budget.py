@@ -63,10 +63,6 @@ class Budget:
         self._spent = dict.fromkeys(self._caps, 0.0)
 
     @property
-    def capped(self) -> bool:
-        return any(cap is not None for cap in self._caps.values())
-
-    @property
     def cost(self) -> float:
         return self._spent["--max-cost"]
 

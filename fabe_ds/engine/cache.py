@@ -12,12 +12,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from fabe_ds.errors import CacheError
-from fabe_ds.folders import private_folder
+from fabe_ds.folders import is_locked, private_folder
 from fabe_ds.providers.base import Completion
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,16 @@ _IN = 500  # host parameters a statement; old builds of SQLite allow 999
 _BUSY_SECONDS = 30
 
 T = TypeVar("T")
+
+
+class Completions(Protocol):
+    """What the engines ask of a record cache, wherever it is. `RecordCache` says what each does."""
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]: ...
+    def put(self, rows: Iterable[tuple[bytes, Completion]]) -> None: ...
+    def claim(self, keys: Sequence[bytes]) -> set[bytes]: ...
+    def release(self, keys: Sequence[bytes]) -> None: ...
+    def close(self) -> None: ...
 
 
 class OpenBatch(NamedTuple):
@@ -239,8 +249,7 @@ class RecordCache:
                 Path(self._owner_lock.lock_file).unlink(missing_ok=True)
                 self._owner, self._owner_lock = None, None
 
-    # An owner is alive while its lock is held: the system lets go of it however a process ends,
-    # which a process number could not tell.
+    # An owner is alive while its lock is held.
 
     def _own(self) -> str:
         if self._owner is None:
@@ -254,12 +263,8 @@ class RecordCache:
         path = self._lock_path(owner)
         if not path.exists():
             return False
-        probe = FileLock(path)
-        try:
-            probe.acquire(timeout=0)
-        except Timeout:
+        if is_locked(path):
             return True
-        probe.release()
         path.unlink(missing_ok=True)
         return False
 

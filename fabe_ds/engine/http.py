@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from fabe_ds.engine.budget import Budget
-from fabe_ds.engine.intake import Intake, Item, Outcome
+from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
 from fabe_ds.engine.job import Job
 from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.loop import LoopThread
@@ -21,6 +23,8 @@ from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers.base import Completion, HttpProvider, Request
 
 BODY_LIMIT = 32 << 20
+SIGNAL_SECONDS = 0.5
+"""Python looks at a signal that came just before a wait when the wait ends: so long at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,11 @@ class HttpEngine:
         sharers = slots.workers if slots else None
         self.limiter = Limiter(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm, sharers=sharers)
         self._checked = False
+        self.jobs: list[Job] = []  # the loop's; several where several threads call
         self._thread = LoopThread.shared()
         self._session = self._thread.call(self._open_session())
 
-    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+    def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order.
 
         Left early (an error, Ctrl-C), it sends no more, waits for what is on its way, and keeps
@@ -72,10 +77,11 @@ class HttpEngine:
         """
         job = Job(self, iter(items))
         loop = self._thread.loop
+        loop.call_soon_threadsafe(self.jobs.append, job)
         loop.call_soon_threadsafe(job.pump)
         loop.call_soon_threadsafe(job.watch)
         try:
-            while (ready := job.ready.get()) is not None:
+            while (ready := _waited(job.ready)) is not None:
                 for slot in ready:
                     assert slot.outcome is not None
                     yield slot.outcome
@@ -85,10 +91,21 @@ class HttpEngine:
         finally:
             loop.call_soon_threadsafe(job.stop)
             try:
-                job.drained.wait()
+                while not job.drained.wait(SIGNAL_SECONDS):
+                    pass
             except BaseException:  # a second Ctrl-C: do not wait for the last answers
                 loop.call_soon_threadsafe(job.abort)
                 raise
+
+    @property
+    def busy(self) -> int:
+        """Places in flight that are taken."""
+        return sum(job.busy for job in self.jobs)
+
+    def pump(self) -> None:
+        """Lets the jobs start what they may, the oldest first."""
+        for job in list(self.jobs):
+            job.pump()
 
     def close(self) -> None:
         if not self._thread.ended:  # Python's exit may come here after the loop's end
@@ -158,6 +175,12 @@ class HttpEngine:
             return Verdict("retry", "malformed", str(error))
         except RecordFailed as error:
             return Verdict("fail", error.kind, str(error))
+
+
+def _waited(ready: queue.SimpleQueue[list[Slot] | None]) -> list[Slot] | None:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ready.get(timeout=SIGNAL_SECONDS)
 
 
 def _proxy(url: str) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-from fabe_ds.engine.cache import RecordCache
+from fabe_ds.engine.cache import Completions
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import Completion, Provider, Request
 
@@ -61,6 +61,11 @@ class Stats:
     def took(self, seconds: float) -> None:
         self.latency[math.ceil(4 * math.log2(max(1e-3, seconds)))] += 1
 
+    def counts(self) -> dict[str, Any]:
+        """All of it as plain values, to be sent elsewhere."""
+        counts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**counts, "latency": dict(self.latency)}  # asdict spoils a Counter
+
     @property
     def settled(self) -> int:
         return self.done + self.cached + self.failed + self.skipped
@@ -69,10 +74,15 @@ class Stats:
 class Slot:
     """A record's place in the order of answers."""
 
-    __slots__ = ("key", "outcome", "request")
+    __slots__ = ("key", "outcome", "owner", "request")
 
-    def __init__(self, request: Request | None = None, outcome: Outcome | None = None) -> None:
-        self.request, self.outcome = request, outcome
+    def __init__(
+        self,
+        request: Request | None = None,
+        outcome: Outcome | None = None,
+        owner: object = None,
+    ) -> None:
+        self.request, self.outcome, self.owner = request, outcome, owner
         self.key = b""
 
 
@@ -85,7 +95,7 @@ class Intake:
     def __init__(
         self,
         provider: Provider,
-        cache: RecordCache | None,
+        cache: Completions | None,
         accept: Accept,
         stats: Stats,
         resume: bool = True,
@@ -100,12 +110,20 @@ class Intake:
         self._failed: dict[bytes, Outcome] = {}
         self._samples: Counter[bytes] = Counter()
 
-    def take(self, items: Iterable[Item]) -> tuple[list[Slot], list[Slot], list[Slot]]:
-        """Slots for all items in order; those of them to send; those another process is sending."""
+    def begin(self) -> None:
+        """A new pass over records: what failed is sent again, samples are numbered anew."""
+        self._failed.clear()
+        self._samples.clear()
+
+    def take(
+        self, items: Iterable[Item], owner: object = None
+    ) -> tuple[list[Slot], list[Slot], list[Slot]]:
+        """Slots for all items in order; those of them to send; those that are being sent by
+        another process, or by this one for another `owner`."""
         slots: list[Slot] = []
         for item in items:
             if isinstance(item, Request):
-                slots.append(Slot(request=item))
+                slots.append(Slot(request=item, owner=owner))
             elif item is None:
                 self.stats.skipped += 1
                 slots.append(Slot(outcome=SKIPPED))
@@ -118,13 +136,16 @@ class Intake:
         for slot in asking:
             self._give_key(slot)
         fresh: list[Slot] = []
+        foreign: list[Slot] = []
         while asking:
-            asking = self._look_up(asking, fresh)
-        return slots, *self._claim(fresh)
+            asking = self._look_up(asking, fresh, foreign)
+        todo, held = self._claim(fresh)
+        return slots, todo, foreign + held
 
-    def _look_up(self, asking: list[Slot], fresh: list[Slot]) -> list[Slot]:
-        """Settles what is answered and adds to `fresh` what is to be sent; gives those that were
-        asked again because of their stored answer, under their new keys."""
+    def _look_up(self, asking: list[Slot], fresh: list[Slot], foreign: list[Slot]) -> list[Slot]:
+        """Settles what is answered, adds to `fresh` what is to be sent and to `foreign` what is
+        being sent for another owner; gives those that were asked again because of their stored
+        answer, under their new keys."""
         assert self.cache is not None
         readable = {s.key for s in asking if self._resume or s.key in self._stored}
         found = self.cache.get(list(readable - self._failed.keys()))
@@ -133,7 +154,8 @@ class Intake:
             if slot.key in self._failed:
                 self._settle(slot, self._failed[slot.key])
             elif slot.key in self._waiting:
-                self._waiting[slot.key].append(slot)
+                first = self._waiting[slot.key][0]
+                (self._waiting[slot.key] if first.owner is slot.owner else foreign).append(slot)
             elif self._settled_by(slot, found.get(slot.key)):
                 pass
             elif slot.key in found and self._asks_again(slot, found[slot.key]):
@@ -168,13 +190,22 @@ class Intake:
         return todo, [slot for slot in slots if slot.key in held]
 
     def take_over(self, slots: list[Slot]) -> tuple[list[Slot], list[Slot]]:
-        """Looks again at what other processes were sending: what is left to send by us, and what
-        they still have. Answered ones are settled."""
+        """Looks again at what others were sending: what is left to send by us, and what they still
+        have. Answered ones are settled."""
         if self.cache is None:
             return slots, []
         found = self.cache.get([slot.key for slot in slots])
-        left = [slot for slot in slots if not self._settled_by(slot, found.get(slot.key))]
-        return self._claim(left)
+        left, foreign = [], []
+        for slot in slots:
+            if slot.key in self._failed:
+                self._settle(slot, self._failed[slot.key])
+            elif self._waiting.get(slot.key, [slot])[0] is not slot:
+                foreign.append(slot)
+            elif not self._settled_by(slot, found.get(slot.key)):
+                self._waiting.setdefault(slot.key, [slot])
+                left.append(slot)
+        todo, held = self._claim(left)
+        return todo, foreign + held
 
     def store(self, rows: list[tuple[Slot, Completion]]) -> None:
         """Puts completions on disk; afterwards they may be settled."""
@@ -208,8 +239,10 @@ class Intake:
         self._finish(slot, Outcome(kind=error.kind, message=str(error)))
 
     def abandon(self, slots: Iterable[Slot]) -> None:
-        """Gives up what will not be sent after all."""
+        """Gives up what will not be sent after all: another owner, or a later pass, may."""
         if self.cache is not None and (keys := [slot.key for slot in slots]):
+            for key in keys:
+                self._waiting.pop(key, None)
             self.cache.release(keys)
 
     def _finish(self, slot: Slot, outcome: Outcome) -> None:

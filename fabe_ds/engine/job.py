@@ -88,7 +88,7 @@ class Job:
         self._gone_since: float | None = None
         self._failures = 0
         self._probe_at = 0.0
-        self._good = self._bad = 0
+        self._bad = 0
 
     # Pulling and starting.
 
@@ -102,7 +102,7 @@ class Job:
                 limit = 1 if self._outage else limiter.limit
                 if len(self._todo) < limit:
                     self._pull()
-                busy = len(self._tasks) + len(self._unstored)
+                busy = self.engine.busy
                 if not self._todo or busy >= limit:
                     break
                 if (pause := max(limiter.pause(), self._until_probe())) > 0:
@@ -118,10 +118,15 @@ class Job:
                 self._start(self._todo.popleft())
         except BaseException as error:  # the items are the caller's code: it gets its error back
             self.fatal(error)
-        stats.in_flight = len(self._tasks)
+        stats.in_flight = self.engine.busy
         if self.engine.slots:
-            self.engine.slots.hold(len(self._tasks) + len(self._unstored))
+            self.engine.slots.hold(self.engine.busy)
         self._deliver()
+
+    @property
+    def busy(self) -> int:
+        """Places in flight that it holds; one is given up when its answer is on disk."""
+        return len(self._tasks) + len(self._unstored)
 
     def _pull(self) -> None:
         room = self.policy.window - self._ahead
@@ -130,7 +135,7 @@ class Job:
             if not chunk:
                 self._exhausted = True
                 break
-            slots, todo, foreign = self.intake.take(chunk)
+            slots, todo, foreign = self.intake.take(chunk, self)
             if todo:
                 self.engine.check()
             self._order.extend(slots)
@@ -178,7 +183,7 @@ class Job:
         self._tasks.pop(running, None)
         if not running.cancelled() and (error := running.exception()) is not None:
             self.fatal(error)
-        self.pump()
+        self.engine.pump()
 
     # Sending.
 
@@ -203,7 +208,7 @@ class Job:
                 twin.running.cancel()
         if isinstance(answer, Completion):
             self._gone_since, self._failures = None, 0
-            limiter.answered(time.monotonic() - started, len(self._tasks))
+            limiter.answered(time.monotonic() - started, self.engine.busy)
             self.intake.stats.took(time.monotonic() - started)
             if answer.completion_tokens is not None:
                 used = (answer.prompt_tokens or 0) + answer.completion_tokens
@@ -230,7 +235,7 @@ class Job:
             return
         asyncio.get_running_loop().call_later(WATCH_SECONDS, self.watch)
         late = self.engine.limiter.late()
-        room = self.engine.limiter.limit - len(self._tasks) - len(self._unstored)
+        room = self.engine.limiter.limit - self.engine.busy
         if late is None or self._stopping or self._outage:
             return
         now = time.monotonic()
@@ -258,24 +263,20 @@ class Job:
                 if not self.intake.answered(task.slot, completion):
                     self._todo.appendleft(Task(task.slot))
                     continue
-                outcome = task.slot.outcome
-                self._tally(outcome is not None and outcome.kind is None)
+                if task.slot.outcome is not None and task.slot.outcome.kind is not None:
+                    self._bad += 1
         except CacheError as error:
             self.fatal(error)
-        self.pump()
+        self.engine.pump()
 
     def _fail(self, task: Task, verdict: Verdict) -> None:
         self.intake.failed(task.slot, RecordFailed(verdict.kind, verdict.message))
-        self._tally(False)
-        nothing_went_well = not self._good and not self.intake.stats.cached
+        self._bad += 1
+        nothing_went_well = not self.intake.stats.done and not self.intake.stats.cached
         if nothing_went_well and self._bad == max(SUSPICIOUS, self.engine.limiter.limit):
             self.fatal(
                 RunStopped(f"the first {self._bad} records all failed; the last: {verdict.message}")
             )
-
-    def _tally(self, good: bool) -> None:
-        self._good += good
-        self._bad += not good
 
     def _retry(self, task: Task, verdict: Verdict, sent_at: float) -> None:
         now = time.monotonic()
@@ -352,9 +353,7 @@ class Job:
             ready.append(self._order.popleft())
         if ready:
             self.ready.put(ready)
-        if (self._stopping and not self._tasks and not self._unstored) or (
-            self._exhausted and not self._order
-        ):
+        if (self._stopping and not self.busy) or (self._exhausted and not self._order):
             self._finish()
 
     def consumed(self, count: int) -> None:
@@ -380,6 +379,7 @@ class Job:
     def abort(self) -> None:
         for running in self._tasks:
             running.cancel()
+        self._abandon(self._tasks.values())
         self._finish()
 
     def _abandon(self, tasks: Iterable[Task]) -> None:
@@ -392,5 +392,6 @@ class Job:
         if not self.drained.is_set():
             if self._timer is not None:
                 self._timer.cancel()
+            self.engine.jobs.remove(self)
             self.drained.set()
             self.ready.put(None)

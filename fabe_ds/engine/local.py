@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 
 from fabe_ds.engine.intake import SKIPPED, Intake, Item, Outcome, Slot
@@ -39,7 +39,7 @@ class LocalEngine:
         self.provider, self.intake, self.window = provider, intake, window
         self._checked = False
 
-    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+    def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order; each completion is stored before the next batch runs."""
         iterator = iter(items)
         while window := list(islice(iterator, self.window)):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fabe_ds.folders import private_folder
+from fabe_ds.folders import is_locked, private_folder
 
 COUNT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -41,7 +41,7 @@ class SharedSlots:
         now = time.monotonic()
         if now - self._counted_at >= COUNT_SECONDS:
             others = [path for path in self._home.glob("worker-*") if not self._is_mine(path)]
-            self._count = 1 + sum(map(_is_locked, others))
+            self._count = 1 + sum(map(is_locked, others))
             self._counted_at = now
         return self._count
 
@@ -62,16 +62,6 @@ class SharedSlots:
                 self._free.remove(lock)
                 self._held.append(lock)
         return len(self._held) >= wanted
-
-
-def _is_locked(path: Path) -> bool:
-    probe = FileLock(path)
-    try:
-        probe.acquire(timeout=0)
-    except Timeout:
-        return True
-    probe.release()
-    return False
 
 
 def is_worker() -> bool:

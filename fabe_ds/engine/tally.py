@@ -7,9 +7,10 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from fabe_ds.engine.intake import Stats
 
@@ -22,13 +23,13 @@ def leave(stats: Stats) -> None:
     """Leaves this process's counts, where it is a worker of a run."""
     if folder := os.environ.get(FOLDER):
         scratch = Path(folder) / f".{os.getpid()}"
-        scratch.write_text(json.dumps(asdict(stats)))
+        scratch.write_text(json.dumps(stats.counts()))
         scratch.replace(Path(folder) / f"{os.getpid()}.json")
 
 
-def add_up(folder: Path, into: Stats) -> None:
-    """Sets `into` to the sum of what the workers have left."""
-    left = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+def add_up(left: Iterable[Mapping[str, Any]], into: Stats) -> None:
+    """Sets `into` to the sum of workers' counts, each what `Stats.counts` gives."""
+    left = list(left)
     for field in fields(Stats):
         if field.name == "latency":
             into.latency = Counter()
@@ -42,18 +43,27 @@ def add_up(folder: Path, into: Stats) -> None:
 def gathered(folder: Path, into: Stats) -> Iterator[None]:
     """While the block runs, workers leave their counts in `folder` and `into` follows them."""
     os.environ[FOLDER] = str(folder)
+    try:
+        with followed(lambda: [json.loads(p.read_text()) for p in folder.glob("*.json")], into):
+            yield
+    finally:
+        del os.environ[FOLDER]
+
+
+@contextlib.contextmanager
+def followed(read: Callable[[], Iterable[Mapping[str, Any]]], into: Stats) -> Iterator[None]:
+    """While the block runs, `into` is the sum of the counts that `read` gives."""
     over = threading.Event()
 
     def follow() -> None:
         while not over.wait(SECONDS):
-            add_up(folder, into)
+            add_up(read(), into)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        del os.environ[FOLDER]
         over.set()
         thread.join()
-        add_up(folder, into)
+        add_up(read(), into)

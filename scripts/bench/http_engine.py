@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
@@ -137,6 +139,25 @@ def measure(command: list[str], cwd: Path, url: str, sigma: float) -> tuple[floa
     return ended - first, cpu, first - started
 
 
+@contextlib.contextmanager
+def served(count: int) -> Iterator[tuple[Path, str]]:
+    """A folder with `count` different records as data.jsonl, and the address of the server."""
+    command = [sys.executable, __file__, "--serve"]
+    with (
+        tempfile.TemporaryDirectory() as name,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        folder = Path(name)
+        with (folder / "data.jsonl").open("w") as file:
+            for i, record in enumerate(functions(count)):
+                file.write(json.dumps({**record, "code": f"# {i}\n{record['code']}"}) + "\n")
+        assert server.stdout is not None
+        try:
+            yield folder, f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
+        finally:
+            server.terminate()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--records", type=int, default=5000)
@@ -148,18 +169,7 @@ def main() -> None:
         asyncio.run(serve())
         return
     fabe = str(Path(sys.executable).parent / "fabe-ds")
-    with (
-        tempfile.TemporaryDirectory() as name,
-        subprocess.Popen(
-            [sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True
-        ) as server,
-    ):
-        folder = Path(name)
-        assert server.stdout is not None
-        url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
-        with (folder / "data.jsonl").open("w") as file:
-            for i, record in enumerate(functions(options.records)):
-                file.write(json.dumps({**record, "code": f"# {i}\n{record['code']}"}) + "\n")
+    with served(options.records) as (folder, url):
         print(
             "{:>5} {:>5} {:<16} {:>9} {:>8} {:>10} {:>8}".format(
                 "sigma", "limit", "what", "records/s", "of bare", "CPU ms/rec", "start s"
@@ -209,7 +219,6 @@ def main() -> None:
         print(
             f"from the record cache: {options.records / seconds:.0f} records/s, load and export too"
         )
-        server.terminate()
 
 
 if __name__ == "__main__":

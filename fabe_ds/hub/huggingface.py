@@ -1,0 +1,65 @@
+"""Pushing to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fabe_ds.errors import FabeError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fabe_ds.hub import Push
+
+
+def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: Push) -> str:
+    """Pushes the records and, as a configuration of their own, the failed ones; then the card.
+
+    Gives the dataset's address. Raises: UsageError, FabeError.
+    """
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    place = {"split": push.split, "private": push.private, "revision": push.revision}
+    try:
+        info = dataset.push_to_hub(push.repo, config_name=push.config_name, **place)
+        if failures is not None:
+            # Of other columns than the records, so no split of theirs.
+            failures.push_to_hub(push.repo, config_name="failures", **place)
+        _push_card(run, push)
+    except HFValidationError as error:
+        raise UsageError(f"--push-to-hub {push.repo}: {first_line(error)}") from None
+    except LocalTokenNotFoundError:
+        raise UsageError("no token for the Hub: set HF_TOKEN, or `hf auth login`") from None
+    except hub_errors() as error:
+        raise FabeError(f"{push.repo}: the Hub refused: {first_line(error)}") from None
+    return str(info.repo_url)
+
+
+def _push_card(run: dict[str, Any], push: Push) -> None:
+    from huggingface_hub import DatasetCard, HfApi
+
+    from fabe_ds.hub.card import complete_card
+
+    pushed = HfApi().hf_hub_download(
+        push.repo, "README.md", repo_type="dataset", revision=push.revision
+    )
+    card = DatasetCard(Path(pushed).read_text(encoding="utf-8"))
+    complete_card(card, run, push.repo)
+    HfApi().upload_file(
+        path_or_fileobj=str(card).encode(),
+        path_in_repo="README.md",
+        repo_id=push.repo,
+        repo_type="dataset",
+        revision=push.revision,
+        commit_message="Dataset card",
+    )
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises where the Hub refuses, or cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Its versions are built on one HTTP library or another, whose own errors share this base.
+    bases = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (HfHubHTTPError, OSError, *bases)
