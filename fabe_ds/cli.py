@@ -466,7 +466,8 @@ def _terminating() -> Iterator[None]:
     """SIGTERM ends a run as Ctrl-C does; a second signal of either kind ends it at once."""
 
     def interrupt(number: int, frame: object) -> None:
-        signal.signal(number, lambda *_: os._exit(INTERRUPTED))
+        for either in before:
+            signal.signal(either, lambda *_: os._exit(INTERRUPTED))
         print("stopping: waiting for what is on its way (again to drop it)", file=sys.stderr)
         raise KeyboardInterrupt
 

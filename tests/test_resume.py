@@ -82,12 +82,13 @@ def test_R1_R2_a_stopped_run_drains_and_sends_nothing_twice(box, slow_server, nu
     assert len(slow_server.calls) == N
 
 
-def test_a_second_ctrl_c_does_not_wait(box):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_does_not_wait(box, first):
     with ModelServer(latency=60) as server:
         box.lines("data.jsonl", records(5))
         process = box.start(*command(server))
         wait_for(lambda: len(server.calls) == 5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(first)
         assert "waiting for what is on its way" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)

@@ -8,6 +8,7 @@ steps together. Rows that end leave at once, and blocks of new ones take their p
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -287,6 +288,12 @@ class Decoder:
     work: Work = field(default_factory=Work)
     _attended: _Attended = field(default_factory=_Attended)
     _shared: list[int] = field(default_factory=list)
+    _cache_name: str = ""  # of forward's parameter
+
+    def __post_init__(self) -> None:
+        # transformers 5.24 renamed it and warns of the old name, which a model's own code may keep.
+        takes = inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[list[Answer]]:
         """The answers, as rows end. Longest prompts first shows at once whether memory is short.
@@ -414,9 +421,9 @@ class Decoder:
             output = self.model(
                 input_ids=ids,
                 position_ids=positions,
-                past_key_values=self._attended,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
+                **{self._cache_name: self._attended},
             )
         finally:
             _Attended.active = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
-from fabe_ds.providers.base import Completion, LocalProvider, Request, Requirement
+from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
 
 if TYPE_CHECKING:
     from fabe_ds.providers.decode import Answer
@@ -34,6 +34,12 @@ class TransformersProvider(LocalProvider):
     needs = (
         "torch and transformers: pip install 'fabe-ds[hf]'; a local folder, .gguf file or hub id"
     )
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        """Raises: Requirement where the engine is not installed."""
+        if endpoint.engine == "vllm" and not importlib.util.find_spec("vllm"):
+            raise Requirement("--engine vllm: not installed; pip install 'fabe-ds[vllm]'")
+        super().__init__(endpoint)
 
     @classmethod
     def missing(cls) -> str | None:

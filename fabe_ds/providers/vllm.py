@@ -5,13 +5,12 @@ Prompts go in as token ids, made as for transformers; what comes out is read by 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fabe_ds.errors import RecordFailed, RunStopped, first_line
-from fabe_ds.providers.base import Endpoint, Requirement, Sampling
+from fabe_ds.providers.base import Endpoint, Sampling
 from fabe_ds.providers.decode import Answer, Prompt
 
 
@@ -58,8 +57,6 @@ class VllmGeneration:
     """Answers prompts; vLLM plans its batches itself."""
 
     def __init__(self, path: Path, endpoint: Endpoint) -> None:
-        if not importlib.util.find_spec("vllm"):
-            raise Requirement("--engine vllm: not installed; pip install 'fabe-ds[vllm]'")
         from vllm import LLM, SamplingParams
 
         self._params = SamplingParams
