@@ -104,18 +104,19 @@ def _run_and_report(settings: RunConfig) -> None:
     result = run(settings, watching)
     _print_summary(result)
     if settings.push_to_hub is not None and result.report is not None:
-        from fabe_ds.hub import Push, push_run
+        from fabe_ds.hub import push_to_hub
 
-        push = Push(
+        place = push_to_hub(
+            result,
             settings.push_to_hub,
-            not settings.public,
-            settings.revision,
-            settings.push_config_name,
+            private=not settings.public,
+            revision=settings.revision,
+            config_name=settings.push_config_name,
             force=settings.force,
             failures=settings.push_failures,
             hub=settings.hub,
         )
-        print(f"pushed: {push_run(result.report, push)}")
+        print(f"pushed: {place}")
     raise typer.Exit(result.exit_code)
 
 
@@ -288,8 +289,13 @@ def push(
     repo: Annotated[str, typer.Argument(help="Dataset of the Hub (org/name).")],
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    config_name: Annotated[str, typer.Option(help="Configuration to push as.")] = "default",
-    split: Annotated[str, typer.Option(help="Split to push as.")] = "train",
+    config_name: Annotated[
+        str | None,
+        typer.Option(help="Configuration to push as.  \\[default: the one that was read]"),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to push as.  \\[default: the one that was read]")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="With failed records too.")] = False,
     failures: Annotated[
         bool, typer.Option("--failures", help="The failed ones too, as a configuration.")
@@ -299,10 +305,20 @@ def push(
     ),
 ) -> None:
     """Push what a run has written to the Hub, with a card that says how it was made."""
-    from fabe_ds.hub import Push, push_run
+    from fabe_ds.hub import push_to_hub
 
-    wanted = Push(repo, not public, revision, config_name, split, force, failures, hub)
-    print(f"pushed: {push_run(report, wanted)}")
+    place = push_to_hub(
+        report,
+        repo,
+        private=not public,
+        revision=revision,
+        config_name=config_name,
+        split=split,
+        force=force,
+        failures=failures,
+        hub=hub,
+    )
+    print(f"pushed: {place}")
 
 
 @app.command("report")

@@ -246,8 +246,8 @@ class RunConfig(TransformConfig):
         _IO, "Split of a Hub or saved Dataset, as datasets writes it (train, train[:100]).", "train"
     )
     config_name: str | None = _setting(_IO, "Configuration of a Hub dataset.")
-    output_format: Literal["jsonl", "parquet", "dataset"] | None = _setting(
-        _IO, "What a table is written as.  [default: parquet, or jsonl for CSV]"
+    output_format: Literal["jsonl", "parquet", "csv", "tsv", "dataset"] | None = _setting(
+        _IO, "What a table is written as.  [default: parquet, or what a CSV or a Dataset is]"
     )
     inplace: bool = _setting(_IO, "Replace the input files.", False)
     on_bad_input: Literal["fail", "skip"] = _setting(
@@ -261,7 +261,9 @@ class RunConfig(TransformConfig):
     )
     public: bool = _setting("Hub", "Let everybody see it.", False)
     revision: str | None = _setting("Hub", "Branch to push to.")
-    push_config_name: str = _setting("Hub", "Configuration to push as.", "default")
+    push_config_name: str | None = _setting(
+        "Hub", "Configuration to push as.  [default: that of --config-name, else default]"
+    )
     force: bool = _setting("Hub", "Push a run with failed records too.", False)
     push_failures: bool = _setting(
         "Hub", "Push the failed records too, as a configuration of their own (failures).", False

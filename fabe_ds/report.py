@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import html
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from fabe_ds.result import FAILURES, SAMPLES, read_lines, read_report
 
 PAGE = Path(__file__).parent / "report.html.j2"
 SHOWN_FAILURES = 50  # of each class
+SHOWN_CHARACTERS = 2000
+_TOLD = (
+    *("record", "file", "line", "state", "failure", "message"),
+    *("finish_reason", "prompt_tokens", "completion_tokens"),
+)
+"""What a failure holds beside the record's own text and the answer to it."""
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 200, 52, 26
 
 
@@ -172,7 +179,25 @@ def _by_class(failures: list[dict[str, Any]]) -> list[tuple[str, int, list[dict[
     for failure in failures:
         classes.setdefault(failure["failure"], []).append(failure)
     order = sorted(classes.items(), key=lambda pair: -len(pair[1]))
-    return [(kind, len(found), list(islice(found, SHOWN_FAILURES))) for kind, found in order]
+    return [
+        (kind, len(found), [_shown(failure) for failure in found[:SHOWN_FAILURES]])
+        for kind, found in order
+    ]
+
+
+def _shown(failure: dict[str, Any]) -> dict[str, Any]:
+    """What the page tells of a failed record: where, message, and (name, text) of what it holds."""
+    where = f"{failure['file']}:{failure['line']}" if "file" in failure else None
+    texts = [
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for name, value in failure.items()
+        if name not in _TOLD and value is not None
+    ]
+    return {
+        "where": where or f"record {failure['record']}",
+        "message": failure["message"],
+        "texts": [(name, text[:SHOWN_CHARACTERS]) for name, text in texts],
+    }
 
 
 def diff_lines(before: str, after: str) -> list[tuple[str, str]]:

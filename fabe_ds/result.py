@@ -49,6 +49,13 @@ class RunResult:
     def exit_code(self) -> int:
         return RECORDS_FAILED if self.failed or self.bad_files else 0
 
+    def dataset(self) -> Dataset:
+        """The records that were written, as a Dataset with columns of their own types."""
+        from fabe_ds.written import written_records
+
+        assert self.report is not None
+        return written_records(read_report(self.report))
+
     def failures(self) -> Dataset:
         """The failed records: where each stands (`file`, `record`), `failure` (the class),
         `message`, `text`, ...; empty where none failed."""
@@ -133,7 +140,10 @@ def write_samples(samples: Iterable[tuple[str, str, str]], path: Path) -> None:
 
 
 def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -> None:
-    """The counts, the settings but for the key, and the run's `course`, as JSON."""
+    """The counts, the settings but for the key, and the run's `course`, as JSON.
+
+    `course` is its instruction, and its history and sizes for the charts.
+    """
     assert result.report is not None
     settings = {
         name: getattr(config, name)

@@ -58,7 +58,7 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
     A failed record keeps its original and is listed in the failures file.
     Raises: FabeError.
     """
-    from fabe_ds.table import is_table, run_table
+    from fabe_ds.tables import is_table, run_table
 
     if is_table(config):
         return run_table(config, watch)
@@ -304,7 +304,9 @@ def _export(written: Dataset, loaded: Loaded, plan: Plan, state: _State) -> list
     places = [plan.destination(source) for source in plan.sources if source.name in usable]
     if plan.output is None:
         changed = written.data.column("completion").null_count < len(written)
-        return export_records(written, inplace=True, root=plan.root) if changed else []
+        if changed:
+            export_records(written, inplace=True, root=plan.root)
+        return places
     if state.clean and state.exports and all(state.is_current(place) for place in places):
         return places
     outputs = export_records(written, plan.output) if len(written) else []
@@ -359,6 +361,7 @@ def _report(
     course = {
         "history": history,
         "latency": stats.latency,
+        "instruction": transform.template[0],
         "prompt_tokens_each": sizes(table.column("prompt_tokens")),
         "completion_tokens_each": sizes(table.column("completion_tokens")),
     }

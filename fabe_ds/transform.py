@@ -9,7 +9,6 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -65,7 +64,8 @@ def transform_fn(**options: Any) -> Transform:
 
     `field` may be a list: the first is backed up as `backup_field`, each other as `original_` and
     its column's name. `status_field` adds a column of what became of each record (of its first
-    field that failed), `samples=n` one of n answers to each (the first is the new value).
+    field that failed), `n` (or `samples`) one of so many answers to each, of which the first is
+    the new value.
 
     The callable is pure configuration: it pickles, and its fingerprint is the same in every
     process. A batch of a thousand rows or more keeps the model busy; each batch waits for its
@@ -74,9 +74,19 @@ def transform_fn(**options: Any) -> Transform:
     Raises: UsageError. The map raises FabeError after a batch in which records failed, so that no
     failure is cached; with on_error="keep" they keep their originals instead.
     """
+    if "n" in options:
+        options["samples"] = options.pop("n")
     if isinstance(options.get("field"), list | tuple):
         options["field"], *options["also_fields"] = options["field"]
     return Transform(validated(TransformConfig, options, {}))
+
+
+def open_cache(config: TransformConfig) -> RecordCache:
+    """The record cache of this machine. Without --resume, it shows what is stored from now on."""
+    cache = RecordCache(config.cache_dir)
+    if not config.resume:
+        cache.hide_all()
+    return cache
 
 
 class Transform:
@@ -85,7 +95,7 @@ class Transform:
     def __init__(
         self,
         config: TransformConfig,
-        open_cache: Callable[[Path], Completions] = RecordCache,
+        open_cache: Callable[[TransformConfig], Completions] = open_cache,
         template: tuple[str, str] | None = None,
     ) -> None:
         """`template`: the instruction's text and name, where its file is elsewhere."""
@@ -437,18 +447,17 @@ class _Session:
         self,
         config: TransformConfig,
         provider: Provider,
-        open_cache: Callable[[Path], Completions],
+        open_cache: Callable[[TransformConfig], Completions],
     ) -> None:
         self.pid = os.getpid()
         self.closed = self.stopping = False
         self.stats = Stats()
-        self.cache = open_cache(config.cache_dir) if provider.cached else None
+        self.cache = open_cache(config) if provider.cached else None
         intake = self.intake = Intake(
             provider,
             self.cache,
             acceptance(config, provider),
             self.stats,
-            config.resume,
             asking_again(config),
         )
         self.engine: LocalEngine | HttpEngine | BatchEngine

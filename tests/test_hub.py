@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 
 import pyarrow.parquet as pq
@@ -53,7 +54,10 @@ def test_a_run_is_pushed_and_is_private(box, hub, server):
     assert "| model | `m` |" in text
     assert "```\nUp\n```" in text
     assert "| rewritten | 10 |" in text
-    assert "fabe-ds run --input in --field code" in text
+    reproduce = text.split("## Reproduce")[1].replace(" \\\n ", "")
+    assert (
+        "fabe-ds run --input in --instruction prompt.txt --provider openai --model m" in reproduce
+    )
     for secret in ("hf_test", "sk-secret"):
         assert not any(secret.encode() in data for data in files.values())
         assert secret not in ended.out + ended.err
@@ -104,6 +108,67 @@ def test_to_a_branch_and_a_configuration(box, hub, server):
     assert len(table(files, "small/test-")) == 10
     assert "README.md" in files
     assert "README.md" not in hub.files("me/two")
+
+
+def test_what_is_pushed_is_typed_and_as_it_was(box, hub, server):
+    """Dates stay text, large and mixed values stay whole, wrapped records are records."""
+    rows = [
+        {"code": "a", "day": "2024-01-02", "n": 1, "mixed": "1", "big": 2**70, "x": {}},
+        {
+            "code": "b",
+            "day": "2024-01-03",
+            "n": 2.5,
+            "mixed": {"k": 0.12345678901234566},
+            "late": [1],
+        },
+    ]
+    box.write("data.json", json.dumps({"version": 1, "data": rows}))
+    more = ("--records-key", "data", "--backup-field", "", "--template-var", "goal=it's short")
+    command = openai_run(server, *more, "--push-to-hub", "me/typed", "--temperature", 0.5)
+    command[2] = "data.json"
+    ended = box.fabe(*command, **hub.environment)
+    assert ended.code == 0, ended
+    records = table(hub.files("me/typed"))
+    assert str(records.schema.field("day").type) == "string"
+    assert records.drop_columns(["mixed", "big", "x"]).to_pylist() == [
+        {"code": "A", "day": "2024-01-02", "n": 1.0, "late": None},
+        {"code": "B", "day": "2024-01-03", "n": 2.5, "late": [1]},
+    ]
+    assert records["mixed"].to_pylist() == ['"1"', '{"k": 0.12345678901234566}']
+    assert records["big"].to_pylist() == [str(2**70), None]
+    _, text = card(hub.files("me/typed"))
+    for flags in (
+        "--template-var 'goal=it'\"'\"'s short'",
+        "--temperature 0.5",
+        "--records-key data",
+    ):
+        assert flags in text
+
+
+def test_the_split_that_was_read_is_the_one_that_is_pushed(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    push = ("push", "outputs.run.json", "me/first", "--split", "test", "--config-name", "small")
+    assert box.fabe(*push, **hub.environment).code == 0
+    more = ("--split", "test[:4]", "--config-name", "small", "--backup-field", "was")
+    command = openai_run(server, *more, "--push-to-hub", "me/second")
+    command[2] = "me/first"
+    ended = box.fabe(*command, **hub.environment)
+    assert ended.code == 0, ended
+    assert len(table(hub.files("me/second"), "small/test-")) == 4
+    text = card(hub.files("me/second"))[1]
+    assert "The records of `me/first`" in text
+    assert "--config-name small" in text
+
+
+def test_a_run_in_place_can_be_pushed(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    for _ in range(2):
+        assert box.fabe(*openai_run(server, "--inplace")).code == 0
+    report = ".cache/runs/data.jsonl.run.json"
+    ended = box.fabe("push", report, "me/inplace", **hub.environment)
+    assert ended.code == 0, ended
+    assert table(hub.files("me/inplace"))["code"].to_pylist() == [f"X = {i}" for i in range(10)]
 
 
 def test_a_dataset_of_the_hub_is_read_and_its_licence_kept(box, hub, server):

@@ -73,6 +73,10 @@ def test_the_page_in_a_browser(page):
         failed.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
         assert "<b>rude</b> & refused" in failed.text
         assert "data.jsonl:50" in failed.text
+        held = failed.find_element(By.CSS_SELECTOR, ".held")
+        assert "x = 49" not in held.text
+        held.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
+        assert "x = 49" in held.text
         samples = driver.find_elements(By.CSS_SELECTOR, ".sample")
         assert 100 < len(samples) <= 200
         assert "-     x = 0" in samples[0].find_element(By.CSS_SELECTOR, ".gone").text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import decimal
 import json
 
 import datasets
@@ -55,16 +58,64 @@ def test_a_folder_of_parquet_files_and_a_part_of_it(box, server):
     assert after["id"].to_pylist() == list(range(12))
 
 
-def test_csv_comes_back_as_json_lines(box, server):
-    box.write("data.csv", 'id,code\n1,"x = 1"\n2,"a, ""b"""\n3,\n')
-    ended = box.fabe(*command(server, "data.csv"))
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_csv_comes_back_as_csv_and_as_it_was(box, server, suffix, separator):
+    """Its fields are text: no number is spelled anew, and NA and nothing are what they say."""
+    lines = [
+        ["id", "code", "price", "note"],
+        ["007", "x = 1", "1.10", "NA"],
+        ["2", '"a, ""b"""', "1e-12", ""],
+        ["3", "", "true", "2024-01-02"],
+    ]
+    text = "\n".join(separator.join(line) for line in lines) + "\n"
+    box.write(f"data.{suffix}", text)
+    ended = box.fabe(*command(server, f"data.{suffix}"))
     assert ended.code == 0, ended.err
     assert "1 skipped (1 no text)" in ended.out
-    assert box.read("outputs/data.jsonl") == [
-        {"id": 1, "code": "X = 1", "original_code": "x = 1"},
-        {"id": 2, "code": 'A, "B"', "original_code": 'a, "b"'},
-        {"id": 3, "code": None, "original_code": None},
-    ]
+    backups = ["original_code", "x = 1", '"a, ""b"""', ""]
+    for line, backup in zip(lines, backups, strict=True):
+        line.append(backup)
+    lines[1][1], lines[2][1] = "X = 1", '"A, ""B"""'
+    expected = "\n".join(separator.join(line) for line in lines) + "\n"
+    assert (box.path / f"outputs/data.{suffix}").read_text() == expected
+
+
+def test_a_table_as_json_lines_keeps_its_values(box, server):
+    row = {
+        "code": "x",
+        "third": 1 / 3,
+        "tiny": 1e-12,
+        "nan": float("nan"),
+        "day": datetime.date(2024, 1, 2),
+        "at": datetime.datetime(2024, 1, 2, 3, 4, 5, 600),
+        "price": decimal.Decimal("1.10"),
+        "data": b"\0\xff",
+        "list": [{"url": "a/b", "name": "é"}],
+    }
+    parquet(box, [row])
+    ended = box.fabe(*command(server, "data.parquet", "--output-format", "jsonl"))
+    assert ended.code == 0, ended.err
+    text = (box.path / "outputs/data.jsonl").read_text()
+    assert '"a/b"' in text
+    assert '"é"' in text
+    assert json.loads(text) == {
+        **row,
+        "code": "X",
+        "original_code": "x",
+        "nan": None,
+        "day": "2024-01-02",
+        "at": "2024-01-02T03:04:05.000600",
+        "price": "1.10",
+        "data": "AP8=",
+    }
+
+
+def test_a_status_in_csv_is_json(box, server):
+    box.write("data.csv", "code\nx\n")
+    assert box.fabe(*command(server, "data.csv", "--status-field", "how")).code == 0
+    with (box.path / "outputs/data.csv").open() as lines:
+        (row,) = csv.DictReader(lines)
+    assert json.loads(row["how"])["state"] == "done"
 
 
 def test_a_saved_dataset_comes_back_as_one(box, server):
@@ -245,7 +296,7 @@ def test_fields_status_and_samples_of_a_map(server, tmp_path):
             tmp_path,
             field=["q", "a"],
             status_field="status",
-            samples=2,
+            n=2,
             temperature=1.0,
             backup_field="original_q",
         )
@@ -274,5 +325,8 @@ def test_the_python_api_gives_failures_as_a_dataset(tmp_path):
     failures = result.failures()
     assert failures["record"][:] == [3, 13, 23]
     assert set(failures["failure"][:]) == {"rejected"}
+    written = result.dataset()
+    assert written["code"][:4] == ["X = 0", "X = 1", "X = 2", "x = 3"]
+    assert written.column_names == [*ROWS[0], "original_code"]
     report = json.loads(result.report.read_text())
     assert report["failed"] == 3

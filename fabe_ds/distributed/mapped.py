@@ -61,7 +61,7 @@ def mapped(
         if transform.samples:
             tables = with_sample_numbers(tables)
         shards = write_shards(tables, rows, folder)
-        home = Home.here(config.cache_dir)
+        home = Home.here(config)
         notices = board(home)
         part = share(transform, pool.workers, pool.gpus)
         job = Job(part, transform.template, home, notices, carrier)

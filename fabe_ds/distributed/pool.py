@@ -42,7 +42,7 @@ def transform(
     """
     whole = transform_fn(**options)
     refuse(whole.config)
-    home = Home.here(whole.config.cache_dir)
+    home = Home.here(whole.config)
     job = Job(share(whole, workers, gpus_per_worker), whole.template, home)
     local = not isinstance(whole.provider, HttpProvider)
     return Pool(workers, cpus_per_worker, gpus_per_worker, local).map(dataset, job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fabe_ds.config import TransformConfig
 from fabe_ds.engine.cache import Completions, RecordCache
 from fabe_ds.providers.base import Completion
 
@@ -90,16 +92,22 @@ class Home:
 
     node: str
     cache_dir: Path
+    after: int
+    """What the record cache holds up to here is not seen (--no-resume)."""
 
     @classmethod
-    def here(cls, cache_dir: Path) -> Home:
-        return cls(_node(), cache_dir.resolve())
+    def here(cls, config: TransformConfig) -> Home:
+        after = 0
+        if not config.resume:
+            with contextlib.closing(RecordCache(config.cache_dir)) as cache:
+                after = cache.newest()
+        return cls(_node(), config.cache_dir.resolve(), after)
 
     def link(self) -> Link:
         """The way there from this process."""
         if _node() == self.node:
             return Link(self, None)
-        keeper = _actor(Keeper, self.node).remote(self.cache_dir)
+        keeper = _actor(Keeper, self.node).remote(self.cache_dir, self.after)
         return Link(self, keeper)
 
 
@@ -110,8 +118,10 @@ class Link:
     home: Home
     keeper: Any
 
-    def cache(self, folder: Path) -> Completions:
-        return RecordCache(folder) if self.keeper is None else RemoteCache(self.keeper)
+    def cache(self) -> Completions:
+        if self.keeper is None:
+            return RecordCache(self.home.cache_dir, self.home.after)
+        return RemoteCache(self.keeper)
 
     def read(self, shard: str) -> pa.Table:
         if self.keeper is None:

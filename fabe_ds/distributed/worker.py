@@ -61,7 +61,9 @@ class Worker:
     def _opened(self) -> Transform:
         with self._lock:
             if self._transform is None:
-                opened = Transform(self._job.config, self._link.cache, self._job.template)
+                opened = Transform(
+                    self._job.config, lambda _: self._link.cache(), self._job.template
+                )
                 _ = opened.session  # here, and not by two calls at once
                 self._transform = opened
         return self._transform

@@ -64,8 +64,10 @@ class RecordCache:
     Raises: CacheError wherever the disk does not do its part.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after: int = 0) -> None:
+        """Completions up to the place `after`, as `newest` gives it, are not seen."""
         self.folder = private_folder(folder)
+        self._after = after
         self.path = folder / "records.sqlite"
         self._lock = threading.RLock()
         self._owner: str | None = None
@@ -141,8 +143,8 @@ class RecordCache:
             for start in range(0, len(keys), _IN):
                 part = keys[start : start + _IN]
                 marks = ",".join("?" * len(part))
-                query = f"SELECT {_COLUMNS} FROM completions WHERE key IN ({marks})"
-                for key, *fields in connection.execute(query, part):
+                query = f"SELECT {_COLUMNS} FROM completions WHERE key IN ({marks}) AND rowid > ?"
+                for key, *fields in connection.execute(query, [*part, self._after]):
                     found[key] = Completion(*fields)
             return found
 
@@ -230,6 +232,14 @@ class RecordCache:
     def was_written(self, mark: bytes) -> bool:
         query = "SELECT 1 FROM written WHERE mark = ?"
         return self._do(lambda c: c.execute(query, (mark,)).fetchone()) is not None
+
+    def newest(self) -> int:
+        """The place of the completion that was stored last."""
+        return int(self.query("SELECT IFNULL(MAX(rowid), 0) FROM completions")[0][0])
+
+    def hide_all(self) -> None:
+        """From now on, only what is stored from now on is seen."""
+        self._after = self.newest()
 
     def count(self) -> int:
         return int(self.query("SELECT COUNT(*) FROM completions")[0][0])

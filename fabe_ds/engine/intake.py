@@ -87,10 +87,7 @@ class Slot:
 
 
 class Intake:
-    """Sorts items into those that are answered and those that are to be sent, each once.
-
-    `resume` False leaves what earlier runs stored unread.
-    """
+    """Sorts items into those that are answered and those that are to be sent, each once."""
 
     def __init__(
         self,
@@ -98,15 +95,12 @@ class Intake:
         cache: Completions | None,
         accept: Accept,
         stats: Stats,
-        resume: bool = True,
         reask: Reask = never,
     ) -> None:
         self._reask = reask
         self.provider, self.accept, self.stats = provider, accept, stats
         self.cache = cache if provider.cached else None
-        self._resume = resume
         self._waiting: dict[bytes, list[Slot]] = {}
-        self._stored: set[bytes] = set()  # by this run; only kept where earlier ones do not count
         self._failed: dict[bytes, Outcome] = {}
         self._samples: Counter[bytes] = Counter()
 
@@ -147,8 +141,7 @@ class Intake:
         being sent for another owner; gives those that were asked again because of their stored
         answer, under their new keys."""
         assert self.cache is not None
-        readable = {s.key for s in asking if self._resume or s.key in self._stored}
-        found = self.cache.get(list(readable - self._failed.keys()))
+        found = self.cache.get(list({slot.key for slot in asking} - self._failed.keys()))
         again = []
         for slot in asking:
             if slot.key in self._failed:
@@ -182,7 +175,7 @@ class Intake:
         held = self.cache.claim([slot.key for slot in slots])
         mine = [slot for slot in slots if slot.key not in held]
         # Between the look-up and the claim another process may have been done with a few.
-        found = self.cache.get([slot.key for slot in mine]) if self._resume else {}
+        found = self.cache.get([slot.key for slot in mine])
         late = [slot for slot in mine if self._settled_by(slot, found.get(slot.key))]
         if late:
             self.cache.release([slot.key for slot in late])
@@ -212,8 +205,6 @@ class Intake:
         if self.cache is None or not rows:
             return
         self.cache.put([(slot.key, completion) for slot, completion in rows])
-        if not self._resume:
-            self._stored.update(slot.key for slot, _ in rows)
 
     def answered(self, slot: Slot, completion: Completion) -> bool:
         """Settles a slot, and all that wait for the same request, with a new completion.

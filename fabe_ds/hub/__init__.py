@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fabe_ds.config import unknown
-from fabe_ds.errors import FabeError, UsageError, first_line
+from fabe_ds.errors import UsageError
 from fabe_ds.result import RunResult, read_lines, read_report
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-_LOADERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".gz": "json"}
+from fabe_ds.written import written_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +31,13 @@ def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
     """Pushes the records that a run has written to a hub; gives the dataset's address.
 
     `run` is what `fabe_ds.run` gave, or the path of a run's report. Options: private (True),
-    revision, config_name, split, force (push a run with failed records too), failures (push those
-    as a configuration of their own), hub ("huggingface" or "modelscope").
+    revision, config_name and split (those that were read, else "default" and "train"), force
+    (push a run with failed records too), failures (push those as a configuration of their own),
+    hub ("huggingface" or "modelscope").
 
-    Raises: UsageError, FabeError.
+    The token is that of HF_TOKEN or `hf auth login`, or of MODELSCOPE_API_TOKEN or `modelscope
+    login`. Raises: UsageError (no such report, a run with failures that is not forced), FabeError
+    (the hub refused).
     """
     known = {field.name for field in fields(Push)} - {"repo"}
     for name in options:
@@ -45,55 +45,32 @@ def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
             raise UsageError(unknown(name, sorted(known)))
     report = run.report if isinstance(run, RunResult) else Path(run)
     assert report is not None
-    return push_run(report, Push(repo, **options))
-
-
-def push_run(report: Path, push: Push) -> str:
-    """Pushes the records that a run has written; gives the dataset's address.
-
-    The token is that of HF_TOKEN or `hf auth login`, or of MODELSCOPE_API_TOKEN or `modelscope
-    login`. Raises: UsageError (no such report, a run with failures that is not forced), FabeError
-    (the hub refused).
-    """
-    run = read_report(report)
-    if run["failed"] and not push.force:
+    told = read_report(report)
+    if told["failed"] and not options.get("force"):
         raise UsageError(
-            f"{report}: {run['failed']} records failed and keep their originals; run it again, or "
-            "push it all the same with --force"
+            f"{report}: {told['failed']} records failed and keep their originals; run it again, "
+            "or push it all the same with --force"
         )
+    given = {name: value for name, value in options.items() if value is not None}
+    push = Push(repo, **{**_read(told["config"]), **given})
     import datasets
 
     from fabe_ds.hub import huggingface, modelscope
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    dataset = _load([Path(path) for path in run["outputs"]])
+    dataset = written_records(told)
     failures = None
-    if push.failures and run["failures_file"]:
-        failures = datasets.Dataset.from_list(read_lines(Path(run["failures_file"])))
+    if push.failures and told["failures_file"]:
+        failures = datasets.Dataset.from_list(read_lines(Path(told["failures_file"])))
     if push.hub == "modelscope":
-        return modelscope.push(dataset, failures, run, push)
-    return huggingface.push(dataset, failures, run, push)
+        return modelscope.push(dataset, failures, told, push)
+    return huggingface.push(dataset, failures, told, push)
 
 
-def _load(outputs: list[Path]) -> Dataset:
-    """The written records, with columns of their own types."""
-    import datasets
-
-    if not outputs:
-        raise UsageError("the run has written nothing")
-    first = outputs[0]
-    try:
-        if first.is_dir():
-            saved = datasets.load_from_disk(str(first))
-            assert isinstance(saved, datasets.Dataset)
-            return saved
-        loader = _LOADERS.get(first.suffix.lower(), "parquet")
-        return datasets.load_dataset(loader, data_files=[str(path) for path in outputs])["train"]
-    except FileNotFoundError:
-        raise UsageError(f"{first}: what the run has written is gone") from None
-    except datasets.exceptions.DatasetGenerationError as error:
-        reason = first_line(error.__cause__ or error)
-        raise FabeError(
-            f"{first}: the records have no columns of one type each: {reason}"
-        ) from None
+def _read(config: dict[str, Any]) -> dict[str, str]:
+    """The configuration and the split that a run has read."""
+    read = {"config_name": config["config_name"] or "default"}
+    if split := re.match(r"\w+", config["split"]):  # train of train[:100]
+        read["split"] = split[0]
+    return read

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fabe_ds.config import RunConfig, flag, setting
 from fabe_ds.hub.huggingface import hub_errors
-from fabe_ds.records.scan import parse_path
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -16,7 +17,6 @@ _SHOWN = (
     "provider",
     "model",
     "base_url",
-    "field",
     "max_new_tokens",
     "temperature",
     "top_p",
@@ -55,30 +55,30 @@ def source_facts(config: dict[str, Any]) -> dict[str, Any]:
 def card_text(run: dict[str, Any], repo: str) -> str:
     """The body of the card: how the records were made, in Markdown."""
     config = run["config"]
+    shown = {name: config[name] for name in _SHOWN if config.get(name) is not None}
+    shown["model"] = _model(config)
     settings = "".join(
-        f"| {name.replace('_', ' ')} | `{config[name]}` |\n"
-        for name in _SHOWN
-        if config.get(name) is not None
+        f"| {name.replace('_', ' ')} | `{value}` |\n" for name, value in shown.items() if value
     )
-    instruction = str(config.get("instruction") or "")
-    file = Path(instruction) if "\n" not in instruction and len(instruction) < 1024 else None
-    if file is not None and file.is_file():
-        instruction = file.read_text(encoding="utf-8")
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", instruction))])
-    column = parse_path(config["field"])[0]
-    source = Path(config["input_path"]).name
+    instruction = run.get("instruction") or ""
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", instruction))])
+    fields = ", ".join(f"`{name}`" for name in (config["field"], *config["also_fields"]))
+    backup = config.get("backup_field")
+    kept = f"\nThe originals of `{config['field']}` stand in `{backup}`.\n" if backup else ""
     return f"""
 # {repo.rsplit("/", 1)[-1]}
 
-The records of `{source}` with the field `{config["field"]}` rewritten by a language model under an
+The records of `{_source(config)}` with {fields} rewritten by a language model under an
 instruction, by fabe-ds {run["fabe_ds"]}. All else is as it was.
-
+{kept}
 | | |
 | --- | --- |
 {settings}| records | {run["records"]} |
 | rewritten | {run["done"] + run["cached"]} |
 | failed, and kept as they were | {run["failed"]} |
-| skipped (no text) | {sum(run["skipped"].values())} |
+| skipped | {sum(run["skipped"].values())} |
+| prompt tokens of this run | {run["prompt_tokens"]} |
+| completion tokens of this run | {run["completion_tokens"]} |
 
 ## Instruction
 
@@ -88,11 +88,45 @@ instruction, by fabe-ds {run["fabe_ds"]}. All else is as it was.
 
 ## Reproduce
 
-```
-fabe-ds run --input {source} --field {config["field"]} --instruction prompt.txt \\
-  --provider {config["provider"]} --model {config.get("model")} \\
-  --max-new-tokens {config["max_new_tokens"]} --temperature {config["temperature"]}
-```
+With the instruction above in `prompt.txt`:
 
-The original stands in `{config.get("backup_field") or column}`.
+```
+{command(config)}
+```
 """
+
+
+def command(config: dict[str, Any]) -> str:
+    """The command line of a run: all that can change what comes out."""
+    parts = ["fabe-ds run", f"--input {shlex.quote(_source(config))}"]
+    for name, declared in RunConfig.model_fields.items():
+        value = config.get(name)
+        default = declared.get_default(call_default_factory=True)
+        wanted = setting(name, "changes") or name in ("split", "config_name", "records_key")
+        if not wanted or value in (None, default) or name == "auto_extract_code":
+            continue
+        spelled = flag(name)
+        if name == "instruction":
+            parts.append(f"{spelled} prompt.txt")
+        elif name == "model":
+            parts.append(f"{spelled} {shlex.quote(_model(config))}")
+        elif isinstance(value, bool):
+            parts.append(spelled if value else f"--no-{spelled[2:]}")
+        elif isinstance(value, dict):
+            parts += [f"{spelled} {shlex.quote(f'{k}={v}')}" for k, v in value.items()]
+        else:
+            values = value if isinstance(value, list) else [value]
+            parts += [f"{spelled} {shlex.quote(str(each))}" for each in values]
+    return " \\\n  ".join([" ".join(parts[:2]), *parts[2:]])
+
+
+def _source(config: dict[str, Any]) -> str:
+    """Where the records came from: an id of the Hub, or a name without its folder."""
+    path = Path(config["input_path"])
+    return path.name if path.exists() or path.is_absolute() else str(path)
+
+
+def _model(config: dict[str, Any]) -> str:
+    """The model's name; of a local folder, the folder's."""
+    model = str(config.get("model") or "")
+    return Path(model).name if Path(model).exists() else model

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,10 +12,9 @@ import pyarrow as pa
 
 from fabe_ds.config import RunConfig
 from fabe_ds.engine.intake import Item
-from fabe_ds.errors import InputError, UsageError, first_line
+from fabe_ds.errors import UsageError
 from fabe_ds.folders import private_folder
 from fabe_ds.history import recorded
-from fabe_ds.records.export import replacing
 from fabe_ds.result import (
     FAILURES,
     REPORT,
@@ -28,6 +24,8 @@ from fabe_ds.result import (
     sizes,
     spread,
 )
+from fabe_ds.tables.export import export_table
+from fabe_ds.tables.load import load_table
 from fabe_ds.transform import Transform, inside
 
 if TYPE_CHECKING:
@@ -35,105 +33,8 @@ if TYPE_CHECKING:
 
     from fabe_ds.runner import Watch
 
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
-_JSON = (".json", ".jsonl", ".ndjson", ".gz")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 STATUS = "_fabe_ds"
-_HUB_SECONDS = 30.0
 ROWS = 1000
-
-
-def is_table(config: RunConfig) -> bool:
-    """Whether the input is a table, and not JSON."""
-    path = config.input_path
-    if path is None:
-        return False
-    if path.is_dir():
-        return _is_saved(path) or (not config.input_glob and bool(_files(path)))
-    if path.exists():
-        return path.suffix.lower() in BUILDERS
-    return _is_hub_id(path)
-
-
-def _is_hub_id(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    if suffix in _JSON or suffix in BUILDERS or path.parent.exists():  # a misspelled path
-        return False
-    return _HUB_ID.fullmatch(str(path)) is not None
-
-
-def _is_saved(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _files(folder: Path) -> list[Path]:
-    """The table files of a folder that has no JSON, all of one kind."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    if any(file.suffix.lower() in _JSON for file in files):
-        return []
-    tables = [file for file in files if file.suffix.lower() in BUILDERS]
-    return [file for file in tables if file.suffix == tables[0].suffix]
-
-
-def load_table(config: RunConfig) -> Dataset:
-    """The input as a Dataset with its own columns.
-
-    Raises: UsageError (no such dataset or split), InputError (a file that cannot be read).
-    """
-    import datasets
-
-    path = config.input_path
-    assert path is not None
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say what is wrong, in a line
-    try:
-        if path.is_dir() and _is_saved(path):
-            saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, datasets.DatasetDict):
-                if config.split not in saved:
-                    raise UsageError(f"--split {config.split}: has {', '.join(saved)}")
-                saved = saved[config.split]
-            return saved
-        if path.exists():
-            files = _files(path) if path.is_dir() else [path]
-            options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
-            return datasets.load_dataset(
-                BUILDERS[files[0].suffix.lower()],
-                data_files=[str(file.resolve()) for file in files],
-                split=config.split,
-                cache_dir=str(private_folder(config.cache_dir) / "tables"),
-                **options,
-            )
-        _look_for(str(path))
-        return datasets.load_dataset(str(path), config.config_name, split=config.split)
-    except UsageError:
-        raise
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise UsageError(f"--input {path}: {first_line(error)}") from None
-    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        raise InputError(path, first_line(error.__cause__ or error)) from None
-
-
-def _look_for(repo: str) -> None:
-    """Asks the Hub once; datasets itself would ask a Hub that is away for half a minute."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    from fabe_ds.hub.huggingface import hub_errors
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        HfApi().dataset_info(repo, timeout=_HUB_SECONDS)
-    except RepositoryNotFoundError:
-        raise UsageError(
-            f"--input {repo}: no such file or folder, and no such dataset on the Hub (a private "
-            "one needs HF_TOKEN)"
-        ) from None
-    except hub_errors():
-        raise UsageError(
-            f"--input {repo}: no such file or folder, and the Hub cannot be reached"
-        ) from None
 
 
 def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
@@ -153,10 +54,15 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
     try:
         with recorded(transform.session.stats) as history:
             written = _map(dataset, transform, config, watch)
-        place = _write(written if config.status_field else written.remove_columns(status), config)
+        kept = written if config.status_field else written.remove_columns(status)
+        place = export_table(kept, config)
         states = written.with_format("arrow")[status].combine_chunks() if len(written) else None
         report = _result(config, transform, states, place, output, started)
-        course = {"history": history, "latency": transform.stats.latency}
+        course = {
+            "history": history,
+            "latency": transform.stats.latency,
+            "instruction": transform.template[0],
+        }
         if states is not None:
             for name in ("prompt_tokens", "completion_tokens"):
                 course[f"{name}_each"] = sizes(pc.struct_field(states, name))
@@ -229,34 +135,6 @@ def table_items(dataset: Dataset, transform: Transform) -> Iterator[Item]:
     """What all the rows ask for."""
     for table in dataset.with_format("arrow").iter(batch_size=ROWS):
         yield from transform.table_items(table.to_pydict())
-
-
-def _write(dataset: Dataset, config: RunConfig) -> Path:
-    path, folder = config.input_path, config.output_path or Path("outputs")
-    assert path is not None
-    kind = config.output_format
-    if kind is None:
-        csv = BUILDERS.get(path.suffix.lower()) == "csv"
-        kind = "jsonl" if csv else "dataset" if _is_saved(path) else "parquet"
-    if kind == "dataset":
-        place = folder / path.name
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-        try:
-            dataset.save_to_disk(str(scratch / "saved"))
-            if place.exists():
-                place.rename(scratch / "old")
-            (scratch / "saved").rename(place)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return place
-    place = folder / f"{path.stem if path.is_file() else path.name}.{kind}"
-    with replacing(place) as file:
-        if kind == "jsonl":
-            dataset.to_json(file, lines=True, force_ascii=False)
-        else:
-            dataset.to_parquet(file)
-    return place
 
 
 def _result(
