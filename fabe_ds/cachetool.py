@@ -14,7 +14,8 @@ from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import batches, field_target
 from fabe_ds.runner import make_plan
-from fabe_ds.transform import Transform, acceptance
+from fabe_ds.session import acceptance
+from fabe_ds.transform import Transform
 
 DAY = 86_400.0
 

@@ -14,8 +14,9 @@ from fabe_ds.errors import InputError, RecordFailed
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import batches, field_target
 from fabe_ds.runner import Plan, make_plan
+from fabe_ds.session import acceptance
 from fabe_ds.tables import is_table, load_table, table_items
-from fabe_ds.transform import Transform, acceptance
+from fabe_ds.transform import Transform
 
 SHOWN = 3
 ROWS = 1000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -14,19 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.config import TransformConfig, setting, validated
-from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats, tally
-from fabe_ds.engine.budget import Budget, read_price
+from fabe_ds.engine import Item, Outcome, Stats, tally
 from fabe_ds.engine.cache import Completions
-from fabe_ds.engine.intake import Intake, Reask
-from fabe_ds.engine.slots import SharedSlots, die_with_parent, is_worker
-from fabe_ds.errors import FabeError, RecordFailed, RunStopped, UsageError
-from fabe_ds.prompts import Instruction, clean_answer, load_instruction
+from fabe_ds.errors import FabeError, RecordFailed, UsageError
+from fabe_ds.prompts import Instruction, load_instruction
 from fabe_ds.prompts.validate import build_check
 from fabe_ds.providers import (
-    Completion,
     Endpoint,
-    HttpProvider,
-    LocalProvider,
     Provider,
     Request,
     Sampling,
@@ -35,21 +28,17 @@ from fabe_ds.providers import (
 )
 from fabe_ds.records.load import encodable
 from fabe_ds.records.scan import parse_path
+from fabe_ds.session import Session, open_cache
 from fabe_ds.version import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
     from datasets import Features
-
-    from fabe_ds.engine.batch import BatchEngine
-    from fabe_ds.engine.http import HttpEngine
 
 CARRIER = ("raw", "text", "index", "joint")
 OURS = "__fabe_"
 """What the names of columns begin with that stand beside a table's own on the way to workers."""
 SAMPLE = f"{OURS}sample"
 """A column that says how many equal rows stand before a row; where answers are sampled."""
-WINDOW_BATCHES = 32
-INVALID = "invalid"
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
 
@@ -79,14 +68,6 @@ def transform_fn(**options: Any) -> Transform:
     if isinstance(options.get("field"), list | tuple):
         options["field"], *options["also_fields"] = options["field"]
     return Transform(validated(TransformConfig, options, {}))
-
-
-def open_cache(config: TransformConfig) -> RecordCache:
-    """The record cache of this machine. Without --resume, it shows what is stored from now on."""
-    cache = RecordCache(config.cache_dir)
-    if not config.resume:
-        cache.hide_all()
-    return cache
 
 
 class Transform:
@@ -132,7 +113,7 @@ class Transform:
             raise UsageError("--samples: equal answers without sampling; give a --temperature")
         self._system, self._chat = config.system_prompt or None, config.use_chat_template
         self._language = config.template_vars.get("language", "python")
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._ahead: Iterator[Outcome] | None = None
         self._rank = 0
         self.provider = self._build_provider()
@@ -204,12 +185,12 @@ class Transform:
     # The work.
 
     @property
-    def session(self) -> _Session:
+    def session(self) -> Session:
         """What is open in this process: cache and engine. Never shared with a forked child."""
         if self._session is None or self._session.pid != os.getpid():
             if self._session is not None:
                 self.provider = self._build_provider()
-            self._session = _Session(self.config, self.provider, self._open_cache)
+            self._session = Session(self.config, self.provider, self._open_cache)
             weakref.finalize(self, self._session.close)  # a map's callable has no last call
         return self._session
 
@@ -390,125 +371,6 @@ def _status(outcomes: list[Outcome]) -> dict[str, Any]:
         "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in completions),
         "completion_tokens": sum(answer.completion_tokens or 0 for answer in completions),
     }
-
-
-def acceptance(config: TransformConfig, provider: Provider) -> Accept:
-    """What makes a record's new text of a completion. It may raise RecordFailed."""
-
-    check = build_check(config.validate_with) if config.validate_with else None
-
-    def accept(request: Request, completion: Completion) -> str:
-        text = clean_answer(
-            completion.text,
-            completion.finish_reason,
-            original=request.text,
-            strip_fences=config.strips_fences,
-            on_truncated=config.on_truncated,
-        )
-        if check is not None and (wrong := check(text)):
-            raise RecordFailed(INVALID, wrong)
-        return text
-
-    return accept
-
-
-def asking_again(config: TransformConfig) -> Reask:
-    """What an answer that fails its check is told, so many times at most."""
-
-    def reask(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
-        if kind != INVALID or len(request.turns) >= config.max_reasks:
-            return None
-        complaint = f"Your answer is {message}. Answer again, corrected, and in full."
-        return request._replace(turns=(*request.turns, (completion.text, complaint)))
-
-    return reask
-
-
-def refuse_caps(config: TransformConfig, other: str) -> None:
-    """Raises: UsageError where spending is capped, which goes without `other`."""
-    if config.capped:
-        raise UsageError(
-            "--max-requests, --max-tokens-total and --max-cost hold in one process; leave "
-            f"{other} out"
-        )
-
-
-def _budget(config: TransformConfig) -> Budget:
-    price = None
-    if config.max_cost is not None:
-        price = read_price(config.prices, config.model or "")
-    return Budget(config.max_requests, config.max_tokens_total, config.max_cost, price)
-
-
-class _Session:
-    """The open side of a transform in one process."""
-
-    def __init__(
-        self,
-        config: TransformConfig,
-        provider: Provider,
-        open_cache: Callable[[TransformConfig], Completions],
-    ) -> None:
-        self.pid = os.getpid()
-        self.closed = self.stopping = False
-        self.stats = Stats()
-        self.cache = open_cache(config) if provider.cached else None
-        intake = self.intake = Intake(
-            provider,
-            self.cache,
-            acceptance(config, provider),
-            self.stats,
-            asking_again(config),
-        )
-        self.engine: LocalEngine | HttpEngine | BatchEngine
-        if isinstance(provider, HttpProvider):
-            from fabe_ds.engine.http import HttpEngine, Policy
-            from fabe_ds.engine.limiter import AUTO_MOST
-
-            policy = Policy(
-                concurrency=None if config.concurrency == "auto" else config.concurrency,
-                retry=config.retry,
-                timeout=config.timeout,
-                give_up_after=config.give_up_after,
-                rpm=config.rpm,
-                tpm=config.tpm,
-            )
-            if config.batch_api:
-                from fabe_ds.engine.batch import BatchEngine
-
-                self.engine = BatchEngine(provider, intake, policy)
-                return
-            slots, budget = None, _budget(config)
-            if is_worker():
-                refuse_caps(config, "num_proc")
-                die_with_parent()
-                slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
-            self.engine = HttpEngine(provider, intake, policy, budget, slots)
-        elif isinstance(provider, LocalProvider):
-            if is_worker():
-                die_with_parent()
-            window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
-            self.engine = LocalEngine(provider, intake, window)
-        else:
-            raise UsageError(f"provider {provider.name}: neither an HTTP nor a local provider")
-
-    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
-        """One outcome an item, in order. Raises: RunStopped, when `stopping` has been set."""
-        with contextlib.closing(self.engine.outcomes(items)) as outcomes:
-            while not self.stopping:
-                outcome = next(outcomes, None)
-                if outcome is None:
-                    return
-                yield outcome
-        raise RunStopped("stopped; what was answered is kept")
-
-    def close(self) -> None:
-        if self.closed or self.pid != os.getpid():
-            return
-        self.closed = True
-        self.engine.close()
-        if self.cache is not None:
-            self.cache.close()
 
 
 def _rebuild(spec: str, version: int) -> Transform:

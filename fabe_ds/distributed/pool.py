@@ -14,7 +14,8 @@ from fabe_ds.distributed.shared import Home
 from fabe_ds.distributed.worker import Job, Worker
 from fabe_ds.errors import UsageError
 from fabe_ds.providers import HttpProvider
-from fabe_ds.transform import Transform, refuse_caps, transform_fn
+from fabe_ds.session import refuse_caps
+from fabe_ds.transform import Transform, transform_fn
 
 if TYPE_CHECKING:
     import ray.data

@@ -1,0 +1,153 @@
+"""What is open while a transform works in one process: the record cache, and the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from fabe_ds.config import TransformConfig
+from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats
+from fabe_ds.engine.budget import Budget, read_price
+from fabe_ds.engine.cache import Completions
+from fabe_ds.engine.intake import Intake, Reask
+from fabe_ds.engine.slots import SharedSlots, die_with_parent, is_worker
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError
+from fabe_ds.prompts import clean_answer
+from fabe_ds.prompts.validate import build_check
+from fabe_ds.providers import Completion, HttpProvider, LocalProvider, Provider, Request
+
+if TYPE_CHECKING:
+    from fabe_ds.engine.batch import BatchEngine
+    from fabe_ds.engine.http import HttpEngine
+
+WINDOW_BATCHES = 32
+INVALID = "invalid"
+
+
+def open_cache(config: TransformConfig) -> RecordCache:
+    """The record cache of this machine. Without --resume, it shows what is stored from now on."""
+    cache = RecordCache(config.cache_dir)
+    if not config.resume:
+        cache.hide_all()
+    return cache
+
+
+class Session:
+    """The open side of a transform in one process."""
+
+    def __init__(
+        self,
+        config: TransformConfig,
+        provider: Provider,
+        open_cache: Callable[[TransformConfig], Completions],
+    ) -> None:
+        self.pid = os.getpid()
+        self.closed = self.stopping = False
+        self.stats = Stats()
+        self.cache = open_cache(config) if provider.cached else None
+        intake = self.intake = Intake(
+            provider,
+            self.cache,
+            acceptance(config, provider),
+            self.stats,
+            asking_again(config),
+        )
+        self.engine: LocalEngine | HttpEngine | BatchEngine
+        if isinstance(provider, HttpProvider):
+            from fabe_ds.engine.http import HttpEngine, Policy
+            from fabe_ds.engine.limiter import AUTO_MOST
+
+            policy = Policy(
+                concurrency=None if config.concurrency == "auto" else config.concurrency,
+                retry=config.retry,
+                timeout=config.timeout,
+                give_up_after=config.give_up_after,
+                rpm=config.rpm,
+                tpm=config.tpm,
+            )
+            if config.batch_api:
+                from fabe_ds.engine.batch import BatchEngine
+
+                self.engine = BatchEngine(provider, intake, policy)
+                return
+            slots, budget = None, _budget(config)
+            if is_worker():
+                refuse_caps(config, "num_proc")
+                die_with_parent()
+                slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
+            self.engine = HttpEngine(provider, intake, policy, budget, slots)
+        elif isinstance(provider, LocalProvider):
+            if is_worker():
+                die_with_parent()
+            window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
+            self.engine = LocalEngine(provider, intake, window)
+        else:
+            raise UsageError(f"provider {provider.name}: neither an HTTP nor a local provider")
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """One outcome an item, in order. Raises: RunStopped, when `stopping` has been set."""
+        with contextlib.closing(self.engine.outcomes(items)) as outcomes:
+            while not self.stopping:
+                outcome = next(outcomes, None)
+                if outcome is None:
+                    return
+                yield outcome
+        raise RunStopped("stopped; what was answered is kept")
+
+    def close(self) -> None:
+        if self.closed or self.pid != os.getpid():
+            return
+        self.closed = True
+        self.engine.close()
+        if self.cache is not None:
+            self.cache.close()
+
+
+def acceptance(config: TransformConfig, provider: Provider) -> Accept:
+    """What makes a record's new text of a completion. It may raise RecordFailed."""
+
+    check = build_check(config.validate_with) if config.validate_with else None
+
+    def accept(request: Request, completion: Completion) -> str:
+        text = clean_answer(
+            completion.text,
+            completion.finish_reason,
+            original=request.text,
+            strip_fences=config.strips_fences,
+            on_truncated=config.on_truncated,
+        )
+        if check is not None and (wrong := check(text)):
+            raise RecordFailed(INVALID, wrong)
+        return text
+
+    return accept
+
+
+def asking_again(config: TransformConfig) -> Reask:
+    """What an answer that fails its check is told, so many times at most."""
+
+    def reask(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
+        if kind != INVALID or len(request.turns) >= config.max_reasks:
+            return None
+        complaint = f"Your answer is {message}. Answer again, corrected, and in full."
+        return request._replace(turns=(*request.turns, (completion.text, complaint)))
+
+    return reask
+
+
+def refuse_caps(config: TransformConfig, other: str) -> None:
+    """Raises: UsageError where spending is capped, which goes without `other`."""
+    if config.capped:
+        raise UsageError(
+            "--max-requests, --max-tokens-total and --max-cost hold in one process; leave "
+            f"{other} out"
+        )
+
+
+def _budget(config: TransformConfig) -> Budget:
+    price = None
+    if config.max_cost is not None:
+        price = read_price(config.prices, config.model or "")
+    return Budget(config.max_requests, config.max_tokens_total, config.max_cost, price)
