@@ -6,7 +6,8 @@ import difflib
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ _TOLD = (
 )
 """What a failure holds beside the record's own text and the answer to it."""
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 200, 52, 26
+FEWEST_PLACES = 8  # for bars
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +106,38 @@ def _charts(run: dict[str, Any]) -> list[Chart]:
         rows = [(f"{moment:.1f} s", f"{rate:.1f}") for moment, rate in rates]
         title = "Throughput, records a second"
         charts.append(Chart(title, _line(rates, title), ("time", "records a second"), rows))
-    latency = [(2 ** (int(n) / 4), count) for n, count in run.get("latency", {}).items()]
-    for title, bars, unit in (
-        ("Latency of an answer, seconds", sorted(latency), "s"),
-        ("Prompt tokens of a record", _buckets(run.get("prompt_tokens_each", {})), ""),
-        ("Completion tokens of a record", _buckets(run.get("completion_tokens_each", {})), ""),
+    for title, counts, edge, unit in (
+        ("Latency of an answer", "latency", lambda n: 2 ** (n / 4), _seconds),
+        ("Prompt tokens of a record", "prompt_tokens_each", _whole, "{:,}".format),
+        ("Completion tokens of a record", "completion_tokens_each", _whole, "{:,}".format),
     ):
-        if bars:
-            rows = [(f"up to {edge:.3g} {unit}".strip(), f"{count:,}") for edge, count in bars]
+        if bars := [(unit(at), count) for at, count in _buckets(run.get(counts, {}), edge)]:
+            rows = [(f"up to {at}", f"{count:,}") for at, count in bars]
             charts.append(Chart(title, _bars(bars, title), ("size", "records"), rows))
     return charts
+
+
+def _whole(step: int) -> int:
+    return math.floor(2 ** (step / 4))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{seconds:,.2g} s"
 
 
 def _spaced(points: Sequence[Sequence[float]], most: int = 80) -> list[Sequence[float]]:
     return list(points[:: max(1, math.ceil(len(points) / most))])
 
 
-def _buckets(counts: dict[str, int]) -> list[tuple[float, int]]:
-    """Counts of whole numbers by the largest that each holds."""
-    return sorted((math.floor(2 ** (int(n) / 4)), count) for n, count in counts.items())
+def _buckets(counts: dict[str, int], edge: Callable[[int], float]) -> list[tuple[float, int]]:
+    """Counts by the largest size that each holds, from the least to the most, empty ones too."""
+    steps = {int(step): count for step, count in counts.items()}
+    if not steps:
+        return []
+    buckets: Counter[float] = Counter()
+    for step in range(min(steps), max(steps) + 1):
+        buckets[edge(step)] += steps.get(step, 0)
+    return list(buckets.items())
 
 
 def _frame(title: str, most: float, inner: str, ticks: list[tuple[float, str]]) -> str:
@@ -158,19 +173,18 @@ def _line(points: list[tuple[float, float]], title: str) -> str:
     return _frame(title, most, area + line, ticks)
 
 
-def _bars(bars: list[tuple[float, int]], title: str) -> str:
+def _bars(bars: list[tuple[str, int]], title: str) -> str:
     most = max(count for _, count in bars)
-    wide = (WIDTH - LEFT) / len(bars)
+    places = max(len(bars), FEWEST_PLACES)  # a few bars are not made to fill the picture
+    wide = (WIDTH - LEFT) / places
     drawn = [
         f'<rect class="bar" x="{LEFT + n * wide + 1:.1f}" width="{max(1, wide - 2):.1f}" rx="2" '
         f'y="{_y(count, most):.1f}" height="{_y(0, most) - _y(count, most):.1f}">'
-        f"<title>up to {edge:.3g}: {count:,}</title></rect>"
+        f"<title>up to {edge}: {count:,}</title></rect>"
         for n, (edge, count) in enumerate(bars)
     ]
-    every = max(1, len(bars) // 6)
-    ticks = [
-        ((n + 0.5) / len(bars), f"{edge:.3g}") for n, (edge, _) in enumerate(bars) if n % every == 0
-    ]
+    every = math.ceil(len(bars) / 8)
+    ticks = [((n + 0.5) / places, edge) for n, (edge, _) in enumerate(bars) if n % every == 0]
     return _frame(title, most, "".join(drawn), ticks)
 
 

@@ -63,7 +63,7 @@ def test_the_page_in_a_browser(page):
         charts = driver.find_elements(By.CSS_SELECTOR, "svg[role=img]")
         assert [chart.get_attribute("aria-label") for chart in charts] == [
             "Throughput, records a second",
-            "Latency of an answer, seconds",
+            "Latency of an answer",
             "Prompt tokens of a record",
             "Completion tokens of a record",
         ]
