@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fabe_ds.config import RunConfig
+from fabe_ds.dryrun import records_of
 from fabe_ds.engine.cache import RecordCache
 from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.providers.base import Request
-from fabe_ds.records.load import batches, field_target
+from fabe_ds.records.load import field_target
 from fabe_ds.runner import make_plan
 from fabe_ds.session import acceptance
 from fabe_ds.transform import Transform
@@ -92,19 +93,20 @@ def explain(config: RunConfig, record: int) -> str:
     if not transform.provider.cached:
         return f"{config.provider}: its answers cost nothing and are not kept"
     seen = 0
-    target = field_target(config.field, config.backup)
+    targets = [field_target(*target) for target in transform.targets]
     for source in make_plan(config).sources:
-        for columns in batches(source, target, config.records_key):
-            rows = zip(columns["text"], columns["raw"], columns["skip"], strict=True)
-            for text, raw, skip in rows:
-                if seen == record:
-                    return f"{source.path}: record {record}: " + _why(transform, text, raw, skip)
-                seen += 1
+        for values in records_of(source, targets, config.records_key):
+            if seen == record:
+                return "\n".join(
+                    f"{source.path}: record {record}: " + _why(transform, *value, field)
+                    for field, value in enumerate(values)
+                )
+            seen += 1
     raise UsageError(f"record {record}: the input has {seen}")
 
 
-def _why(transform: Transform, text: str | None, raw: str, skip: str | None) -> str:
-    item = transform.item(text, raw)
+def _why(transform: Transform, text: str | None, raw: str, skip: str | None, field: int) -> str:
+    item = transform.item(text, raw, field)
     if item is None:
         return f"not sent: the field is {skip}"
     if not isinstance(item, Request):

@@ -56,7 +56,8 @@ class TransformConfig(BaseModel):
     )
     also_fields: list[str] = _setting(
         _IO,
-        "One more field to rewrite in the same pass, for tables (Parquet, CSV, ...); repeatable.",
+        "One more field to rewrite in the same pass; repeatable. Its original is kept as original_ "
+        "and its name.",
         [],
         flag="also-field",
         changes=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -12,7 +12,9 @@ from fabe_ds.config import RunConfig
 from fabe_ds.engine.cache import RecordCache
 from fabe_ds.errors import InputError, RecordFailed
 from fabe_ds.providers.base import Request
+from fabe_ds.records import Source
 from fabe_ds.records.load import batches, field_target
+from fabe_ds.records.scan import Field
 from fabe_ds.runner import Plan, make_plan
 from fabe_ds.session import acceptance
 from fabe_ds.tables import is_table, load_table, table_items
@@ -69,22 +71,32 @@ def _rows(
 def _items(
     config: RunConfig, plan: Plan, transform: Transform, seen: DryRun
 ) -> Iterator[Request | RecordFailed]:
-    target = field_target(config.field, config.backup)
+    targets = [field_target(*target) for target in transform.targets]
     for source in plan.sources:
         try:
-            for columns in batches(source, target, config.records_key):
-                rows = zip(columns["text"], columns["raw"], columns["skip"], strict=True)
-                for text, raw, skip in rows:
-                    seen.records += 1
-                    item = transform.item(text, raw)
+            for values in records_of(source, targets, config.records_key):
+                seen.records += 1
+                for field, (text, raw, skip) in enumerate(values):
+                    item = transform.item(text, raw, field)
                     if item is None:
-                        seen.skipped[skip] += 1
+                        seen.skipped[skip or ""] += 1
                     else:
                         yield item
         except InputError as error:
             if config.on_bad_input == "fail":
                 raise
             seen.bad_files.append(str(error))
+
+
+def records_of(
+    source: Source, targets: Sequence[Field], records_key: str | None
+) -> Iterator[list[tuple[str | None, str, str | None]]]:
+    """For each record of a file, (text, raw, skip) of each of its targets. Raises: InputError."""
+    for parts in zip(*(batches(source, target, records_key) for target in targets), strict=True):
+        rows = [
+            zip(columns["text"], columns["raw"], columns["skip"], strict=True) for columns in parts
+        ]
+        yield from map(list, zip(*rows, strict=True))
 
 
 def _table_items(

@@ -10,7 +10,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from fabe_ds.engine.intake import Item, Stats
 from fabe_ds.engine.tally import gathered
 from fabe_ds.errors import UsageError
 from fabe_ds.history import Point, recorded
-from fabe_ds.records import Loaded, Source, discover, export_records, load
+from fabe_ds.records import Loaded, Source, discover, export_records
 from fabe_ds.records.export import copy_unchanged
+from fabe_ds.records.load import by_target, load_fields
 from fabe_ds.records.mapped import passed_over
 from fabe_ds.result import (
     FAILURES,
@@ -65,10 +67,9 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
     started = time.monotonic()
     plan = make_plan(config)
     transform = Transform(config)
-    loaded = load(
+    loaded = load_fields(
         plan.sources,
-        config.field,
-        config.backup,
+        transform.targets,
         config.records_key,
         config.on_bad_input,
         config.cache_dir,
@@ -103,7 +104,7 @@ def make_plan(config: RunConfig) -> Plan:
     root = config.input_path
     if root is None:
         raise UsageError("--input is required: a file, or a folder of files")
-    for name in ("also_fields", "status_field", "output_format"):
+    for name in ("status_field", "output_format"):
         if getattr(config, name):
             raise UsageError(f"{flag(name)} goes with tables (Parquet, CSV, a Dataset), not JSON")
     if config.samples > 1:
@@ -249,35 +250,44 @@ def _items(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[Item]
 
 def _tables(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[pa.Table]:
     """What the transform needs of the rows; no text where there is nothing to do."""
-    columns = ["text", "raw"] if transform.instruction.needs_record else ["text"]
+    columns = ["text", *_target_column(dataset)]
+    if transform.instruction.needs_record:
+        columns.append("raw")
     if plan.output is None:
         columns += ["file", "index"]
     rows = dataset.select_columns(columns).with_format("arrow")
-    written = _written(transform, plan) if plan.output is None else None
+    cache = _marks(transform) if plan.output is None and transform.config.resume else None
     for table in passed_over(rows.iter(batch_size=MAP_ROWS)):
-        if written is None:
+        if cache is None:
             yield table
             continue
-        batch = [table.column(name).to_pylist() for name in ("file", "index", "text")]
         texts = [
-            None if text is None or written(file, index, text) else text
-            for file, index, text in zip(*batch, strict=True)
+            None if mark is None or cache.was_written(mark) else text
+            for mark, text in _value_marks(table, "text", transform, plan)
         ]
         left = table.drop_columns(["file", "index", "text"])
         yield left.append_column("text", pa.array(texts, pa.large_string()))
 
 
-def _written(transform: Transform, plan: Plan) -> Callable[[str, int, str], bool] | None:
-    """Tells values that this very job wrote in place, so that it does not rewrite its own."""
-    if not transform.config.resume:
-        return None
-    job, cache = transform.digest(), _marks(transform)
+def _target_column(dataset: Dataset) -> list[str]:
+    """The column that says which of several fields a row is for, where there is one."""
+    return ["target"] if "target" in dataset.column_names else []
+
+
+def _value_marks(
+    table: pa.Table, column: str, transform: Transform, plan: Plan
+) -> Iterator[tuple[bytes | None, str | None]]:
+    """Each value of the column, after the mark that says that this very job wrote it in place."""
+    job, fields = transform.digest(), len(transform.paths)
     places = {source.name: str(source.path.resolve()) for source in plan.sources}
-
-    def check(file: str, index: int, text: str) -> bool:
-        return cache.was_written(written_mark(job, places[file], index, text))
-
-    return check
+    names = ("file", "index", column)
+    targets = table.column("target").to_pylist() if fields > 1 else [0] * len(table)
+    rows = zip(*(table.column(name).to_pylist() for name in names), targets, strict=True)
+    for file, index, value, target in rows:
+        if value is None:
+            yield None, None
+        else:
+            yield written_mark(job, places[file], index * fields + target, value), value
 
 
 def _marks(transform: Transform) -> RecordCache:
@@ -286,16 +296,12 @@ def _marks(transform: Transform) -> RecordCache:
 
 
 def _mark_written(transform: Transform, plan: Plan, written: Dataset) -> None:
-    job, cache = transform.digest(), _marks(transform)
-    places = {source.name: str(source.path.resolve()) for source in plan.sources}
-    rows = written.select_columns(["file", "index", "completion"]).with_format("arrow")
+    cache = _marks(transform)
+    columns = ["file", "index", "completion", *_target_column(written)]
+    rows = written.select_columns(columns).with_format("arrow")
     for table in passed_over(rows.iter(batch_size=MAP_ROWS)):
-        batch = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
-        cache.mark_written(
-            written_mark(job, places[file], index, value)
-            for file, index, value in batch
-            if value is not None
-        )
+        marks = _value_marks(table, "completion", transform, plan)
+        cache.mark_written(mark for mark, _ in marks if mark is not None)
 
 
 def _export(written: Dataset, loaded: Loaded, plan: Plan, state: _State) -> list[Path]:
@@ -331,21 +337,10 @@ def _report(
     history: list[Point],
 ) -> RunResult:
     table, stats = written.data.table, transform.stats
-    failures = _counts(table.column("failure"))
-    skipped = _counts(table.column("skip"))
-    failed = sum(failures.values())
-    rewritten = len(written) - table.column("completion").null_count
-    before = len(written) - rewritten - failed - sum(skipped.values())
-    if before:
-        skipped["done before"] = before
-    done = stats.done
+    counts = _record_counts(written, asked=stats.settled > 0)
+    failed = counts.failed
     result = RunResult(
-        records=len(written),
-        done=done,
-        cached=rewritten - done,
-        failed=failed,
-        skipped=skipped,
-        failures_by_kind=failures,
+        **asdict(counts),
         bad_files=[file.error for file in loaded.files if file.error],
         outputs=outputs,
         seconds=time.monotonic() - started,
@@ -365,9 +360,52 @@ def _report(
         "prompt_tokens_each": sizes(table.column("prompt_tokens")),
         "completion_tokens_each": sizes(table.column("completion_tokens")),
     }
-    failing = _failures(written) if failed else ()
+    failing = _failures(written, transform) if failed else ()
     leave(config, result, plan.reports, failing, _samples(written), course)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordCounts:
+    """Records by what became of them: failed where any of its fields did, rewritten where none
+    failed and any was."""
+
+    records: int
+    done: int
+    cached: int
+    failed: int
+    skipped: dict[str, int]
+    failures_by_kind: dict[str, int]
+
+
+def _record_counts(written: Dataset, asked: bool) -> _RecordCounts:
+    """`asked` False: all that was answered comes from an earlier run."""
+    import pyarrow.compute as pc
+
+    parts = [part.with_format("arrow")[:] for part in by_target(written)]
+
+    def columns(name: str) -> list[pa.ChunkedArray]:
+        return [part.column(name) for part in parts]
+
+    failure = pc.coalesce(*columns("failure"))
+    good = pc.is_null(failure)
+    changed = [pc.is_valid(values) for values in columns("completion")]
+    rewritten = pc.and_(good, reduce(pc.or_, changed))
+    sent = map(pc.and_not, changed, columns("cached"))
+    done = pc.sum(pc.and_(rewritten, reduce(pc.or_, sent))).as_py() or 0 if asked else 0
+    left = pc.and_(good, pc.invert(rewritten))
+    skip = pc.coalesce(*columns("skip")).filter(left)
+    skipped = _counts(skip)
+    if skip.null_count:
+        skipped["done before"] = skip.null_count
+    return _RecordCounts(
+        records=len(failure),
+        done=done,
+        cached=(pc.sum(rewritten).as_py() or 0) - done,
+        failed=len(failure) - failure.null_count,
+        skipped=skipped,
+        failures_by_kind=_counts(failure),
+    )
 
 
 def _counts(column: Any) -> dict[str, int]:
@@ -395,10 +433,12 @@ def _samples(written: Dataset) -> Iterator[tuple[str, str, str]]:
         yield f"{row['file']}:{row['line']}", row["text"], row["completion"]
 
 
-def _failures(written: Dataset) -> Iterable[dict[str, Any]]:
+def _failures(written: Dataset, transform: Transform) -> Iterable[dict[str, Any]]:
     import pyarrow.compute as pc
 
     names = ["file", "index", "line", "failure", "message", "finish_reason", "text", "answer"]
-    table = written.data.table.select(names)
+    table = written.data.table.select([*names, *_target_column(written)])
+    fields = [name for name, _ in transform.targets]
     for row in table.filter(pc.is_valid(table.column("failure"))).to_pylist():
-        yield {"record": row.pop("index"), **row}
+        which = {} if len(fields) == 1 else {"field": fields[row.pop("target")]}
+        yield {"record": row.pop("index"), **which, **row}

@@ -89,6 +89,10 @@ class Transform:
             self.paths = [parse_path(name) for name in (config.field, *config.also_fields)]
         except ValueError as error:
             raise UsageError(f"--field: {error}") from None
+        for name, path in zip(config.also_fields, self.paths[1:], strict=True):
+            others = (other for other in self.paths if other is not path)
+            if any(path[: len(other)] == other[: len(path)] for other in others):
+                raise UsageError(f"--also-field {name}: another field is the same, or inside it")
         self.path = self.paths[0]
         if config.batch_api and config.provider != "openai":
             raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
@@ -244,8 +248,9 @@ class Transform:
         count = len(batch["text"])
         raws = batch["raw"] if self.instruction.needs_record else [None] * count
         samples = batch.get(SAMPLE) or [0] * count
-        for text, raw, sample in zip(batch["text"], raws, samples, strict=True):
-            yield _numbered(self.item(text, raw), sample)
+        targets = batch.get("target") or [0] * count
+        for text, raw, sample, target in zip(batch["text"], raws, samples, targets, strict=True):
+            yield _numbered(self.item(text, raw, target), sample)
 
     def look_ahead(self, items: Iterable[Item]) -> None:
         """Answers `items`, those of all the rows of the coming map, ahead of its batches.
@@ -256,6 +261,16 @@ class Transform:
 
     def _answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
         yield from self.session.outcomes(items)
+
+    @property
+    def targets(self) -> list[tuple[str, str | None]]:
+        """The fields of a JSON record that are rewritten, each with the key of its backup."""
+        config = self.config
+        others = [
+            (name, f"original_{path[-1]}" if config.backup else None)
+            for name, path in zip(config.also_fields, self.paths[1:], strict=True)
+        ]
+        return [(config.field, config.backup), *others]
 
     @property
     def samples(self) -> bool:
@@ -392,6 +407,7 @@ RESULT = {
     "prompt_tokens": pa.int64(),
     "completion_tokens": pa.int64(),
     "answer": pa.large_string(),  # the last answer of a record that failed
+    "cached": pa.bool_(),  # whether no request was sent for it
 }
 """The columns that a transform gives for a carrier."""
 _SCHEMA = pa.schema(list(RESULT.items()))
@@ -415,6 +431,7 @@ def result_table(outcomes: Iterable[Outcome]) -> pa.Table:
         "prompt_tokens": [answer and answer.prompt_tokens for answer in answers],
         "completion_tokens": [answer and answer.completion_tokens for answer in answers],
         "answer": [encodable(o.completion.text) if o.kind and o.completion else None for o in got],
+        "cached": [outcome.cached for outcome in got],
     }
     return pa.table(columns, schema=_SCHEMA)
 

@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Part of every fingerprint; raised when the same configuration would give other results."""

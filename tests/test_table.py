@@ -234,7 +234,7 @@ def test_the_dry_run_of_a_table(box, server):
         ("broken.parquet", (), "broken.parquet"),
         ("org/name", (), "--input org/name: "),
         ("data/name", (), "--input data/name: no such file or directory"),
-        ("data.jsonl", ("--also-field", "b"), "--also-field goes with tables"),
+        ("data.jsonl", ("--status-field", "b"), "--status-field goes with tables"),
         ("data.jsonl", ("--samples", 2, "--temperature", 1), "--samples goes with tables"),
     ],
 )

@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from json.encoder import encode_basestring, encode_basestring_ascii
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from fabe_ds.errors import ExportError, UsageError
 from fabe_ds.records.discover import Source
+from fabe_ds.records.load import by_target
 from fabe_ds.records.mapped import passed_over
 
 if TYPE_CHECKING:
@@ -25,7 +27,12 @@ log = logging.getLogger(__name__)
 
 ROWS = 2048
 _escaped_character = re.compile(r"\\u(?!00[0-7])")
-COLUMNS = ("file", "index", "before", "raw", "start", "end", "joint", "after", "completion")
+_RECORD = ("file", "index", "before", "raw", "after")
+_EDIT = ("start", "end", "joint", "completion")
+COLUMNS = (*_RECORD, *_EDIT)
+
+Edit = tuple[int, int, str, str | None]
+"""Where a target's literal begins and ends, what stands between it and a backup, the new value."""
 
 
 class _Row(NamedTuple):
@@ -33,11 +40,8 @@ class _Row(NamedTuple):
     number: int
     before: str
     raw: str
-    start: int
-    end: int
-    joint: str
     after: str | None
-    completion: str | None
+    edits: tuple[Edit, ...]
 
 
 def export_records(
@@ -50,7 +54,7 @@ def export_records(
     """Writes the records back to files laid out as those they came from.
 
     `dataset` holds the carrier's columns and `completion`, the new value of each target (null
-    keeps the record as it is). `output` is a folder that mirrors the input's; with `inplace` the
+    keeps it as it is). `output` is a folder that mirrors the input's; with `inplace` the
     files below `root` (the path that was loaded) are replaced. Every file appears whole or not at
     all. Gives the paths written.
 
@@ -88,10 +92,17 @@ def copy_unchanged(source: Source, path: Path) -> None:
 
 
 def _rows(dataset: Dataset) -> Iterator[_Row]:
-    arrow = dataset.select_columns(list(COLUMNS)).with_format("arrow")
+    """The records, each with the edits of all its targets."""
+    first, *others = by_target(dataset)
+    edits = zip(*(_tuples(part, _EDIT) for part in (first, *others)), strict=True)
+    for record, edit in zip(_tuples(first, _RECORD), edits, strict=True):
+        yield _Row._make((*record, edit))
+
+
+def _tuples(dataset: Dataset, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    arrow = dataset.select_columns(list(names)).with_format("arrow")
     for table in passed_over(arrow.iter(batch_size=ROWS)):
-        columns = [table.column(name).to_pylist() for name in COLUMNS]
-        yield from map(_Row._make, zip(*columns, strict=True))
+        yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
 
 
 def _write_file(file: IO[bytes], row: _Row, rows: Iterator[_Row]) -> _Row | None:
@@ -103,10 +114,7 @@ def _write_file(file: IO[bytes], row: _Row, rows: Iterator[_Row]) -> _Row | None
         while current is not None and current.file == name and current.number == expected:
             expected += 1
             parts.append(current.before)
-            if current.completion is None:
-                parts.append(current.raw)
-            else:
-                parts += spliced(current)
+            parts += spliced(current.raw, current.edits)
             if current.after is not None:
                 parts.append(current.after)
                 sink.write("".join(parts))
@@ -148,13 +156,17 @@ class _Behind:
             last.result()
 
 
-def spliced(row: _Row) -> Sequence[str]:
-    """The record's text with the new value in it, and the old literal as backup where it goes."""
-    raw, start, end = row.raw, row.start, row.end
-    new = literal(row.completion or "", raw)
-    if row.joint:
-        return raw[:start], new, row.joint, raw[start:]
-    return raw[:start], new, raw[end:]
+def spliced(raw: str, edits: Sequence[Edit]) -> Iterator[str]:
+    """The record's text with the new values in it, and the old literals where backups go."""
+    done = 0
+    for start, end, joint, new in sorted(edits, key=itemgetter(0)):
+        if new is None:
+            continue
+        yield raw[done:start]
+        yield literal(new, raw)
+        yield joint
+        done = start if joint else end
+    yield raw[done:]
 
 
 def literal(value: str, raw: str) -> str:

@@ -111,6 +111,39 @@ def load(
     return Loaded(_open(folder / "records.arrow", fingerprint), list(sources), files)
 
 
+def load_fields(
+    sources: Sequence[Source],
+    targets: Sequence[tuple[str, str | None]],
+    records_key: str | None,
+    on_bad_input: str,
+    cache_dir: Path,
+) -> Loaded:
+    """`load` for several fields, each with its backup: all the records with the first as their
+    target, then all with the second, and so on. A column `target` says which."""
+    from datasets import concatenate_datasets
+
+    each = [
+        load(sources, field, backup, records_key, on_bad_input, cache_dir)
+        for field, backup in targets
+    ]
+    if len(each) == 1:
+        return each[0]
+    parts = []
+    for number, loaded in enumerate(each):
+        column = pa.repeat(pa.scalar(number, pa.int8()), len(loaded.dataset))
+        parts.append(loaded.dataset.add_column("target", column))
+    return Loaded(concatenate_datasets(parts), each[0].sources, each[0].files)
+
+
+def by_target(dataset: Dataset) -> list[Dataset]:
+    """The records once for each field that they were loaded for."""
+    if "target" not in dataset.column_names or not len(dataset):
+        return [dataset]
+    count = dataset[-1]["target"] + 1
+    size = len(dataset) // count
+    return [dataset.select(range(n * size, (n + 1) * size)) for n in range(count)]
+
+
 def field_target(field: str, backup_field: str | None) -> Field:
     """The field made ready. Raises: UsageError where no backup can stand beside it."""
     try:

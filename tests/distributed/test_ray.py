@@ -79,7 +79,7 @@ def slow_server():
 
 
 def test_the_same_bytes_as_one_process(box):
-    """Odd files, a template that sees the record, equal records, one that fails, a key."""
+    """Odd files, a template that sees the record, two fields, equal records, one that fails."""
 
     async def behave(call):
         await asyncio.sleep(0.02)
@@ -89,10 +89,12 @@ def test_the_same_bytes_as_one_process(box):
         for number, (name, text) in enumerate(zoo.items()):
             if name != "long":
                 box.write(f"data/{number:02}.{suffix}", text)
-    box.lines("data/plain.jsonl", [*records(), *records(20)])
+    named = [{**record, "name": f"name {record['id']}"} for record in records(30)]
+    box.lines("data/plain.jsonl", [*records(), *named])
     box.write("up.j2", "{{ record.id }}\n\n{{ text }}")
     with ModelServer(behave) as server:
-        base = openai_run(server, "--input", "data", "--instruction", "up.j2", "--concurrency", 7)
+        more = ("--input", "data", "--instruction", "up.j2", "--also-field", "name")
+        base = openai_run(server, *more, "--concurrency", 7)
         ended = box.fabe(*base, *RAY, OPENAI_API_KEY="sk-secret")
         assert ended.code == 1, ended
         sent = len(server.calls)

@@ -1,0 +1,120 @@
+"""Several fields of JSON records in one run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.server import ModelServer, error, openai_run
+
+TEXT = """[
+  {"output": "o\\u00e9", "id": 1.10, "instruction":"i1", "n": {"output" : "deep"}},
+  {"instruction": "i2",
+   "id": 2
+  },
+  {"id": 1e400, "output":"", "instruction": "i3", "original_output": "mine"}
+]
+"""
+EXPECTED = """[
+  {"output": "O\\u00c9", "original_output": "o\\u00e9", "id": 1.10, "instruction":"I1", "original_code":"i1", "n": {"output" : "DEEP", "original_output" : "deep"}},
+  {"instruction": "I2",
+   "original_code": "i2",
+   "id": 2
+  },
+  {"id": 1e400, "output":"", "instruction": "I3", "original_code": "i3", "original_output": "mine"}
+]
+"""
+BOTH = ("--field", "instruction", "--also-field", "output", "--also-field", "n.output")
+
+
+def run_of(server, *more, source="data.json"):
+    command = openai_run(server, *more)
+    command[2] = source
+    return command
+
+
+def test_only_the_fields_change(box, server):
+    box.write("data.json", TEXT)
+    ended = box.fabe(*run_of(server, *BOTH))
+    assert ended.code == 0, ended
+    assert (box.path / "outputs/data.json").read_text() == EXPECTED
+    assert ended.out.startswith("3 records: 3 rewritten, 0 from cache;")
+    assert len(server.calls) == 5
+    again = box.fabe(*run_of(server, *BOTH))
+    assert again.out.startswith("3 records: 0 rewritten, 3 from cache;")
+    one = box.fabe(*run_of(server, "--field", "instruction"))
+    assert one.out.startswith("3 records: 0 rewritten, 3 from cache;")
+    assert len(server.calls) == 5
+    assert json.loads((box.path / "outputs/data.json").read_text())[0]["output"] == "oé"
+
+
+def test_a_template_sees_each_field_by_its_name_and_the_record_as_it_was(box, server):
+    box.lines("data.jsonl", [{"q": "ask", "a": "say", "id": 7}])
+    box.write("t.j2", "{{ record.id }} {{ record.q }} {{ record.a }}: {{ text }}")
+    more = ("--instruction", "t.j2", "--field", "q", "--also-field", "a", "--backup-field", "")
+    assert box.fabe(*run_of(server, *more, source="data.jsonl")).code == 0
+    assert sorted(call.prompt for call in server.calls) == ["7 ask say: ask", "7 ask say: say"]
+    assert set(box.read("outputs/data.jsonl")[0]) == {"q", "a", "id"}
+
+
+def test_one_field_fails_and_the_other_does_not(box):
+    async def behave(call):
+        return error(400, "too rude") if call.prompt.endswith("a 3") else None
+
+    box.lines("data.jsonl", [{"q": f"q {i}", "a": f"a {i}"} for i in range(6)])
+    more = ("--field", "q", "--also-field", "a")
+    with ModelServer(behave) as server:
+        ended = box.fabe(*run_of(server, *more, source="data.jsonl"))
+        assert ended.code == 1
+        assert "6 records: 5 rewritten, 0 from cache, 1 failed" in ended.out
+        record = box.read("outputs/data.jsonl")[3]
+        assert (record["q"], record["a"]) == ("Q 3", "a 3")
+        (failure,) = box.read("outputs.failures.jsonl")
+        assert (failure["record"], failure["field"], failure["text"]) == (3, "a", "a 3")
+    with ModelServer(port=int(server.root.rsplit(":", 1)[1])) as server:
+        ended = box.fabe(*run_of(server, *more, source="data.jsonl"))
+        assert ended.code == 0
+        assert len(server.calls) == 1
+    assert box.read("outputs/data.jsonl")[3]["a"] == "A 3"
+
+
+def test_in_place_each_field_is_done_once(box):
+    async def behave(call):
+        return error(400, "no") if len(behaved.calls) <= 4 and "hello!" in call.prompt else None
+
+    box.lines("data.jsonl", [{"q": "hello", "a": "HELLO"}, {"q": "hello!", "a": "x"}])
+    more = ("--field", "q", "--also-field", "a", "--inplace", "--backup-field", "")
+    with ModelServer(behave) as behaved:
+        assert box.fabe(*run_of(behaved, *more, source="data.jsonl")).code == 1
+        ended = box.fabe(*run_of(behaved, *more, source="data.jsonl"))
+        assert ended.code == 0, ended
+        assert len(behaved.calls) == 5
+    assert box.read("data.jsonl") == [{"q": "HELLO", "a": "HELLO"}, {"q": "HELLO!", "a": "X"}]
+
+
+def test_a_dry_run_a_preview_and_why(box, server):
+    box.write("data.json", TEXT)
+    dry = box.fabe(*run_of(server, *BOTH, "--dry-run"))
+    assert "dry run: 3 records, 5 to do; 4 skipped (1 empty, 3 missing)" in dry.out
+    assert not server.calls
+    seen = box.fabe("preview", "-n", 2, *run_of(server, *BOTH)[1:])
+    assert seen.code == 0, seen
+    assert "+ I1" in seen.out
+    assert "+ OÉ" in seen.out
+    assert box.fabe(*run_of(server, *BOTH)).code == 0
+    why = box.fabe("cache", "explain", "outputs.run.json", "--record", 2)
+    assert why.out.count("record 2: ") == 3
+    assert "not sent: the field is empty" in why.out
+
+
+@pytest.mark.parametrize(
+    ("first", "other"), [("n", "n.output"), ("n.output", "n"), ("output", "output")]
+)
+def test_fields_that_hold_one_another_are_refused(box, server, first, other):
+    box.write("data.json", TEXT)
+    ended = box.fabe(*run_of(server, "--field", first, "--also-field", other))
+    assert (ended.code, ended.err) == (
+        2,
+        f"fabe-ds: --also-field {other}: another field is the same, or inside it\n",
+    )
