@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fabe_ds.errors import CacheError
+from fabe_ds.errors import CacheError, UsageError
 
 
 def private_folder(folder: Path) -> Path:
@@ -20,6 +21,13 @@ def private_folder(folder: Path) -> Path:
     except OSError as error:
         raise CacheError(f"--cache-dir {folder}: {error.strerror}") from None
     return folder
+
+
+def check_writable(place: Path) -> None:
+    """Raises: UsageError where no file or folder can be made at `place`."""
+    nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK) or (nearest != place and not nearest.is_dir()):
+        raise UsageError(f"{place}: cannot be written")
 
 
 def is_locked(path: Path) -> bool:

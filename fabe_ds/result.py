@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 REPORT, FAILURES, SAMPLES = "run.json", "failures.jsonl", "samples.jsonl"
+LEFT_BEHIND = (REPORT, FAILURES, SAMPLES)
+DEFAULT_OUTPUT = Path("outputs")
 SAMPLES_KEPT, SAMPLE_CHARACTERS = 200, 4000
 
 

@@ -22,15 +22,17 @@ from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item, Stats
 from fabe_ds.engine.tally import gathered
 from fabe_ds.errors import UsageError
+from fabe_ds.folders import check_writable
 from fabe_ds.history import Point, recorded
 from fabe_ds.records import Loaded, Source, discover, export_records
 from fabe_ds.records.export import copy_unchanged
 from fabe_ds.records.load import by_target, load_fields
 from fabe_ds.records.mapped import passed_over
 from fabe_ds.result import (
+    DEFAULT_OUTPUT,
     FAILURES,
+    LEFT_BEHIND,
     REPORT,
-    SAMPLES,
     RunResult,
     beside,
     leave,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_OUTPUT = Path("outputs")
 MAP_ROWS = 1000  # part of the fingerprint, so it is the same for every run
 
 Watch = Callable[[Stats, int], contextlib.AbstractContextManager[object]]
@@ -117,8 +118,8 @@ def make_plan(config: RunConfig) -> Plan:
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"--output {output}: not a folder")
     folder = output or config.cache_dir / "runs" / root.resolve().name
-    reports = [beside(folder, name) for name in (REPORT, FAILURES, SAMPLES)]
-    sources = discover(root, config.input_glob, [output, *reports] if output else reports)
+    ours = [config.cache_dir, *(beside(folder, name) for name in LEFT_BEHIND)]
+    sources = discover(root, config.input_glob, [output, *ours] if output else ours)
     plan = Plan(root, sources, output, folder)
     names: dict[str, str] = {}
     for source in sources:
@@ -131,11 +132,9 @@ def make_plan(config: RunConfig) -> Plan:
         other = names.setdefault(source.name.casefold(), source.name)
         if other != source.name:
             log.warning("%s and %s differ in case alone", other, source.name)
-        nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
-        if not os.access(nearest, os.W_OK) or (
-            output is None and not os.access(place.parent, os.W_OK)
-        ):
-            raise UsageError(f"{place}: cannot be written")
+        check_writable(place)
+        if output is None:  # a new file takes its place
+            check_writable(place.parent)
     return plan
 
 

@@ -68,6 +68,7 @@ class Session:
                 tpm=config.tpm,
             )
             if config.batch_api:
+                refuse_caps(config, "--batch-api")
                 from fabe_ds.engine.batch import BatchEngine
 
                 self.engine = BatchEngine(provider, intake, policy)
@@ -79,6 +80,7 @@ class Session:
                 slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
             self.engine = HttpEngine(provider, intake, policy, budget, slots)
         elif isinstance(provider, LocalProvider):
+            refuse_caps(config, f"--provider {provider.name}")
             if is_worker():
                 die_with_parent()
             window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
@@ -141,13 +143,13 @@ def refuse_caps(config: TransformConfig, other: str) -> None:
     """Raises: UsageError where spending is capped, which goes without `other`."""
     if config.capped:
         raise UsageError(
-            "--max-requests, --max-tokens-total and --max-cost hold in one process; leave "
-            f"{other} out"
+            "--max-requests, --max-tokens-total and --max-cost hold for the requests that one "
+            f"process sends to a server; leave {other} out"
         )
 
 
 def _budget(config: TransformConfig) -> Budget:
     price = None
-    if config.max_cost is not None:
+    if config.max_cost is not None or config.prices is not None:
         price = read_price(config.prices, config.model or "")
     return Budget(config.max_requests, config.max_tokens_total, config.max_cost, price)

@@ -26,19 +26,21 @@ from fabe_ds.providers import (
     build_provider,
     provider_class,
 )
-from fabe_ds.records.load import encodable
+from fabe_ds.records.load import SCHEMA
 from fabe_ds.records.scan import parse_path
 from fabe_ds.session import Session, open_cache
+from fabe_ds.surrogates import encodable
 from fabe_ds.version import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
     from datasets import Features
 
-CARRIER = ("raw", "text", "index", "joint")
+CARRIER = tuple(SCHEMA.names)
 OURS = "__fabe_"
 """What the names of columns begin with that stand beside a table's own on the way to workers."""
 SAMPLE = f"{OURS}sample"
-"""A column that says how many equal rows stand before a row; where answers are sampled."""
+"""A column that says how many equal requests stand before each of a row's, where answers are
+sampled."""
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
 
@@ -66,6 +68,8 @@ def transform_fn(**options: Any) -> Transform:
     if "n" in options:
         options["samples"] = options.pop("n")
     if isinstance(options.get("field"), list | tuple):
+        if not options["field"]:
+            raise UsageError("field: an empty list; name a field")
         options["field"], *options["also_fields"] = options["field"]
     return Transform(validated(TransformConfig, options, {}))
 
@@ -99,6 +103,7 @@ class Transform:
         if config.validate_with:
             build_check(config.validate_with)  # a wrong one is said now, not at the first answer
         self.config = config
+        self._check_backups()
         self._open_cache = open_cache
         self.template = template or load_instruction(config.instruction or "")
         self.instructions = [
@@ -121,6 +126,18 @@ class Transform:
         self._ahead: Iterator[Outcome] | None = None
         self._rank = 0
         self.provider = self._build_provider()
+
+    def _check_backups(self) -> None:
+        """Raises: UsageError where two backups would have one place."""
+        if not self.config.backup:
+            return
+        keys = {(path[:-1], kept) for path, (_, kept) in zip(self.paths, self.targets, strict=True)}
+        for places in (keys, set(self.backups)):
+            if len(places) < len(self.paths):
+                raise UsageError(
+                    f"--backup-field {self.config.backup_field}: two fields would be kept there; "
+                    "give another"
+                )
 
     def _build_provider(self) -> Provider:
         config = self.config
@@ -227,6 +244,8 @@ class Transform:
     ) -> dict[str, list[Any]] | pa.Table:
         """One batch. `rank` (of `with_rank=True`) says which of several devices is this
         process's."""
+        if not _is_batch(batch, self.path[0]):
+            raise UsageError("a map over single records; write map(..., batched=True)")
         if rank is not None and rank != self._rank:
             self.close()
             self._rank = rank
@@ -247,10 +266,10 @@ class Transform:
         """What the rows of a carrier ask for."""
         count = len(batch["text"])
         raws = batch["raw"] if self.instruction.needs_record else [None] * count
-        samples = batch.get(SAMPLE) or [0] * count
+        samples = batch.get(SAMPLE) or [[0]] * count
         targets = batch.get("target") or [0] * count
         for text, raw, sample, target in zip(batch["text"], raws, samples, targets, strict=True):
-            yield _numbered(self.item(text, raw, target), sample)
+            yield _numbered(self.item(text, raw, target), sample[0])
 
     def look_ahead(self, items: Iterable[Item]) -> None:
         """Answers `items`, those of all the rows of the coming map, ahead of its batches.
@@ -273,6 +292,13 @@ class Transform:
         return [(config.field, config.backup), *others]
 
     @property
+    def backups(self) -> list[str | None]:
+        """The columns of a table that keep the originals, one for each field."""
+        config = self.config
+        others = [f"original_{name}" if config.backup else None for name in config.also_fields]
+        return [config.backup, *others]
+
+    @property
     def samples(self) -> bool:
         """Whether equal requests have answers of their own."""
         return self._sampling.samples
@@ -280,11 +306,9 @@ class Transform:
     def new_columns(self, there: Collection[str]) -> dict[str, pa.DataType]:
         """The columns that a table of these columns gains."""
         config, text = self.config, pa.string()
-        new: dict[str, pa.DataType] = {}
-        for field, (column, *_) in enumerate(self.paths):
-            backup = config.backup and (f"original_{column}" if field else config.backup)
-            if backup and backup not in there:
-                new[backup] = text
+        new: dict[str, pa.DataType] = {
+            backup: text for backup in self.backups if backup and backup not in there
+        }
         if config.samples > 1:
             new[config.samples_field] = pa.list_(text)
         if config.status_field:
@@ -310,15 +334,15 @@ class Transform:
                 raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}")
         names = [name for name in batch if not name.startswith(OURS)]
         whole = self.instruction.needs_record
-        samples = batch.get(SAMPLE) or [0] * len(batch[self.path[0]])
-        for row in range(len(batch[self.path[0]])):
+        count = len(batch[self.path[0]])
+        samples = batch.get(SAMPLE) or [[0] * self.answers_each] * count
+        for row, numbers in zip(range(count), samples, strict=True):
             record = {name: batch[name][row] for name in names} if whole else None
+            number = iter(numbers)
             for field, (column, *inner) in enumerate(self.paths):
                 item = self.item(inside(batch[column][row], inner), record, field)
-                item = _numbered(item, samples[row] * self.config.samples)
-                yield item
-                for _ in range(1, self.config.samples):
-                    yield item  # equal requests that are sampled are told apart by the engine
+                for _ in range(self.config.samples):  # the engine tells equal requests apart
+                    yield _numbered(item, next(number))
 
     def rewritten(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns of an ordinary Dataset that change."""
@@ -339,9 +363,7 @@ class Transform:
         for field, (column, *inner) in enumerate(self.paths):
             first = outcomes[field * samples :: self.answers_each]
             values = changed.get(column) or list(batch[column])
-            backup = self.config.backup
-            if backup and field:
-                backup = f"original_{column}"
+            backup = self.backups[field]
             if backup and backup not in batch:
                 changed[backup] = [inside(value, inner) for value in values]
             changed[column] = [
@@ -358,6 +380,13 @@ class Transform:
                 _status(outcomes[start : start + self.answers_each]) for start in each
             ]
         return changed
+
+
+def _is_batch(batch: Mapping[str, Any], column: str) -> bool:
+    """Whether these are columns, and not the values of one record."""
+    if type(batch).__name__ == "LazyRow":  # of datasets
+        return False
+    return not isinstance(batch.get(column), str)
 
 
 def _numbered(item: Item, sample: int) -> Item:

@@ -40,7 +40,7 @@ def written_records(run: dict[str, Any]) -> Dataset:
             assert isinstance(saved, datasets.Dataset)
             return saved
         if first.suffix.lower() in BUILDERS:
-            return load_files(outputs, "train", cache_dir)
+            return load_files(outputs, cache_dir)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise FabeError(f"{first}: {first_line(error.__cause__ or error)}") from None
     sources = [Source(path, path.name) for path in outputs]

@@ -54,7 +54,7 @@ def test_a_folder_of_parquet_files_and_a_part_of_it(box, server):
     parquet(box, ROWS[10:], "tables/b.parquet")
     ended = box.fabe(*command(server, "tables", "--split", "train[:12]"))
     assert ended.code == 0, ended.err
-    after = pq.read_table(box.path / "outputs/tables.parquet")
+    after = pq.read_table(box.path / "outputs/tables-train-12.parquet")
     assert after["id"].to_pylist() == list(range(12))
 
 
@@ -126,7 +126,7 @@ def test_a_saved_dataset_comes_back_as_one(box, server):
     files = sorted(path for path in (box.path / "saved").rglob("*"))
     ended = box.fabe(*command(server, "saved", "--split", "test"))
     assert ended.code == 0, ended.err
-    back = datasets.load_from_disk(str(box.path / "outputs/saved"))
+    back = datasets.load_from_disk(str(box.path / "outputs/saved-test"))
     assert back["code"][:] == ["X = 0", "X = 1", "X = 2"]
     assert back.features["tags"] == saved["test"].features["tags"]
     assert sorted(path for path in (box.path / "saved").rglob("*")) == files
@@ -230,7 +230,7 @@ def test_the_dry_run_of_a_table(box, server):
         ("data.parquet", ("--field", "no"), "--field no: no column 'no'; there are id, code"),
         ("data.parquet", ("--field", "id"), "--field id: the column is int64, not text"),
         ("data.parquet", ("--inplace",), "--inplace goes with JSON files"),
-        ("data.parquet", ("--split", "dev"), "--input data.parquet: "),
+        ("data.parquet", ("--split", "dev"), "--split dev: has train"),
         ("broken.parquet", (), "broken.parquet"),
         ("org/name", (), "--input org/name: "),
         ("data/name", (), "--input data/name: no such file or directory"),

@@ -59,7 +59,7 @@ def mapped(
         pool = pool_for(config, transform, total)
         rows = min(MOST_ROWS, -(-total // (SHARDS_EACH * pool.workers)))
         if transform.samples:
-            tables = with_sample_numbers(tables)
+            tables = with_sample_numbers(tables, transform, carrier)
         shards = write_shards(tables, rows, folder)
         home = Home.here(config)
         notices = board(home)

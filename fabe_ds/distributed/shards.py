@@ -8,7 +8,6 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +16,8 @@ from filelock import FileLock
 
 from fabe_ds.errors import RunStopped
 from fabe_ds.folders import is_locked, private_folder
-from fabe_ds.transform import OURS, SAMPLE
+from fabe_ds.providers import Request
+from fabe_ds.transform import OURS, SAMPLE, Transform
 
 ROW = f"{OURS}row"
 
@@ -55,16 +55,23 @@ def write_shards(tables: Iterable[pa.Table], rows: int, folder: Path) -> list[Pa
     return shards
 
 
-def with_sample_numbers(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The tables with how many equal rows stand before each: sampled, each has its own answer."""
+def with_sample_numbers(
+    tables: Iterable[pa.Table], transform: Transform, carrier: bool
+) -> Iterator[pa.Table]:
+    """The tables with how many equal requests stand before each: sampled, each has its own answer,
+    as one process would number them."""
     seen: Counter[bytes] = Counter()
+    each = 1 if carrier else transform.answers_each
     for table in tables:
+        rows = table.to_pydict()
+        items = transform.carrier_items(rows) if carrier else transform.table_items(rows)
         numbers = []
-        for row in table.to_pylist():
-            key = blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        for item in items:
+            key = transform.provider.key(item) if isinstance(item, Request) else b""
             numbers.append(seen[key])
             seen[key] += 1
-        yield table.append_column(SAMPLE, pa.array(numbers, pa.int64()))
+        lists = [numbers[start : start + each] for start in range(0, len(numbers), each)]
+        yield table.append_column(SAMPLE, pa.array(lists, pa.list_(pa.int64())))
 
 
 def write_in_order(blocks: Iterable[pa.Table], total: int, schema: pa.Schema, place: Path) -> None:

@@ -24,6 +24,7 @@ from fabe_ds.engine.local import answer_window
 from fabe_ds.engine.verdict import Verdict, judge
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers.base import Completion, HttpProvider
+from fabe_ds.surrogates import load_json
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class BatchEngine:
         answer = self._send("GET", f"/files/{file}/content", stream=True)
         for line in answer.iter_lines(chunk_size=1 << 16):
             if line.strip():
-                yield json.loads(line)
+                yield load_json(line)
 
     def _read(self, line: Mapping[str, Any]) -> Completion | Verdict:
         response = line.get("response")

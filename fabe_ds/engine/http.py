@@ -21,6 +21,7 @@ from fabe_ds.engine.slots import SharedSlots
 from fabe_ds.engine.verdict import Verdict, judge, judge_payload
 from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers.base import Completion, HttpProvider, Request
+from fabe_ds.surrogates import load_json
 
 BODY_LIMIT = 32 << 20
 SIGNAL_SECONDS = 0.5
@@ -161,7 +162,7 @@ class HttpEngine:
         if status != 200:
             return judge(status, headers, data)
         try:
-            payload = json.loads(data)
+            payload = load_json(data)
         except (ValueError, RecursionError):
             html = data.lstrip()[:1] == b"<"
             what = "an HTML page, not JSON" if html else "not JSON, or cut off"

@@ -265,7 +265,7 @@ class Job:
                     continue
                 if task.slot.outcome is not None and task.slot.outcome.kind is not None:
                     self._bad += 1
-        except CacheError as error:
+        except BaseException as error:  # it runs as a callback: nobody else would hear of it
             self.fatal(error)
         self.engine.pump()
 

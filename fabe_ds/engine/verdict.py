@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from fabe_ds.surrogates import load_json
 
 CONTEXT_CODES = ("context_length_exceeded", "exceed_context_size_error", "string_above_max_length")
 CONTEXT_TEXTS = ("maximum context length", "exceeds the context", "context window")
@@ -81,7 +82,7 @@ def judge_payload(payload: Any, headers: Mapping[str, str], body: bytes) -> Verd
 def read_error(body: bytes) -> tuple[str, set[str]]:
     """A server's own message, and the codes and types it gives with it."""
     try:
-        payload = json.loads(body)
+        payload = load_json(body)
     except (ValueError, RecursionError):
         text = body[:_MESSAGE_LENGTH].decode("utf-8", "replace").strip()
         return ("an HTML page" if text.startswith("<") else text), set()

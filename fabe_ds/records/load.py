@@ -20,6 +20,7 @@ from fabe_ds.folders import private_folder
 from fabe_ds.records.discover import Source, discover
 from fabe_ds.records.read import Tail, read_records
 from fabe_ds.records.scan import Field, Target, parse_path
+from fabe_ds.surrogates import encodable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -217,13 +218,6 @@ def _skip_reason(target: Target | None) -> str | None:
     if not value or value.isspace():
         return "empty"
     return None
-
-
-def encodable(text: str) -> str:
-    """The text with U+FFFD for surrogates that stand alone, which no UTF-8 can hold."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _fingerprint(sources: Sequence[Source], *options: Any) -> str:

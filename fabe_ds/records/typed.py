@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from fabe_ds.errors import InputError
 from fabe_ds.records.discover import Source
-from fabe_ds.records.load import encodable
 from fabe_ds.records.read import Tail, read_records
 from fabe_ds.records.scan import Field
+from fabe_ds.surrogates import encodable_value
 
 ROWS = 1000
 _JSON = pa.json_(pa.string())
@@ -66,18 +66,7 @@ def _objects(source: Source, field: Field, records_key: str | None) -> Iterator[
             raise InputError(source.path, f"cannot be typed: {error}", item.line) from None
         if not isinstance(value, dict):
             raise InputError(source.path, "a record that is no object has no columns", item.line)
-        yield value if "\\" not in item.raw else _encodable(value)
-
-
-def _encodable(value: Any) -> Any:
-    """The value with U+FFFD for surrogates that stand alone."""
-    if isinstance(value, str):
-        return encodable(value)
-    if isinstance(value, list):
-        return [_encodable(item) for item in value]
-    if isinstance(value, dict):
-        return {encodable(key): _encodable(item) for key, item in value.items()}
-    return value
+        yield value if "\\" not in item.raw else encodable_value(value)
 
 
 def _type(values: list[Any]) -> pa.DataType:

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import RunConfig
+from fabe_ds.errors import UsageError
+from fabe_ds.folders import check_writable
 from fabe_ds.records.export import replacing
+from fabe_ds.result import DEFAULT_OUTPUT
+from fabe_ds.tables.csv import write_csv
 from fabe_ds.tables.load import SEPARATORS, is_saved
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ROWS = 1000
-DEFAULT_OUTPUT = Path("outputs")
 
 
-def export_table(dataset: Dataset, config: RunConfig) -> Path:
-    """Writes the rows in the output folder, whole or not at all; gives the place.
+def table_place(config: RunConfig) -> Path:
+    """The file, or the folder, that a table is written to.
 
-    Raises: ExportError.
+    Raises: UsageError where that is the input, or cannot be.
     """
     path, folder = config.input_path, config.output_path or DEFAULT_OUTPUT
     assert path is not None
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder}: not a folder")
     kind = config.output_format or _kind_of(path)
+    name = path.stem if path.is_file() else path.name or path.resolve().name
+    if config.split != "train":  # beside what another split's run has written
+        name = f"{name}-{re.sub(r'[^A-Za-z0-9_.]+', '-', config.split).strip('-')}"
+    place = folder / (name if kind == "dataset" else f"{name}.{kind}")
+    source, target = path.resolve(), place.resolve()
+    if target in (source, *source.parents) or (path.is_dir() and folder.resolve() == source):
+        raise UsageError(f"--output {folder}: would replace the input {path}; name another")
+    check_writable(place)
+    return place
+
+
+def export_table(dataset: Dataset, place: Path, config: RunConfig) -> None:
+    """Writes the rows to `place`, whole or not at all. Raises: ExportError."""
+    assert config.input_path is not None
+    kind = config.output_format or _kind_of(config.input_path)
     if kind == "dataset":
-        return _save(dataset, folder / path.name)
-    place = folder / f"{path.stem if path.is_file() else path.name}.{kind}"
+        _save(dataset, place)
+        return
     with replacing(place) as file:
         if kind == "parquet":
             dataset.to_parquet(file)
         elif kind == "jsonl":
-            _write_lines(dataset, file)
+            for row in _rows(dataset):
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         else:
-            _write_csv(dataset, file, SEPARATORS[f".{kind}"])
-    return place
+            lines = (tuple(row.values()) for row in _rows(dataset))
+            write_csv(chain([dataset.column_names], lines), SEPARATORS[f".{kind}"], file)
 
 
 def _kind_of(path: Path) -> str:
@@ -55,7 +76,7 @@ def _kind_of(path: Path) -> str:
     return suffix[1:] if path.is_file() and suffix in SEPARATORS else "parquet"
 
 
-def _save(dataset: Dataset, place: Path) -> Path:
+def _save(dataset: Dataset, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
     try:
@@ -65,31 +86,13 @@ def _save(dataset: Dataset, place: Path) -> Path:
         (scratch / "saved").rename(place)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return place
 
 
 def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows as JSON has them. Not `Dataset.to_json`, which rounds numbers and makes numbers of
+    dates."""
     for table in dataset.with_format("arrow").iter(batch_size=ROWS):
-        yield from table.to_pylist()
-
-
-def _write_lines(dataset: Dataset, file: IO[bytes]) -> None:
-    """JSON lines. Not `Dataset.to_json`, which rounds numbers and makes numbers of dates."""
-    for row in _rows(dataset):
-        file.write((json.dumps(_plain(row), ensure_ascii=False) + "\n").encode())
-
-
-def _write_csv(dataset: Dataset, file: IO[bytes], separator: str) -> None:
-    """One line a row; what is no text stands as JSON."""
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-    writer = csv.writer(text, delimiter=separator, lineterminator="\n")
-    writer.writerow(dataset.column_names)
-    for row in _rows(dataset):
-        writer.writerow(
-            value if value is None or isinstance(value, str) else json.dumps(_plain(value))
-            for value in row.values()
-        )
-    text.detach()
+        yield from map(_plain, table.to_pylist())
 
 
 def _plain(value: Any) -> Any:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fabe_ds.config import RunConfig
 from fabe_ds.errors import InputError, UsageError, first_line
 from fabe_ds.folders import private_folder
+from fabe_ds.result import DEFAULT_OUTPUT, LEFT_BEHIND, beside
+from fabe_ds.tables.csv import load_csv
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys(SEPARATORS, "csv")}
 _JSON = (".json", ".jsonl", ".ndjson", ".gz")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_INFOS = ("dataset_info.json", "dataset_infos.json")  # what datasets says beside Parquet files
 _HUB_SECONDS = 30.0
 
 
@@ -26,7 +30,7 @@ def is_table(config: RunConfig) -> bool:
     if path is None:
         return False
     if path.is_dir():
-        return is_saved(path) or (not config.input_glob and bool(_files(path)))
+        return is_saved(path) or (not config.input_glob and bool(_files(config)))
     if path.exists():
         return path.suffix.lower() in BUILDERS
     return _is_hub_id(path)
@@ -43,13 +47,29 @@ def is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _files(folder: Path) -> list[Path]:
-    """The table files of a folder that has no JSON, all of one kind."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+def _files(config: RunConfig) -> list[Path]:
+    """The table files of a folder that has no JSON, all of one kind. What a run leaves there
+    itself, and what is hidden, does not count."""
+    folder = config.input_path
+    assert folder is not None
+    output = config.output_path or DEFAULT_OUTPUT
+    ours = [config.cache_dir.resolve()]
+    if output.resolve() != folder.resolve():
+        ours.append(output.resolve())
+    reports = {beside(output, name) for name in LEFT_BEHIND}
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.resolve() not in reports
+        and not any(file.resolve().is_relative_to(place) for place in ours)
+        and file.name not in _INFOS
+    ]
     if any(file.suffix.lower() in _JSON for file in files):
         return []
     tables = [file for file in files if file.suffix.lower() in BUILDERS]
-    return [file for file in tables if file.suffix == tables[0].suffix]
+    return [file for file in tables if file.suffix.lower() == tables[0].suffix.lower()]
 
 
 def load_table(config: RunConfig) -> Dataset:
@@ -65,18 +85,13 @@ def load_table(config: RunConfig) -> Dataset:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say what is wrong, in a line
     try:
         if path.is_dir() and is_saved(path):
-            saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, datasets.DatasetDict):
-                if config.split not in saved:
-                    raise UsageError(f"--split {config.split}: has {', '.join(saved)}")
-                saved = saved[config.split]
-            return saved
+            return _split_of(datasets.load_from_disk(str(path)), config.split)
         if path.exists():
-            files = _files(path) if path.is_dir() else [path]
-            return load_files(files, config.split, config.cache_dir)
+            files = _files(config) if path.is_dir() else [path]
+            return _split_of(load_files(files, config.cache_dir), config.split)
         _look_for(str(path))
         return datasets.load_dataset(str(path), config.config_name, split=config.split)
-    except UsageError:
+    except (UsageError, InputError):
         raise
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise UsageError(f"--input {path}: {first_line(error)}") from None
@@ -84,32 +99,47 @@ def load_table(config: RunConfig) -> Dataset:
         raise InputError(path, first_line(error.__cause__ or error)) from None
 
 
-def load_files(files: list[Path], split: str, cache_dir: Path) -> Dataset:
+def _split_of(found: Dataset | DatasetDict, split: str) -> Dataset:
+    """The rows that a split names, as datasets writes it: test, train[:100], train[50%:]+test."""
+    from datasets import Dataset, ReadInstruction, concatenate_datasets
+
+    if isinstance(found, Dataset):
+        named = {"train": found, str(found.split or "train"): found}
+    else:
+        named = dict(found)
+    try:
+        instruction = ReadInstruction.from_spec(split)
+        parts = instruction.to_absolute({name: len(rows) for name, rows in named.items()})
+    except (ValueError, AssertionError):
+        raise UsageError(f"--split {split}: has {', '.join(named)}") from None
+    chosen = []
+    for part in parts:
+        rows = named[part.splitname]
+        first, end = part.from_ or 0, len(rows) if part.to is None else part.to
+        chosen.append(rows if (first, end) == (0, len(rows)) else rows.select(range(first, end)))
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+
+
+def load_files(files: list[Path], cache_dir: Path) -> Dataset:
     """The rows of files of one kind, kept as Arrow in the cache folder.
 
-    Raises: what `datasets.load_dataset` does.
+    Raises: InputError, and what `datasets.load_dataset` does.
     """
     import datasets
+    import pyarrow.parquet as pq
 
-    kind = BUILDERS[files[0].suffix.lower()]
+    suffix = files[0].suffix.lower()
+    place = private_folder(private_folder(cache_dir) / "tables")
+    if suffix in SEPARATORS:
+        return load_csv(files, SEPARATORS[suffix], place)
+    if suffix == ".parquet" and not any(pq.read_metadata(file).num_rows for file in files):
+        return datasets.Dataset(pq.read_schema(files[0]).empty_table())
     return datasets.load_dataset(
-        kind,
-        data_files=[str(file.resolve()) for file in files],
-        split=split,
-        cache_dir=str(private_folder(cache_dir) / "tables"),
-        **(_as_text(files[0]) if kind == "csv" else {}),
+        BUILDERS[suffix],
+        data_files=[glob.escape(str(file.resolve())) for file in files],
+        split="train",
+        cache_dir=str(place),
     )
-
-
-def _as_text(file: Path) -> dict[str, Any]:
-    """Options that leave the fields of a CSV file the text that they are: 007, 1.10, NA."""
-    import pandas as pd
-    from datasets import Features, Value
-
-    separator = SEPARATORS[file.suffix.lower()]
-    columns = pd.read_csv(file, sep=separator, nrows=0).columns
-    features = Features({name: Value("string") for name in columns})
-    return {"sep": separator, "features": features, "keep_default_na": False}
 
 
 def _look_for(repo: str) -> None:

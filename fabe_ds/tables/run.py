@@ -16,6 +16,7 @@ from fabe_ds.errors import UsageError
 from fabe_ds.folders import private_folder
 from fabe_ds.history import recorded
 from fabe_ds.result import (
+    DEFAULT_OUTPUT,
     FAILURES,
     REPORT,
     RunResult,
@@ -24,7 +25,7 @@ from fabe_ds.result import (
     sizes,
     spread,
 )
-from fabe_ds.tables.export import export_table
+from fabe_ds.tables.export import export_table, table_place
 from fabe_ds.tables.load import load_table
 from fabe_ds.transform import Transform, inside
 
@@ -44,9 +45,7 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
     started = time.monotonic()
     if config.inplace:
         raise UsageError("--inplace goes with JSON files; give an --output")
-    output = config.output_path or Path("outputs")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output}: not a folder")
+    output, place = config.output_path or DEFAULT_OUTPUT, table_place(config)
     status = config.status_field or STATUS
     transform = Transform(config.model_copy(update={"on_error": "keep", "status_field": status}))
     dataset = load_table(config)
@@ -55,7 +54,7 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
         with recorded(transform.session.stats) as history:
             written = _map(dataset, transform, config, watch)
         kept = written if config.status_field else written.remove_columns(status)
-        place = export_table(kept, config)
+        export_table(kept, place, config)
         states = written.with_format("arrow")[status].combine_chunks() if len(written) else None
         report = _result(config, transform, states, place, output, started)
         course = {
@@ -74,6 +73,13 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
 
 
 def _check_columns(dataset: Dataset, transform: Transform) -> None:
+    config, there = transform.config, dataset.column_names
+    ours = {"--status-field": config.status_field}
+    if config.samples > 1:
+        ours["--samples-field"] = config.samples_field
+    for spelled, taken in ours.items():
+        if taken in there:
+            raise UsageError(f"{spelled} {taken}: there is such a column; name another")
     names = (transform.config.field, *transform.config.also_fields)
     for name, (column, *inner) in zip(names, transform.paths, strict=True):
         if column not in dataset.features:
@@ -133,6 +139,8 @@ def _on_ray(
 
 def table_items(dataset: Dataset, transform: Transform) -> Iterator[Item]:
     """What all the rows ask for."""
+    if not transform.instruction.needs_record:
+        dataset = dataset.select_columns(list(dict.fromkeys(path[0] for path in transform.paths)))
     for table in dataset.with_format("arrow").iter(batch_size=ROWS):
         yield from transform.table_items(table.to_pydict())
 
@@ -177,7 +185,8 @@ def _samples(written: Dataset, transform: Transform) -> Iterator[tuple[str, str,
     rewritten = [row for row, told in enumerate(states) if told["state"] in ("done", "cached")]
     for row in spread(rewritten):
         record = written[row]
-        yield f"record {row}", record[config.backup], inside(record[column], inner)
+        if isinstance(before := record[config.backup], str):  # else a column of the table's own
+            yield f"record {row}", before, inside(record[column], inner)
 
 
 def _failures(written: Dataset, transform: Transform) -> Iterable[dict[str, Any]]:
