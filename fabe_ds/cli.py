@@ -12,14 +12,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from fabe_ds.config import PANELS, RunConfig, TransformConfig, flag, read_config, setting, validated
-from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, UsageError
+from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, RunStopped, UsageError
+
+if TYPE_CHECKING:
+    from fabe_ds.result import RunResult
 
 app = typer.Typer(
     name="fabe-ds",
@@ -79,7 +82,13 @@ def _run(config: Path | None, **flags: Any) -> None:
 def _preview(config: Path | None, number: int, **flags: Any) -> None:
     from fabe_ds.preview import preview
 
-    _print_preview(preview(_settings(config, flags), number))
+    settings = _settings(config, flags)
+    if settings.dry_run:
+        raise UsageError("a preview sends requests; `fabe-ds run --dry-run` sends none")
+    seen = preview(settings, number)
+    _print_preview(seen)
+    if seen.stopped:
+        raise RunStopped(seen.stopped)
 
 
 def _settings(config: Path | None, flags: dict[str, Any]) -> RunConfig:
@@ -101,23 +110,33 @@ def _run_and_report(settings: RunConfig) -> None:
     # takes a third of the time of a run without a model.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+    push = _push_of(settings)
     result = run(settings, watching)
     _print_summary(result)
-    if settings.push_to_hub is not None and result.report is not None:
-        from fabe_ds.hub import push_to_hub
-
-        place = push_to_hub(
-            result,
-            settings.push_to_hub,
-            private=not settings.public,
-            revision=settings.revision,
-            config_name=settings.push_config_name,
-            force=settings.force,
-            failures=settings.push_failures,
-            hub=settings.hub,
-        )
-        print(f"pushed: {place}")
+    if push is not None and result.failed and not settings.force:
+        print("not pushed: records failed (--force pushes all the same)", file=sys.stderr)
+    elif push is not None:
+        print(f"pushed: {push(result)}")
     raise typer.Exit(result.exit_code)
+
+
+def _push_of(settings: RunConfig) -> Callable[[RunResult], str] | None:
+    """What pushes the result of a run, checked before its first record is spent."""
+    if settings.push_to_hub is None:
+        return None
+    from fabe_ds.hub import push_to_hub, wanted_push
+
+    options = {
+        "private": not settings.public,
+        "revision": settings.revision,
+        "config_name": settings.push_config_name,
+        "force": settings.force,
+        "failures": settings.push_failures,
+        "hub": settings.hub,
+    }
+    repo, read = settings.push_to_hub, settings.model_dump(include={"config_name", "split"})
+    wanted_push(repo, read, options)
+    return lambda result: push_to_hub(result, repo, **options)
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -270,7 +289,7 @@ def retry(
     api_key: Annotated[str | None, typer.Option(help="Key for the server.")] = None,
 ) -> None:
     """Run a run again as it was: just its failed records are sent."""
-    settings = _config_of(report, api_key)
+    settings = _config_of(report, api_key).model_copy(update={"resume": True})
     _log_to_stderr(settings.log_level)
     _run_and_report(settings)
 
@@ -278,9 +297,7 @@ def retry(
 def _config_of(report: Path, api_key: str | None = None) -> RunConfig:
     from fabe_ds.result import read_report
 
-    saved = read_report(report)["config"]
-    given = {name: value for name, value in saved.items() if value is not None}
-    return validated(RunConfig, {**given, "api_key": api_key}, {})
+    return validated(RunConfig, {**read_report(report)["config"], "api_key": api_key}, {})
 
 
 @app.command("push")
@@ -404,6 +421,7 @@ def _print_dry_run(seen: Any) -> None:
     print(
         f"dry run: {seen.records} records, {seen.to_do} to do"
         + (f", of them {seen.cached} answered already" if seen.cached else "")
+        + (f", {seen.to_send} to send" if seen.to_send != seen.to_do - seen.cached else "")
         + _in_words("skipped", seen.skipped)
         + _in_words("failing", seen.failed)
     )
@@ -419,7 +437,7 @@ def _print_preview(seen: Any) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     marks = {"same": ("  ", "dim"), "gone": ("- ", "red"), "new": ("+ ", "green")}
-    for number, (request, outcome) in enumerate(seen.shown, 1):
+    for number, request, outcome in seen.shown:
         answer = outcome.completion
         tokens = (
             f", {answer.prompt_tokens} prompt and {answer.completion_tokens} completion tokens"
@@ -435,8 +453,8 @@ def _print_preview(seen: Any) -> None:
             console.print(Text(mark + line, style=style))
     counts = seen.counts
     console.print(
-        f"{len(seen.shown)} records in {seen.seconds:.1f} s, kept in the cache; "
-        f"{counts.records} in all, {counts.to_do - counts.cached} were to be asked for"
+        f"{len({number for number, *_ in seen.shown})} records in {seen.seconds:.1f} s, kept in "
+        f"the cache; {counts.records} in all, {counts.to_send} were to be asked for"
     )
     for estimate in seen.estimates:
         console.print(

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fabe_ds.providers.base import without_userinfo
+
 _PACKAGES = ("datasets", "pyarrow", "aiohttp")
 _OPTIONAL = {  # and the extra that brings each
     "torch": "hf",
@@ -24,6 +26,7 @@ _SERVERS = {
     "OpenAI-compatible": "http://localhost:8000/v1/models",
 }
 _SECONDS = 2.0
+_MEANING = {401: ": the key is refused", 403: ": the key is refused", 404: ": does it end in /v1?"}
 
 
 class Finding(NamedTuple):
@@ -74,13 +77,17 @@ def _servers(base_url: str | None) -> Iterator[Finding]:
     import requests
 
     wanted = {"--base-url": f"{base_url.rstrip('/')}/models"} if base_url else _SERVERS
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key and base_url else {}
     for name, url in wanted.items():
+        shown = without_userinfo(url)
         try:
-            status = requests.get(url, timeout=_SECONDS).status_code
+            status = requests.get(url, timeout=_SECONDS, headers=headers).status_code
         except requests.RequestException:
-            yield Finding("bad" if base_url else "none", name, f"nothing answers at {url}")
+            yield Finding("bad" if base_url else "none", name, f"nothing answers at {shown}")
         else:
-            yield Finding("ok" if status < 500 else "bad", name, f"{url} answers {status}")
+            detail = f"{shown} answers {status}{_MEANING.get(status, '')}"
+            yield Finding("ok" if status == 200 else "bad", name, detail)
 
 
 def _cache(folder: Path) -> Iterator[Finding]:
@@ -89,7 +96,7 @@ def _cache(folder: Path) -> Iterator[Finding]:
 
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(nearest).free / 1e9
-    if not os.access(nearest, os.W_OK):
+    if not os.access(nearest, os.W_OK) or not nearest.is_dir():
         yield Finding("bad", "cache", f"{folder} cannot be written")
         return
     try:

@@ -26,16 +26,19 @@ ROWS = 1000
 
 @dataclass(slots=True)
 class DryRun:
-    """Counts in records; `requests` are the first ones, each as it would be sent."""
+    """Counts; `to_do` are values, `to_send` requests (equal ones once, unless sampled). `requests`
+    are the first ones, each as it would be sent."""
 
     records: int = 0
     to_do: int = 0
     cached: int = 0
+    to_send: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     bad_files: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+    keys: set[bytes] = field(default_factory=set, repr=False)
 
 
 def dry_run(config: RunConfig, transform: Transform | None = None) -> DryRun:
@@ -47,7 +50,7 @@ def dry_run(config: RunConfig, transform: Transform | None = None) -> DryRun:
     seen = DryRun()
     try:
         rows = _rows(config, transform, seen)
-        while part := list(islice(rows, ROWS)):
+        while part := [item for _, item in islice(rows, ROWS)]:
             _count(part, transform, cache, seen)
     finally:
         if cache is not None:
@@ -55,14 +58,19 @@ def dry_run(config: RunConfig, transform: Transform | None = None) -> DryRun:
     return seen
 
 
-def requests_of(config: RunConfig, transform: Transform) -> Iterator[Request | RecordFailed]:
-    """What the records that have text ask for. Raises: FabeError."""
+def requests_of(
+    config: RunConfig, transform: Transform
+) -> Iterator[tuple[int, Request | RecordFailed]]:
+    """What the records that have text ask for, each after its record's number from 0.
+
+    Raises: FabeError.
+    """
     return _rows(config, transform, DryRun())
 
 
 def _rows(
     config: RunConfig, transform: Transform, seen: DryRun
-) -> Iterator[Request | RecordFailed]:
+) -> Iterator[tuple[int, Request | RecordFailed]]:
     if is_table(config):
         return _table_items(config, transform, seen)
     return _items(config, make_plan(config), transform, seen)
@@ -70,7 +78,7 @@ def _rows(
 
 def _items(
     config: RunConfig, plan: Plan, transform: Transform, seen: DryRun
-) -> Iterator[Request | RecordFailed]:
+) -> Iterator[tuple[int, Request | RecordFailed]]:
     targets = [field_target(*target) for target in transform.targets]
     for source in plan.sources:
         try:
@@ -81,7 +89,7 @@ def _items(
                     if item is None:
                         seen.skipped[skip or ""] += 1
                     else:
-                        yield item
+                        yield seen.records - 1, item
         except InputError as error:
             if config.on_bad_input == "fail":
                 raise
@@ -101,14 +109,14 @@ def records_of(
 
 def _table_items(
     config: RunConfig, transform: Transform, seen: DryRun
-) -> Iterator[Request | RecordFailed]:
+) -> Iterator[tuple[int, Request | RecordFailed]]:
     dataset = load_table(config)
     seen.records = len(dataset)
-    for item in table_items(dataset, transform):
+    for number, item in enumerate(table_items(dataset, transform)):
         if item is None:
             seen.skipped["no text"] += 1
         else:
-            yield item
+            yield number // transform.answers_each, item
 
 
 def _count(
@@ -129,14 +137,18 @@ def _count(
         tokens = transform.provider.prompt_tokens(request)
         if tokens is not None:
             seen.prompt_tokens.append(tokens)
-    if cache is None:
+    if not transform.provider.cached:
+        seen.to_send += len(requests)
         return
     keys = [transform.provider.key(request) for request in requests]
-    found = cache.get(keys)
+    found = cache.get(keys) if cache else {}
     accept = acceptance(transform.config, transform.provider)
     for request, key in zip(requests, keys, strict=True):
-        if key not in found:
-            continue
-        with contextlib.suppress(RecordFailed):
-            accept(request, found[key])
-            seen.cached += 1
+        if key in found:
+            with contextlib.suppress(RecordFailed):
+                accept(request, found[key])
+                seen.cached += 1
+                continue
+        if transform.samples or key not in seen.keys:
+            seen.to_send += 1
+            seen.keys.add(key)

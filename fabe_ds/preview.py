@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 
 from fabe_ds.config import RunConfig
 from fabe_ds.dryrun import DryRun, dry_run, requests_of
 from fabe_ds.engine.budget import read_price
 from fabe_ds.engine.intake import Outcome
+from fabe_ds.errors import RunStopped
 from fabe_ds.providers.base import Request
 from fabe_ds.transform import Transform
 
@@ -28,12 +30,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """`shown` are requests with what became of them; `counts` those of the whole input."""
+    """`shown` are requests, each after the number of its record (from 1), with what became of
+    them; `counts` those of the whole input; `stopped` says why it ended early."""
 
-    shown: list[tuple[Request, Outcome]]
+    shown: list[tuple[int, Request, Outcome]]
     seconds: float
     counts: DryRun
     estimates: list[Estimate]
+    stopped: str | None = None
 
 
 def preview(config: RunConfig, count: int) -> Preview:
@@ -43,26 +47,35 @@ def preview(config: RunConfig, count: int) -> Preview:
     """
     transform = Transform(config)  # for both, or a local model's tokenizer would be read twice
     counts = dry_run(config, transform)
+    records = groupby(requests_of(config, transform), itemgetter(0))
+    asked = [
+        (number + 1, item)
+        for _, requests in islice(records, count)
+        for number, item in requests
+        if isinstance(item, Request)
+    ]
+    outcomes: list[Outcome] = []
+    stopped = None
+    started = time.monotonic()
     try:
-        items = [
-            item
-            for item in islice(requests_of(config, transform), count)
-            if isinstance(item, Request)
-        ]
-        started = time.monotonic()
-        outcomes = list(transform.session.outcomes(items))
-        seconds = time.monotonic() - started
+        outcomes.extend(transform.session.outcomes(item for _, item in asked))
+    except RunStopped as error:
+        if not outcomes:
+            raise
+        stopped = str(error)
     finally:
         transform.close()
-    shown = list(zip(items, outcomes, strict=True))
-    return Preview(shown, seconds, counts, list(_estimates(config, outcomes, seconds, counts)))
+    seconds = time.monotonic() - started
+    shown = [(*pair, outcome) for pair, outcome in zip(asked, outcomes, strict=False)]
+    estimates = list(_estimates(config, outcomes, seconds, counts))
+    return Preview(shown, seconds, counts, estimates, stopped)
 
 
 def _estimates(
     config: RunConfig, outcomes: Sequence[Outcome], seconds: float, counts: DryRun
 ) -> Iterator[Estimate]:
     answers = [outcome.completion for outcome in outcomes if outcome.completion is not None]
-    left = counts.to_do - counts.cached
+    left = counts.to_send
     if not answers or left <= 0:
         return
     prompts = [answer.prompt_tokens or 0 for answer in answers]

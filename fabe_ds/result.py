@@ -154,7 +154,19 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
     }
     if config.base_url:
         settings["base_url"] = without_userinfo(config.base_url)
+    for name, value in settings.items():
+        if isinstance(value, Path) or name in ("instruction", "model"):
+            settings[name] = _from_anywhere(value)
     body = {"fabe_ds": __version__, "config": settings, **asdict(result), **course}
     body.pop("example")
+    body["outputs"] = [path.absolute() for path in result.outputs]
     with replacing(result.report) as file:
         file.write(json.dumps(body, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+
+
+def _from_anywhere(value: Path | str | None) -> Path | str | None:
+    """A path as it can be found from any folder; what is none (a name, a text) stays."""
+    try:
+        return Path(value).absolute() if value and Path(value).exists() else value
+    except (OSError, ValueError):  # a text too long for a name, or with a NUL in it
+        return value

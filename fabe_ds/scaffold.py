@@ -67,7 +67,10 @@ def write_project(folder: Path, provider: str, force: bool = False) -> list[Path
     for path in texts:
         if path.exists() and not force:
             raise UsageError(f"{path}: is there already; --force replaces it")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return list(texts)

@@ -20,7 +20,7 @@ def test_a_preview_shows_before_and_after_and_counts(box, server):
     assert ended.code == 0, ended.err
     assert len(server.calls) == 3
     assert "--- record 1: done, " in ended.out
-    assert "- x = 0\n+ X = 0\n" in ended.out
+    assert "- x = 0\n- y\n+ X = 0\n+ Y\n" in ended.out
     assert "3 records in " in ended.out
     assert "50 in all, 50 were to be asked for" in ended.out
     assert re.search(r"whole run: about \d.* seconds \(\d.* to \d.*\)", ended.out)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from fabe_ds.config import RunConfig
 from fabe_ds.distributed.cluster import cluster
-from fabe_ds.distributed.pool import Pool, pool_for, refuse, share
+from fabe_ds.distributed.pool import MOST_ROWS, Pool, pool_for, refuse, share
 from fabe_ds.distributed.shards import (
     shards_folder,
     with_sample_numbers,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS, SHARDS_EACH = 1000, 4
+SHARDS_EACH = 4
 PATIENCE_SECONDS = 60.0
 
 

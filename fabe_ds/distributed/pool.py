@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import ray.data
 
 log = logging.getLogger(__name__)
+
+MOST_ROWS = 1000
+"""Of a block, and of a shard."""
 
 
 def transform(
@@ -43,6 +47,8 @@ def transform(
     """
     whole = transform_fn(**options)
     refuse(whole.config)
+    if isinstance(whole.config.concurrency, int) and isinstance(whole.provider, HttpProvider):
+        workers = min(workers, whole.config.concurrency)
     home = Home.here(whole.config)
     job = Job(share(whole, workers, gpus_per_worker), whole.template, home)
     local = not isinstance(whole.provider, HttpProvider)
@@ -64,10 +70,12 @@ class Pool:
         # Two blocks at once in each: the second keeps the endpoint busy while the first waits for
         # its slowest record.
         both = {} if self.local else {"max_concurrent_calls_per_actor": 2}
+        # Ray wants a number where there are GPUs; a run's rows are shards, of many records each.
+        rows = None if not self.gpus else MOST_ROWS if job.board is None else 1
         return dataset.map_batches(
             Worker,
             fn_constructor_args=(job,),
-            batch_size=None,
+            batch_size=rows,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
                 size=self.workers, enable_true_multi_threading=not self.local, **both
@@ -94,6 +102,11 @@ def pool_for(config: RunConfig, transform: Transform, total: int) -> Pool:
         workers = min(workers, config.concurrency)
     workers = min(workers, total)
     if workers * each > gpus:
+        if not config.ray_address and not os.environ.get("RAY_ADDRESS"):
+            raise UsageError(
+                f"--gpus-per-worker {each:g}: this machine has {gpus:g} GPUs, too few for "
+                f"{workers} workers"
+            )
         log.warning(
             "%d workers want %g GPUs and the cluster has %g; the others wait for more",
             workers,

@@ -81,7 +81,9 @@ class RecordCache:
 
     def _open(self) -> sqlite3.Connection:
         try:
-            return self._connect()
+            # Two that make it at once: for a change to WAL, SQLite does not wait.
+            with FileLock(self.folder / "opening.lock", mode=0o600):
+                return self._connect()
         except OSError as error:
             raise CacheError(f"{self.path}: {error.strerror}") from None
         except sqlite3.OperationalError as error:

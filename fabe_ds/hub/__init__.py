@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fabe_ds.config import unknown
 from fabe_ds.errors import UsageError
+from fabe_ds.hub.push import Push, check_push
 from fabe_ds.result import RunResult, read_lines, read_report
 from fabe_ds.written import written_records
-
-
-@dataclass(frozen=True, slots=True)
-class Push:
-    """Where a run's output goes, and how."""
-
-    repo: str
-    private: bool = True
-    revision: str | None = None
-    config_name: str = "default"
-    split: str = "train"
-    force: bool = False
-    failures: bool = False
-    hub: Literal["huggingface", "modelscope"] = "huggingface"
 
 
 def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
@@ -51,8 +39,7 @@ def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
             f"{report}: {told['failed']} records failed and keep their originals; run it again, "
             "or push it all the same with --force"
         )
-    given = {name: value for name, value in options.items() if value is not None}
-    push = Push(repo, **{**_read(told["config"]), **given})
+    push = wanted_push(repo, told["config"], options)
     import datasets
 
     from fabe_ds.hub import huggingface, modelscope
@@ -68,9 +55,13 @@ def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
     return huggingface.push(dataset, failures, told, push)
 
 
-def _read(config: dict[str, Any]) -> dict[str, str]:
-    """The configuration and the split that a run has read."""
-    read = {"config_name": config["config_name"] or "default"}
-    if split := re.match(r"\w+", config["split"]):  # train of train[:100]
-        read["split"] = split[0]
-    return read
+def wanted_push(repo: str, read: Mapping[str, Any], options: Mapping[str, Any]) -> Push:
+    """The push that options of `push_to_hub` ask for, where a run has read the configuration and
+    the split of `read`. Raises: UsageError."""
+    place = {"config_name": read["config_name"] or "default"}
+    if split := re.match(r"\w+", read["split"]):  # train of train[:100]
+        place["split"] = split[0]
+    given = {name: value for name, value in options.items() if value is not None}
+    push = Push(repo, **{**place, **given})
+    check_push(push)
+    return push

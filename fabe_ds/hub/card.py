@@ -13,10 +13,11 @@ from fabe_ds.hub.huggingface import hub_errors
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
 
+    from fabe_ds.hub.push import Push
+
 _SHOWN = (
     "provider",
     "model",
-    "base_url",
     "max_new_tokens",
     "temperature",
     "top_p",
@@ -25,12 +26,20 @@ _SHOWN = (
 _KEPT = ("license", "language", "license_name", "license_link")
 
 
-def complete_card(card: DatasetCard, run: dict[str, Any], repo: str) -> None:
-    """Adds to a card what is known of the source, and writes its text."""
+def complete_card(card: DatasetCard, run: dict[str, Any], push: Push) -> None:
+    """Adds to a card what is known of the source, and how the records were made.
+
+    What else its text says stays, and so does what was said of other configurations.
+    """
     for name, value in source_facts(run["config"]).items():
         setattr(card.data, name, value)
     card.data["tags"] = sorted({*(card.data.get("tags") or ()), "fabe-ds", "synthetic"})
-    card.text = card_text(run, repo)
+    begin, end = (f"<!-- {mark}fabe-ds: {push.config_name} -->" for mark in ("", "/"))
+    before, _, rest = card.text.partition(begin)
+    _, _, after = rest.partition(end)
+    title = "" if before.strip() else f"# {push.repo.rsplit('/', 1)[-1]}\n"
+    parts = (before.strip() or title, f"{begin}\n{card_text(run)}\n{end}", after.strip())
+    card.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def source_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -52,8 +61,8 @@ def source_facts(config: dict[str, Any]) -> dict[str, Any]:
     return {name: facts[name] for name in _KEPT if facts.get(name)}
 
 
-def card_text(run: dict[str, Any], repo: str) -> str:
-    """The body of the card: how the records were made, in Markdown."""
+def card_text(run: dict[str, Any]) -> str:
+    """How the records were made, in Markdown. The server's address is nobody else's business."""
     config = run["config"]
     shown = {name: config[name] for name in _SHOWN if config.get(name) is not None}
     shown["model"] = _model(config)
@@ -66,8 +75,6 @@ def card_text(run: dict[str, Any], repo: str) -> str:
     backup = config.get("backup_field")
     kept = f"\nThe originals of `{config['field']}` stand in `{backup}`.\n" if backup else ""
     return f"""
-# {repo.rsplit("/", 1)[-1]}
-
 The records of `{_source(config)}` with {fields} rewritten by a language model under an
 instruction, by fabe-ds {run["fabe_ds"]}. All else is as it was.
 {kept}
@@ -103,7 +110,7 @@ def command(config: dict[str, Any]) -> str:
         value = config.get(name)
         default = declared.get_default(call_default_factory=True)
         wanted = setting(name, "changes") or name in ("split", "config_name", "records_key")
-        if not wanted or value in (None, default) or name == "auto_extract_code":
+        if not wanted or value in (None, default) or name in ("auto_extract_code", "base_url"):
             continue
         spelled = flag(name)
         if name == "instruction":

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import FabeError, UsageError, first_line
+from fabe_ds.hub.push import FAILURES, Push, public_already
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from fabe_ds.hub import Push
 
 
 def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: Push) -> str:
@@ -18,22 +17,34 @@ def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: 
 
     Gives the dataset's address. Raises: UsageError, FabeError.
     """
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     place = {"split": push.split, "private": push.private, "revision": push.revision}
     try:
+        if push.private and _is_public(push.repo):
+            raise public_already(push)
         info = dataset.push_to_hub(push.repo, config_name=push.config_name, **place)
         if failures is not None:
             # Of other columns than the records, so no split of theirs.
-            failures.push_to_hub(push.repo, config_name="failures", **place)
+            failures.push_to_hub(push.repo, config_name=FAILURES, **place)
         _push_card(run, push)
-    except HFValidationError as error:
-        raise UsageError(f"--push-to-hub {push.repo}: {first_line(error)}") from None
     except LocalTokenNotFoundError:
         raise UsageError("no token for the Hub: set HF_TOKEN, or `hf auth login`") from None
     except hub_errors() as error:
         raise FabeError(f"{push.repo}: the Hub refused: {first_line(error)}") from None
+    except ValueError as error:  # columns that do not go with those of the other splits
+        raise UsageError(f"--push-to-hub {push.repo}: {first_line(error)}") from None
     return str(info.repo_url)
+
+
+def _is_public(repo: str) -> bool:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return not HfApi().dataset_info(repo).private
+    except RepositoryNotFoundError:
+        return False
 
 
 def _push_card(run: dict[str, Any], push: Push) -> None:
@@ -45,7 +56,7 @@ def _push_card(run: dict[str, Any], push: Push) -> None:
         push.repo, "README.md", repo_type="dataset", revision=push.revision
     )
     card = DatasetCard(Path(pushed).read_text(encoding="utf-8"))
-    complete_card(card, run, push.repo)
+    complete_card(card, run, push)
     HfApi().upload_file(
         path_or_fileobj=str(card).encode(),
         path_in_repo="README.md",

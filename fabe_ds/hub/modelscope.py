@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import FabeError, UsageError, first_line
+from fabe_ds.hub.push import FAILURES, Push, public_already
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from fabe_ds.hub import Push
 
 FILE_BYTES = 500_000_000
 _NO_LICENCE = "other"  # without one, the client would say Apache-2.0
@@ -46,8 +45,10 @@ def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: 
         folder = Path(name)
         written = {push.config_name: _write(dataset, folder, push.config_name, push.split)}
         if failures is not None:
-            written["failures"] = _write(failures, folder, "failures", push.split)
+            written[FAILURES] = _write(failures, folder, FAILURES, push.split)
         try:
+            if push.private and _is_public(api, push.repo):
+                raise public_already(push)
             card = _card(_card_there(api, push), written, run, push)
             (folder / "README.md").write_text(str(card), encoding="utf-8")
             with contextlib.suppress(AlreadyExistsError):
@@ -77,6 +78,16 @@ def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: 
         except (HubError, OSError) as error:
             raise FabeError(f"{push.repo}: ModelScope refused: {first_line(error)}") from None
     return f"{get_default_config().endpoint.rstrip('/')}/datasets/{push.repo}"
+
+
+def _is_public(api: Any, repo: str) -> bool:
+    from modelscope_hub.constants import Visibility
+    from modelscope_hub.errors import NotExistError
+
+    try:
+        return bool(api.get_repo(repo, "dataset").visibility == Visibility.PUBLIC)
+    except NotExistError:
+        return False
 
 
 def _write(dataset: Dataset, folder: Path, config_name: str, split: str) -> dict[str, str]:
@@ -119,5 +130,5 @@ def _card(there: str, written: dict[str, dict[str, str]], run: dict[str, Any], p
         ]
         listed[name] = {"config_name": name, "data_files": [*others, files]}
     card.data["configs"] = list(listed.values())
-    complete_card(card, run, push.repo)
+    complete_card(card, run, push)
     return card
