@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import json
 import logging
 import os
 import signal
@@ -36,6 +37,8 @@ app = typer.Typer(
 _CallError: type[Any] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
+SHOWN_LINES, SHOWN_CHARACTERS = 80, 20_000
+"""Of each record that a preview shows."""
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -49,6 +52,16 @@ class ValuedFlags(TyperCommand):
             if getattr(parameter, "is_flag", False) and parameter.secondary_opts
             for name in parameter.opts
         }
+        single = {
+            name: parameter.opts[0]
+            for parameter in self.params
+            if not getattr(parameter, "multiple", False)
+            for name in parameter.opts
+        }
+        given = [single[name] for arg in args if (name := arg.partition("=")[0]) in single]
+        if twice := next((name for name in given if given.count(name) > 1), None):
+            hint = "; for several files, a folder and --glob" if twice == "--input" else ""
+            raise UsageError(f"{twice} is given twice{hint}")
         return super().parse_args(ctx, list(_without_values(args, names)))
 
 
@@ -164,6 +177,7 @@ def _signature() -> inspect.Signature:
             help=_help(name, declared),
             rich_help_panel=setting(name, "panel"),
             show_default=False,
+            metavar=_choices(declared.annotation),
             autocompletion=_completion(name, declared.annotation),
         )
         listed = list[str] if kind is list else kind
@@ -202,11 +216,28 @@ def _help(name: str, declared: FieldInfo) -> str:
     return text.replace("[", "\\[")  # else a style of rich's
 
 
+def _choices(annotation: Any) -> str | None:
+    """What --help shows for the values of a flag that takes but a few words."""
+    options = _options(annotation)
+    words = [value for option in options for value in _words(option)]
+    if not words:
+        return None
+    numbers = any(not _words(option) and option is not type(None) for option in options)
+    return "|".join(["NUMBER", *words] if numbers else words)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return (annotation,) if get_origin(annotation) is Literal else get_args(annotation)
+
+
+def _words(option: Any) -> tuple[str, ...]:
+    return get_args(option) if get_origin(option) is Literal else ()
+
+
 def _completion(name: str, annotation: Any) -> Callable[[str], list[str]] | None:
     """What the shell offers for a flag's value; None leaves it the names of files."""
-    options = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
-    literals = [option for option in options if get_origin(option) is Literal]
-    if not literals and name != "provider":
+    words = [value for option in _options(annotation) for value in _words(option)]
+    if not words and name != "provider":
         return None
 
     def complete(incomplete: str) -> list[str]:
@@ -215,7 +246,7 @@ def _completion(name: str, annotation: Any) -> Callable[[str], list[str]] | None
 
             known: Iterable[str] = provider_names()
         else:
-            known = [value for literal in literals for value in get_args(literal)]
+            known = words
         return [value for value in known if value.startswith(incomplete)]
 
     return complete
@@ -448,19 +479,36 @@ def _print_preview(seen: Any) -> None:
         console.print(Text(f"--- record {number}: {state}{tokens}", style="bold"))
         if outcome.text is None:
             continue
-        for kind, line in diff_lines(request.text, outcome.text):
+        lines = diff_lines(request.text[:SHOWN_CHARACTERS], outcome.text[:SHOWN_CHARACTERS])
+        left = max(0, len(lines) - SHOWN_LINES)
+        for kind, line in lines[:SHOWN_LINES]:
             mark, style = marks[kind]
             console.print(Text(mark + line, style=style))
+        if left:
+            console.print(Text(f"  ... {left} more lines", style="dim"))
     counts = seen.counts
     console.print(
         f"{len({number for number, *_ in seen.shown})} records in {seen.seconds:.1f} s, kept in "
         f"the cache; {counts.records} in all, {counts.to_send} were to be asked for"
     )
     for estimate in seen.estimates:
-        console.print(
-            f"whole run: about {estimate.likely:,.6g} {estimate.name} "
-            f"({estimate.least:,.6g} to {estimate.most:,.6g})"
+        likely, least, most = (
+            _measured(number, estimate.name)
+            for number in (estimate.likely, estimate.least, estimate.most)
         )
+        what = "" if estimate.name == "time" else f" {estimate.name}"
+        console.print(f"whole run: about {likely}{what} ({least} to {most})")
+
+
+def _measured(number: float, name: str) -> str:
+    """A number of tokens, money or seconds, for people."""
+    if name == "cost":
+        return f"{number:,.4g}"
+    if name != "time":
+        return f"{number:,.0f}"
+    minutes, seconds = divmod(number, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02}:{int(seconds):02}" if hours or minutes else f"{seconds:.2g} s"
 
 
 def _in_words(what: str, counts: Any) -> str:
@@ -486,6 +534,7 @@ def _print_summary(result: Any) -> None:
         )
     if result.failed:
         print(f"failed{_in_words('', result.failures_by_kind)[1:]}: {result.failures_file}")
+        print(f"the first: {_first_failure(result.failures_file)}")
         print("run the same command again to send just the failed ones")
     for error in result.bad_files:
         print(f"left out: {error}")
@@ -493,6 +542,15 @@ def _print_summary(result: Any) -> None:
         print(f"written: {result.outputs[0]}")
     elif result.outputs:
         print(f"written: {len(result.outputs)} files, {result.outputs[0]} the first")
+    if not result.report.parent.samefile("."):
+        print(f"report: {result.report}")
+
+
+def _first_failure(path: Path) -> str:
+    with path.open(encoding="utf-8") as lines:
+        failure = json.loads(next(lines))
+    where = f"{failure['file']}:{failure['line']}" if "file" in failure else failure["record"]
+    return f"record {where}: {failure['message']}"
 
 
 @contextlib.contextmanager
@@ -526,7 +584,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except _CallError as error:
-        print(f"fabe-ds: {error.format_message()}", file=sys.stderr)
+        if message := error.format_message():  # empty where it was just help that was shown
+            print(f"fabe-ds: {message}", file=sys.stderr)
         code = USAGE
     except FabeError as error:
         print(f"fabe-ds: {error}", file=sys.stderr)

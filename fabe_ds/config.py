@@ -342,6 +342,10 @@ def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise UsageError(unknown(name, list(model.model_fields))) from None
+        if name == "device":
+            raise UsageError(
+                f"--device {first['input']}: write cpu, cuda, cuda:0, cuda:0,1, mps or auto"
+            ) from None
         message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
         given = "" if name == "api_key" else f" {first['input']!r}"
         raise UsageError(f"{named.get(name, name)}{given}: {message}") from None
@@ -370,7 +374,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UsageError(f"--config {file}: not a mapping of settings")
     values: dict[str, Any] = {}
+    spelled = {setting(name, "flag"): name for name in RunConfig.model_fields}
     for name, value in loaded.items():
+        name = spelled.get(name, name)  # as the flag is called: input, output, glob
         if name not in RunConfig.model_fields:
             raise UsageError(f"--config {file}: {unknown(str(name), list(RunConfig.model_fields))}")
         values[name] = value

@@ -56,8 +56,11 @@ def preview(config: RunConfig, count: int) -> Preview:
     ]
     outcomes: list[Outcome] = []
     stopped = None
-    started = time.monotonic()
     try:
+        _ = transform.session
+        if asked:
+            transform.provider.preflight()  # a model's loading is no part of what a record takes
+        started = time.monotonic()
         outcomes.extend(transform.session.outcomes(item for _, item in asked))
     except RunStopped as error:
         if not outcomes:
@@ -91,7 +94,7 @@ def _estimates(
         wide = concurrency / min(concurrency, fresh)
         likely = left * seconds / fresh / wide
         spread = _spread(completions) if any(completions) else 0.0
-        yield Estimate("seconds", likely * max(0.0, 1 - spread), likely, likely * (1 + spread))
+        yield Estimate("time", likely * max(0.0, 1 - spread), likely, likely * (1 + spread))
     if config.prices is not None:
         price = read_price(config.prices, config.model or "")
         costs = [

@@ -33,7 +33,9 @@ def watching(stats: Stats, total: int) -> Iterator[None]:
 def describe(stats: Stats, total: int, seconds: float) -> str:
     """One line: counts, rates a second, and the time that is left."""
     seconds = max(seconds, 1e-9)
-    rate = (stats.settled - stats.skipped) / seconds
+    # What is in the cache takes no time, and says nothing of what is still to be asked for.
+    asked = stats.done + stats.failed
+    rate = (asked or stats.cached) / seconds
     parts = [f"{stats.settled}/{total}", f"{stats.done} done"]
     for name in ("cached", "failed", "skipped"):
         if count := getattr(stats, name):

@@ -69,8 +69,8 @@ def write_project(folder: Path, provider: str, force: bool = False) -> list[Path
             raise UsageError(f"{path}: is there already; --force replaces it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        raise UsageError(f"{folder}: cannot be written: {error.strerror}") from None
     return list(texts)

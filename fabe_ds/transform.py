@@ -240,10 +240,11 @@ class Transform:
         return Request(text, prompt, self._system, self._sampling, self._chat, self._language)
 
     def __call__(
-        self, batch: Mapping[str, Sequence[Any]], rank: int | None = None
+        self, batch: Mapping[str, Sequence[Any]], *more: Any
     ) -> dict[str, list[Any]] | pa.Table:
-        """One batch. `rank` (of `with_rank=True`) says which of several devices is this
-        process's."""
+        """One batch. Of what `with_indices=True` and `with_rank=True` add, the rank says which of
+        several devices is this process's."""
+        rank = next((value for value in more if isinstance(value, int)), None)
         if not _is_batch(batch, self.path[0]):
             raise UsageError("a map over single records; write map(..., batched=True)")
         if rank is not None and rank != self._rank:
@@ -332,6 +333,7 @@ class Transform:
         ):
             if path[0] not in batch:
                 raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}")
+            _check_text(name, (inside(value, path[1:]) for value in batch[path[0]]))
         names = [name for name in batch if not name.startswith(OURS)]
         whole = self.instruction.needs_record
         count = len(batch[self.path[0]])
@@ -380,6 +382,14 @@ class Transform:
                 _status(outcomes[start : start + self.answers_each]) for start in each
             ]
         return changed
+
+
+def _check_text(name: str, values: Iterable[Any]) -> None:
+    """Raises: UsageError where there is no text among the values, but others."""
+    there = (value for value in values if value is not None)
+    first = next(there, None)
+    if first is not None and not any(isinstance(value, str) for value in (first, *there)):
+        raise UsageError(f"--field {name}: its values are not text ({type(first).__name__})")
 
 
 def _is_batch(batch: Mapping[str, Any], column: str) -> bool:

@@ -43,7 +43,7 @@ def read_price(file: Path | None, model: str) -> Price:
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise UsageError(
             f"--prices {file}: no price of {model!r}; write `{model}: {{prompt: 0.15, "
-            "completion: 0.60}}`, per million tokens"
+            "completion: 0.60}`, per million tokens"
         ) from None
 
 

@@ -44,6 +44,7 @@ def judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
 
 def _judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
     message, codes = read_error(body)
+    message = message.removeprefix(f"{status}: ")
     text = f"{status}: {message}" if message else f"HTTP status {status}"
     floor = retry_after(headers)
     if codes & set(QUOTA_CODES) or status == 402:
@@ -63,7 +64,15 @@ def _judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
         return Verdict("retry", "server", text, floor, busy, gone=status in (502, 504))
     if codes & set(MODEL_CODES) or (status == 404 and "model" in lowered):
         return Verdict("stop", "model", f"the model is not there ({text})")
+    if status == 404 and (message.rstrip(".").lower() == "not found" or _is_page(body)):
+        hint = "does --base-url end in /v1, with nothing behind it?"
+        return Verdict("stop", "url", f"{text}; {hint}")
     return Verdict("fail", "rejected", text)
+
+
+def _is_page(body: bytes) -> bool:
+    """Whether a server without such a path answers, and none that speaks of a model or record."""
+    return body.lstrip()[:1] not in (b"{", b"[")
 
 
 def judge_payload(payload: Any, headers: Mapping[str, str], body: bytes) -> Verdict | None:

@@ -31,6 +31,12 @@ def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: 
     except LocalTokenNotFoundError:
         raise UsageError("no token for the Hub: set HF_TOKEN, or `hf auth login`") from None
     except hub_errors() as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UsageError(
+                f"{push.repo}: the Hub does not accept the token ({status}): set HF_TOKEN to one "
+                "that may write there, or `hf auth login`"
+            ) from None
         raise FabeError(f"{push.repo}: the Hub refused: {first_line(error)}") from None
     except ValueError as error:  # columns that do not go with those of the other splits
         raise UsageError(f"--push-to-hub {push.repo}: {first_line(error)}") from None

@@ -25,13 +25,16 @@ def load_instruction(instruction: str) -> tuple[str, str]:
     """
     looks_like_text = "\n" in instruction or len(instruction) > 1024
     path = Path(instruction)
-    if looks_like_text or not (path.is_file() or instruction.lower().endswith(_FILE_SUFFIXES)):
+    if looks_like_text or not (path.exists() or instruction.lower().endswith(_FILE_SUFFIXES)):
         return instruction, "instruction"
     try:
-        return path.read_text(encoding="utf-8"), instruction
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UsageError(f"--instruction {instruction}: {reason}") from None
+    if not text.strip():
+        raise UsageError(f"--instruction {instruction}: an empty file")
+    return text, instruction
 
 
 class Instruction:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
-from fabe_ds.errors import FabeError, RecordFailed, RunStopped
+from fabe_ds.errors import FabeError, RecordFailed, RunStopped, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +174,12 @@ class HttpProvider(Provider):
     default_base_url: ClassVar[str]
 
     def __init__(self, endpoint: Endpoint, api_key: str | None = None) -> None:
+        """Raises: UsageError where the base URL is no address."""
         super().__init__(endpoint)
         self._api_key = api_key
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"--base-url {self.identity()}: write http://HOST:PORT/v1")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.endpoint!r})"

@@ -21,7 +21,11 @@ class HFProvider(TransformersProvider):
             return Path(snapshot_download(model, local_files_only=self.endpoint.local_files_only))
         except HFValidationError:
             raise Requirement(f"--model {model}: neither a folder nor a hub id") from None
-        except FileNotFoundError:  # LocalEntryNotFoundError is one
+        except FileNotFoundError as error:  # LocalEntryNotFoundError is one
+            if not self.endpoint.local_files_only:
+                raise Requirement(
+                    f"--model {model}: neither here nor to be had from the Hub: {first_line(error)}"
+                ) from None
             raise Requirement(
                 f"--model {model}: not in the local Hugging Face cache; download it, or allow it "
                 "with --no-local-files-only"
