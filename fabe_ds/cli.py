@@ -52,16 +52,8 @@ class ValuedFlags(TyperCommand):
             if getattr(parameter, "is_flag", False) and parameter.secondary_opts
             for name in parameter.opts
         }
-        single = {
-            name: parameter.opts[0]
-            for parameter in self.params
-            if not getattr(parameter, "multiple", False)
-            for name in parameter.opts
-        }
-        given = [single[name] for arg in args if (name := arg.partition("=")[0]) in single]
-        if twice := next((name for name in given if given.count(name) > 1), None):
-            hint = "; for several files, a folder and --glob" if twice == "--input" else ""
-            raise UsageError(f"{twice} is given twice{hint}")
+        if sum(arg.partition("=")[0] == "--input" for arg in args) > 1:
+            raise UsageError("--input is given twice; for several files, a folder and --glob")
         return super().parse_args(ctx, list(_without_values(args, names)))
 
 

@@ -15,7 +15,7 @@ from fabe_ds.providers.base import Request
 from fabe_ds.records import Source
 from fabe_ds.records.load import batches, field_target
 from fabe_ds.records.scan import Field
-from fabe_ds.runner import Plan, make_plan
+from fabe_ds.runner import Plan, make_plan, no_such_field
 from fabe_ds.session import acceptance
 from fabe_ds.tables import is_table, load_table, table_items
 from fabe_ds.transform import Transform
@@ -80,20 +80,26 @@ def _items(
     config: RunConfig, plan: Plan, transform: Transform, seen: DryRun
 ) -> Iterator[tuple[int, Request | RecordFailed]]:
     targets = [field_target(*target) for target in transform.targets]
+    missing, first = [0] * len(targets), ""
     for source in plan.sources:
         try:
             for values in records_of(source, targets, config.records_key):
                 seen.records += 1
+                first = first or values[0][1]
                 for field, (text, raw, skip) in enumerate(values):
                     item = transform.item(text, raw, field)
                     if item is None:
                         seen.skipped[skip or ""] += 1
+                        missing[field] += skip == "missing"
                     else:
                         yield seen.records - 1, item
         except InputError as error:
             if config.on_bad_input == "fail":
                 raise
             seen.bad_files.append(str(error))
+    for (name, _), count in zip(transform.targets, missing, strict=True):
+        if count and count == seen.records:
+            raise no_such_field(name, count, first)
 
 
 def records_of(

@@ -201,14 +201,14 @@ def _by_class(failures: list[dict[str, Any]]) -> list[tuple[str, int, list[dict[
 
 def _shown(failure: dict[str, Any]) -> dict[str, Any]:
     """What the page tells of a failed record: where, message, and (name, text) of what it holds."""
-    where = f"{failure['file']}:{failure['line']}" if "file" in failure else None
+    where = f"{failure['file']}:{failure['line']} " if "file" in failure else ""
     texts = [
         (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         for name, value in failure.items()
         if name not in _TOLD and value is not None
     ]
     return {
-        "where": where or f"record {failure['record']}",
+        "where": f"{where}(record {failure['record']})" if where else f"record {failure['record']}",
         "message": failure["message"],
         "texts": [(name, text[:SHOWN_CHARACTERS]) for name, text in texts],
     }

@@ -7,20 +7,21 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import RunConfig, setting
 from fabe_ds.errors import RECORDS_FAILED, UsageError
 from fabe_ds.providers.base import without_userinfo
+from fabe_ds.records.discover import LEFT_BEHIND
 from fabe_ds.records.export import replacing
 from fabe_ds.version import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-REPORT, FAILURES, SAMPLES = "run.json", "failures.jsonl", "samples.jsonl"
-LEFT_BEHIND = (REPORT, FAILURES, SAMPLES)
+REPORT, FAILURES, SAMPLES = LEFT_BEHIND
 DEFAULT_OUTPUT = Path("outputs")
 SAMPLES_KEPT, SAMPLE_CHARACTERS = 200, 4000
 
@@ -157,7 +158,8 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
     for name, value in settings.items():
         if isinstance(value, Path) or name in ("instruction", "model"):
             settings[name] = _from_anywhere(value)
-    body = {"fabe_ds": __version__, "config": settings, **asdict(result), **course}
+    ended = f"{datetime.now():%Y-%m-%d %H:%M}"
+    body = {"fabe_ds": __version__, "ended": ended, "config": settings, **asdict(result), **course}
     body.pop("example")
     body["outputs"] = [path.absolute() for path in result.outputs]
     with replacing(result.report) as file:

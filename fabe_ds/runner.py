@@ -25,13 +25,13 @@ from fabe_ds.errors import UsageError
 from fabe_ds.folders import check_writable
 from fabe_ds.history import Point, recorded
 from fabe_ds.records import Loaded, Source, discover, export_records
+from fabe_ds.records.discover import LEFT_BEHIND
 from fabe_ds.records.export import copy_unchanged
 from fabe_ds.records.load import by_target, load_fields
 from fabe_ds.records.mapped import passed_over
 from fabe_ds.result import (
     DEFAULT_OUTPUT,
     FAILURES,
-    LEFT_BEHIND,
     REPORT,
     RunResult,
     beside,
@@ -75,6 +75,7 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
         config.on_bad_input,
         config.cache_dir,
     )
+    _look_at(loaded.dataset, transform)
     state = _State.of(loaded.dataset, transform)
     try:
         with recorded(transform.session.stats) as history:
@@ -85,6 +86,52 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
         return _report(config, plan, written, loaded, transform, outputs, started, history)
     finally:
         transform.close()
+
+
+def _look_at(dataset: Dataset, transform: Transform) -> None:
+    """Says what a person would want to know before anything is sent.
+
+    Raises: UsageError where no record at all has a field.
+    """
+    import pyarrow.compute as pc
+
+    for (name, backup), part in zip(transform.targets, by_target(dataset), strict=False):
+        table = part.with_format("arrow")[:]
+        skip = table.column("skip")
+        if len(table) and pc.all(pc.equal(skip.fill_null(""), "missing")).as_py():
+            raise no_such_field(name, len(table), table.column("raw")[0].as_py())
+        if backup and (kept := _holding(table)):
+            log.info(
+                "%d records hold %r already: it stays as it is, and no other original is kept",
+                kept,
+                backup,
+            )
+        if log.isEnabledFor(logging.DEBUG):
+            for row in table.filter(pc.is_valid(skip)).select(["file", "line", "skip"]).to_pylist():
+                log.debug("%s:%d: %r skipped: %s", row["file"], row["line"], name, row["skip"])
+
+
+def _holding(table: pa.Table) -> int:
+    """Records to be rewritten whose object has the backup's key already."""
+    import pyarrow.compute as pc
+
+    there = pc.and_(pc.is_valid(table.column("text")), pc.equal(table.column("joint"), ""))
+    return int(pc.sum(there).as_py() or 0)
+
+
+def no_such_field(name: str, records: int, raw: str) -> UsageError:
+    """What is said where none of so many records has the field; `raw` is the first one's text."""
+    try:
+        first = json.loads(raw)
+    except (ValueError, RecursionError):
+        first = None
+    keys = first if isinstance(first, dict) else {}
+    there = ", ".join(keys) or "no keys"
+    lists = [key for key, value in keys.items() if isinstance(value, list)]
+    hint = (
+        f" (--records-key {lists[0]}, if the records are there)" if lists and records == 1 else ""
+    )
+    return UsageError(f"--field {name}: no record has it; the first one has {there}{hint}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,10 +473,11 @@ def _example(written: Dataset) -> tuple[str, str] | None:
 def _samples(written: Dataset) -> Iterator[tuple[str, str, str]]:
     import pyarrow.compute as pc
 
-    table = written.data.table.select(["file", "line", "text", "completion"])
+    table = written.data.table.select(["file", "line", "index", "text", "completion"])
     there = pc.indices_nonzero(pc.is_valid(table.column("completion")))
     for row in table.take(spread(there.to_pylist())).to_pylist() if len(there) else []:
-        yield f"{row['file']}:{row['line']}", row["text"], row["completion"]
+        where = f"{row['file']}:{row['line']} (record {row['index']})"
+        yield where, row["text"], row["completion"]
 
 
 def _failures(written: Dataset, transform: Transform) -> Iterable[dict[str, Any]]:

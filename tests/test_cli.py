@@ -241,7 +241,7 @@ MISTAKES = {
     "unknown flag": (["--inptu", "d.jsonl"], "--inptu"),
     "not a number": (["--input", "d.jsonl", "--concurrency", "many"], "--concurrency"),
     "too small": (["--input", "d.jsonl", "--batch-size", "0"], "--batch-size 0"),
-    "device": (["--input", "d.jsonl", "--device", "tpu"], "--device 'tpu'"),
+    "device": (["--input", "d.jsonl", "--device", "tpu"], "--device tpu: write cpu"),
     "template var": (
         ["--input", "d.jsonl", "--template-var", "x"],
         "--template-var x: write name=",

@@ -118,3 +118,45 @@ def test_fields_that_hold_one_another_are_refused(box, server, first, other):
         2,
         f"fabe-ds: --also-field {other}: another field is the same, or inside it\n",
     )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--field", "instruction", "--also-field", "code"),
+        ("--field", "a", "--also-field", "b", "--backup-field", "original_b"),
+    ],
+)
+def test_backups_that_would_meet_are_refused(box, server, more):
+    box.write("data.json", TEXT)
+    ended = box.fabe(*run_of(server, *more))
+    assert ended.code == 2
+    assert "two fields would be kept there; give another" in ended.err
+
+
+@pytest.mark.parametrize("command", [(), ("--dry-run",)])
+def test_a_field_that_no_record_has_is_named(box, server, command):
+    box.write("data.json", TEXT)
+    ended = box.fabe(*run_of(server, "--field", "instuction", *command))
+    said = "fabe-ds: --field instuction: no record has it; the first one has output, id, instruction, n\n"
+    assert (ended.code, ended.err) == (2, said)
+    box.write("wrapped.json", '{"version": 1, "data": [{"code": "x"}]}')
+    ended = box.fabe(*run_of(server, *command, source="wrapped.json"))
+    assert ended.err.endswith("(--records-key data, if the records are there)\n")
+    assert not server.calls
+
+
+def test_a_backup_that_is_there_already_is_told_of(box, server):
+    box.write("data.json", TEXT)
+    ended = box.fabe(*run_of(server, "--field", "instruction", "--backup-field", "id"))
+    assert ended.code == 0
+    assert "3 records hold 'id' already: it stays as it is" in ended.err
+
+
+def test_what_is_skipped_is_told_to_who_asks(box, server):
+    box.write("data.json", TEXT)
+    ended = box.fabe(*run_of(server, "--field", "output"), LOG_LEVEL="DEBUG")
+    assert (
+        "data.json:3: 'output' skipped: missing\ndata.json:6: 'output' skipped: empty\n"
+        in ended.err
+    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +17,7 @@ from tests.hub import Hub
 from tests.scope import TOKEN, Scope
 from tests.server import ModelServer, completion, error, openai_run
 
+FABE = Path(sys.executable).with_name("fabe-ds")
 ROWS = [{"id": i, "code": f"x = {i}", "score": 0.5, "tags": ["a"]} for i in range(10)]
 
 
@@ -61,6 +64,58 @@ def test_a_run_is_pushed_and_is_private(box, hub, server):
     for secret in ("hf_test", "sk-secret"):
         assert not any(secret.encode() in data for data in files.values())
         assert secret not in ended.out + ended.err
+
+
+def test_it_is_pushed_from_any_folder(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    box.lines("other/outputs/data.jsonl", [{"code": "another"}])
+    push = [FABE, "push", "../outputs.run.json", "me/here"]
+    environment = {**box.environment, **hub.environment}
+    subprocess.run(push, cwd=box.path / "other", env=environment, check=True)
+    assert table(hub.files("me/here"))["code"].to_pylist() == [f"X = {i}" for i in range(10)]
+
+
+def test_what_is_public_stays_no_secret_and_words_of_others_stay(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    push = ("push", "outputs.run.json", "me/shown")
+    assert box.fabe(*push, "--public", **hub.environment).code == 0
+    files = hub.files("me/shown")
+    files["README.md"] += b"\n## My own words\n"
+    ended = box.fabe(*push, **hub.environment)
+    assert (ended.code, ended.err) == (
+        2,
+        "fabe-ds: me/shown is there already, and everybody sees it: --public, or another name\n",
+    )
+    more = ("--public", "--config-name", "second")
+    assert box.fabe(*push, *more, **hub.environment).code == 0
+    assert box.fabe(*push, "--public", **hub.environment).code == 0
+    text = card(hub.files("me/shown"))[1]
+    assert text.count("## My own words") == 1
+    assert text.count("## Reproduce") == 2
+    assert server.url not in text
+
+
+@pytest.mark.parametrize("where", ["hub", "scope"])
+@pytest.mark.parametrize(
+    "names", [("a b/c",), ("me/x", "--config-name", "a/b"), ("me/x", "--split", "a b")]
+)
+def test_names_that_no_hub_takes_are_one_line(request, box, server, where, names):
+    box.lines("data.jsonl", ROWS)
+    assert box.fabe(*openai_run(server)).code == 0
+    more = ("--hub", "modelscope") if where == "scope" else ()
+    environment = request.getfixturevalue(where).environment
+    ended = box.fabe("push", "outputs.run.json", *names, *more, **environment)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+
+
+def test_a_wrong_name_is_said_before_a_record_is_spent(box, hub, server):
+    box.lines("data.jsonl", ROWS)
+    ended = box.fabe(*openai_run(server, "--push-to-hub", "a b/c"), **hub.environment)
+    assert ended.code == 2
+    assert not server.calls
 
 
 def test_no_licence_is_made_up(box, hub, server):
@@ -222,7 +277,7 @@ def test_an_instruction_with_fences_of_its_own(box, hub, server):
 
 @pytest.mark.parametrize(
     ("repo", "token", "said"),
-    [("a b/c", "hf_test", "--push-to-hub a b/c: "), ("me/x", "hf_wrong", "me/x: the Hub refused")],
+    [("a b/c", "hf_test", "--push-to-hub a b/c: "), ("me/x", "hf_wrong", "me/x: the Hub does not accept the token (401)")],
 )
 def test_what_is_wrong_is_one_line(box, hub, server, repo, token, said):
     box.lines("data.jsonl", ROWS)

@@ -195,3 +195,45 @@ def test_the_caches_commands(box, server):
     assert box.fabe("cache", "explain", "outputs.run.json", "--record", 9).code == 2
     assert box.fabe("cache", "prune", "--older-than", 1).out == "0 completions removed\n"
     assert box.fabe("cache", "prune", "--older-than", 0).out == "10 completions removed\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--batch-api",), "leave --batch-api out"),
+        (("--provider", "echo"), "leave --provider echo out"),
+    ],
+)
+def test_caps_are_refused_where_they_would_not_hold(box, server, more, said):
+    records(box, 3)
+    ended = box.fabe(*openai_run(server, "--max-requests", 1, *more))
+    assert ended.code == 2
+    assert ended.err.strip().endswith(said)
+    assert not server.calls
+
+
+def test_prices_alone_count_the_cost(box, server):
+    records(box, 4)
+    box.write("prices.yaml", "m: {prompt: 1000000, completion: 2000000}")
+    ended = box.fabe(*openai_run(server, "--prices", "prices.yaml"))
+    assert ended.code == 0
+    cost = sum(len(call.prompt.split()) + 2 * 3 for call in server.calls)
+    assert f"cost {cost:.4f}" in ended.out
+
+
+def test_retry_sends_just_what_failed_after_a_run_without_resume(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        return error(400, "no") if len(server.calls) <= 10 and call.prompt.endswith("3") else None
+
+    records(box, 10)
+    with ModelServer(behave) as server:
+        ended = box.fabe(*openai_run(server, "--no-resume", "--system-prompt", ""))
+        assert ended.code == 1
+        assert "the first: record data.jsonl:4: 400: no" in ended.out
+        (box.path / "elsewhere").mkdir()
+        box.lines("elsewhere/data.jsonl", [{"code": "another"}])
+        again = box.start("retry", box.path / "outputs.run.json")
+        again.communicate(timeout=60)
+        assert again.returncode == 0
+        assert len(server.calls) == 11
+        assert all(len(call.body["messages"]) == 1 for call in server.calls)

@@ -23,7 +23,7 @@ def test_a_preview_shows_before_and_after_and_counts(box, server):
     assert "- x = 0\n- y\n+ X = 0\n+ Y\n" in ended.out
     assert "3 records in " in ended.out
     assert "50 in all, 50 were to be asked for" in ended.out
-    assert re.search(r"whole run: about \d.* seconds \(\d.* to \d.*\)", ended.out)
+    assert re.search(r"whole run: about \d\S* m?s \(\d.* to \d.*\)", ended.out)
     assert not (box.path / "outputs").exists()
     run = box.fabe(*openai_run(server))
     assert "47 rewritten, 3 from cache" in run.out
@@ -62,7 +62,7 @@ def test_a_preview_shows_what_failed(box):
 
 
 def test_a_preview_of_nothing(box, server):
-    box.lines("data.jsonl", [{"other": 1}])
+    box.lines("data.jsonl", [{"code": ""}])
     ended = box.fabe(*preview(server))
     assert ended.code == 0
     assert "0 records in" in ended.out
@@ -108,3 +108,56 @@ def test_the_doctor(box, server):
     gone = box.fabe("doctor", "--base-url", "http://127.0.0.1:1/v1")
     assert gone.code == 1
     assert "bad   --base-url         nothing answers at http://127.0.0.1:1/v1/models" in gone.out
+
+
+def test_a_preview_counts_equal_requests_once(box, server):
+    box.lines("data.jsonl", [{"code": f"x = {i % 4}"} for i in range(100)])
+    ended = box.fabe(*preview(server, "-n", 2))
+    assert "100 in all, 4 were to be asked for" in ended.out
+    assert "whole run: about 12 completion tokens" in ended.out
+    dry = box.fabe(*openai_run(server, "--dry-run"))
+    assert "100 to do, of them 50 answered already, 2 to send" in dry.out
+
+
+def test_a_preview_stopped_by_a_cap_shows_what_it_has(box, server):
+    box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(100)])
+    ended = box.fabe(*preview(server, "-n", 5, "--max-requests", 2))
+    assert ended.code == 1
+    assert "2 records in " in ended.out
+    assert "+ X = 1" in ended.out
+    assert "the budget is used up" in ended.err
+
+
+def test_a_preview_sends_so_it_is_no_dry_run(box, server):
+    box.lines("data.jsonl", [{"code": "x"}])
+    ended = box.fabe(*preview(server), DRY_RUN="1")
+    assert ended.code == 2
+    assert not server.calls
+
+
+def test_a_long_record_is_soon_shown(box, server):
+    text = "\n".join(f"line {i % 50} of {i % 7}" for i in range(10_000))
+    box.lines("data.jsonl", [{"code": text}])
+    ended = box.fabe(*preview(server), timeout=30)
+    assert ended.code == 0
+    assert " more lines" in ended.out
+    assert len(ended.out) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("", "answers 404: does it end in /v1?"), ("/v1", None)]
+)
+def test_the_doctor_sees_a_wrong_address(box, server, path, said):
+    address = server.root.replace("http://", "http://me:secret@") + path
+    ended = box.fabe("doctor", "--base-url", address)
+    assert ended.code == (1 if said else 0)
+    assert (said or "answers 200") in ended.out
+    assert "secret" not in ended.out
+
+
+def test_init_where_it_cannot_write(box):
+    box.write("file", "")
+    for place in ("file", "file/below"):
+        ended = box.fabe("init", place)
+        assert ended.code == 2
+        assert ended.err.count("\n") == 1

@@ -330,3 +330,118 @@ def test_the_python_api_gives_failures_as_a_dataset(tmp_path):
     assert written.column_names == [*ROWS[0], "original_code"]
     report = json.loads(result.report.read_text())
     assert report["failed"] == 3
+
+
+def saved(box, *splits):
+    parts = {name: datasets.Dataset.from_list(ROWS[:6]) for name in splits}
+    datasets.DatasetDict(parts).save_to_disk(str(box.path / "in/saved"))
+
+
+def test_the_input_is_never_replaced(box, server):
+    saved(box, "train", "test")
+    parquet(box)
+    for source, output in (("data.parquet", "."), ("in/saved", "in"), ("in", "in")):
+        ended = box.fabe(*command(server, source, "--output", output))
+        assert ended.code == 2, ended
+    assert not server.calls
+    assert sorted(datasets.load_from_disk(str(box.path / "in/saved"))) == ["test", "train"]
+
+
+def test_splits_of_a_saved_dataset(box, server):
+    saved(box, "train", "test")
+    ended = box.fabe(*command(server, "in/saved", "--split", "train[:2]+test[4:]"))
+    assert ended.code == 0, ended
+    assert datasets.load_from_disk(str(box.path / "outputs/saved-train-2-test-4"))["id"][:] == [
+        0,
+        1,
+        4,
+        5,
+    ]
+    ended = box.fabe(*command(server, "in/saved"))
+    assert "split train of train, test" in ended.err
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(box.path / "one"))
+    assert box.fabe(*command(server, "one", "--split", "train[:3]")).code == 0
+    assert len(datasets.load_from_disk(str(box.path / "outputs/one-train-3"))) == 3
+    assert box.fabe(*command(server, "one", "--split", "other")).code == 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_second_run_over_a_folder_reads_what_the_first_did(box, server, suffix):
+    """Neither the cache nor what earlier runs have written is input."""
+    if suffix == "jsonl":
+        box.lines("data.jsonl", ROWS)
+    else:
+        parquet(box)
+    for output in ("outputs", "outputs", "more/deep"):
+        ended = box.fabe(*command(server, ".", "--output", output))
+        assert ended.code == 0, ended
+        assert ended.out.startswith("25 records: ")
+    assert len(server.calls) == 25
+
+
+def test_what_is_left_out_of_a_folder_is_told(box, server):
+    parquet(box, ROWS[:3], "in/a.PARQUET")
+    parquet(box, ROWS[3:5], "in/b.parquet")
+    box.write("in/c.csv", "code\nx\n")
+    box.write("in/dataset_infos.json", "{}")
+    ended = box.fabe(*command(server, "in"))
+    assert "2 files like a.PARQUET are read, and 1 others left out" in ended.err
+    assert ended.out.startswith("5 records")
+    one = box.fabe(*command(server, "in", "--glob", "*.csv"))
+    assert one.out.startswith("1 records")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("code,x\na,1,\n", "data.csv:2: 3 fields, where the first line has 2"),
+        ("code,x\na,1\nb\n", "data.csv:3: 1 fields, where the first line has 2"),
+        ("code,code\na,b\n", "data.csv:1: two columns are called 'code'"),
+        ("", "data.csv: empty: its first line must name the columns"),
+        (b"code\n\xff\n", "data.csv: not UTF-8"),
+        ('code\n"a', "data.csv:2: unexpected end of data"),
+    ],
+)
+def test_a_broken_csv_is_one_line(box, server, text, said):
+    box.write("data.csv", text)
+    ended = box.fabe(*command(server, "data.csv"))
+    assert ended.code == 2
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert not server.calls
+
+
+def test_odd_csv_and_names(box, server):
+    box.write("d[1].csv", '\ufeffcode,x\r\n"a\rb","1\n2"\r\n\r\nc,\r\n')
+    ended = box.fabe(*command(server, "d[1].csv", "--backup-field", ""))
+    assert ended.code == 0, ended
+    with (box.path / "outputs/d[1].csv").open(newline="") as lines:
+        assert list(csv.reader(lines)) == [["code", "x"], ["A\rB", "1\n2"], ["C", ""]]
+    parquet(box, ROWS[:2], "d[1].parquet")
+    assert box.fabe(*command(server, "d[1].parquet")).code == 0
+
+
+def test_a_table_without_rows(box, server):
+    pq.write_table(pa.schema([("code", pa.string())]).empty_table(), box.path / "none.parquet")
+    box.write("none.csv", "code\n")
+    for source in ("none.parquet", "none.csv"):
+        ended = box.fabe(*command(server, source))
+        assert ended.code == 0, ended
+        assert ended.out.startswith("0 records")
+    assert pq.read_table(box.path / "outputs/none.parquet").column_names == [
+        "code",
+        "original_code",
+    ]
+
+
+def test_columns_of_ones_own_are_not_replaced(box, server):
+    parquet(box, [{"code": "x", "samples": 1, "how": 2, "original_code": None}])
+    taken = ("--samples", 2, "--temperature", 1), ("--status-field", "how")
+    for more in taken:
+        ended = box.fabe(*command(server, "data.parquet", *more))
+        assert ended.code == 2
+        assert "there is such a column; name another" in ended.err
+    assert not server.calls
+    ended = box.fabe(*command(server, "data.parquet"))
+    assert ended.code == 0, ended
+    assert (box.path / "outputs.run.json").exists()

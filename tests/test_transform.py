@@ -16,6 +16,7 @@ import pytest
 
 import fabe_ds
 from fabe_ds import FabeError, UsageError, transform_fn
+from fabe_ds.engine import RecordCache
 from tests.server import ModelServer, completion, error
 
 ROWS = [{"id": i, "code": f"x = {i}"} for i in range(30)]
@@ -370,3 +371,48 @@ def test_a_thread_takes_over_what_another_leaves(tmp_path):
             leaving.close()
             assert staying.result(30)["code"] == [f"X = {i}" for i in range(30)]
     assert len(server.calls) == 30
+
+
+def test_a_map_over_single_records_is_refused(tmp_path, server):
+    data = datasets.Dataset.from_list([{"code": "x = 1"}])
+    for mapped in (data, data.to_iterable_dataset()):
+        with pytest.raises(UsageError, match="batched=True"):
+            list(mapped.map(transform_fn(**options(server, tmp_path))))
+    assert not server.calls
+
+
+def test_indices_and_ranks_are_taken_as_they_come(tmp_path, server):
+    data = datasets.Dataset.from_list(ROWS)
+    rewrite = transform_fn(**options(server, tmp_path))
+    for more in (
+        {"with_indices": True},
+        {"with_rank": True},
+        {"with_indices": True, "with_rank": True},
+    ):
+        assert data.map(rewrite, batched=True, **more)["code"][3] == "X = 3"
+    assert len(server.calls) == 30
+
+
+def test_a_column_that_is_no_text_is_named(tmp_path, server):
+    data = datasets.Dataset.from_list(ROWS)
+    with pytest.raises(UsageError, match=r"--field id: its values are not text \(int\)"):
+        data.map(transform_fn(**options(server, tmp_path, field="id")), batched=True)
+    with pytest.raises(UsageError, match="an empty list"):
+        transform_fn(**options(server, tmp_path, field=[]))
+
+
+def test_columns_called_as_ours_are_only_columns(tmp_path, server):
+    rows = [{"raw": "r", "text": "t", "index": 1, "joint": "", "code": "x"}]
+    rewrite = transform_fn(**options(server, tmp_path))
+    new = datasets.Dataset.from_list(rows).map(rewrite, batched=True)
+    assert new[0] == {**rows[0], "code": "X", "original_code": "x"}
+
+
+def test_many_may_make_one_cache_at_once(tmp_path):
+    def opened(number: int) -> int:
+        cache = RecordCache(tmp_path / f"{number // 8}")
+        cache.close()
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(opened, range(160))) == list(range(160))

@@ -23,9 +23,13 @@ def load_instruction(instruction: str) -> tuple[str, str]:
 
     Raises: UsageError where what looks like a file cannot be read.
     """
-    looks_like_text = "\n" in instruction or len(instruction) > 1024
     path = Path(instruction)
-    if looks_like_text or not (path.exists() or instruction.lower().endswith(_FILE_SUFFIXES)):
+    looks_like_file = instruction.lower().endswith(_FILE_SUFFIXES) and "\n" not in instruction
+    try:
+        is_file = bool(instruction) and (path.exists() or looks_like_file)
+    except (OSError, ValueError):  # a text too long for a name, or with a NUL in it
+        is_file = False
+    if not is_file:
         return instruction, "instruction"
     try:
         text = path.read_text(encoding="utf-8")

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 JSON, LINES = "json", "lines"
 _KINDS = {".json": JSON, ".jsonl": LINES, ".ndjson": LINES}
+LEFT_BEHIND = ("run.json", "failures.jsonl", "samples.jsonl")
+"""What stands beside the output of a run, after its name and a dot."""
 _EVERY = [f"**/*{suffix}{gz}" for suffix in _KINDS for gz in ("", ".gz")]
 
 
@@ -49,6 +51,15 @@ class Source:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def left_by_runs(root: Path) -> list[Path]:
+    """What earlier runs have left below a folder: their outputs, and the files beside those."""
+    left = []
+    for report in root.rglob("*.run.json"):
+        output = report.with_name(report.name.removesuffix(".run.json")).resolve()
+        left += [output, *(output.with_name(f"{output.name}.{name}") for name in LEFT_BEHIND)]
+    return left
+
+
 def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) -> list[Source]:
     """The input files below `root` (or `root` itself), in the order of their names.
 
@@ -70,10 +81,14 @@ def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"--glob {' '.join(globs)}: {error}") from None
     skipped = [path.resolve() for path in exclude if path.resolve() != root.resolve()]
+    if not globs:
+        skipped += left_by_runs(root)
     sources = []
     for path in sorted(paths):
         source = Source(path, path.relative_to(root).as_posix())
         if any(path.resolve().is_relative_to(skip) for skip in skipped):
+            continue
+        if not globs and any(part.startswith(".") for part in path.relative_to(root).parts):
             continue
         if source.kind is None:
             log.warning("%s: not JSON or JSON lines, left out", path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING
 from fabe_ds.config import RunConfig
 from fabe_ds.errors import InputError, UsageError, first_line
 from fabe_ds.folders import private_folder
-from fabe_ds.result import DEFAULT_OUTPUT, LEFT_BEHIND, beside
+from fabe_ds.records.discover import LEFT_BEHIND, left_by_runs
+from fabe_ds.result import DEFAULT_OUTPUT, beside
 from fabe_ds.tables.csv import load_csv
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+log = logging.getLogger(__name__)
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys(SEPARATORS, "csv")}
@@ -30,7 +34,7 @@ def is_table(config: RunConfig) -> bool:
     if path is None:
         return False
     if path.is_dir():
-        return is_saved(path) or (not config.input_glob and bool(_files(config)))
+        return is_saved(path) or bool(_files(config))
     if path.exists():
         return path.suffix.lower() in BUILDERS
     return _is_hub_id(path)
@@ -53,23 +57,30 @@ def _files(config: RunConfig) -> list[Path]:
     folder = config.input_path
     assert folder is not None
     output = config.output_path or DEFAULT_OUTPUT
-    ours = [config.cache_dir.resolve()]
-    if output.resolve() != folder.resolve():
-        ours.append(output.resolve())
-    reports = {beside(output, name) for name in LEFT_BEHIND}
+    ours = [config.cache_dir.resolve(), output.resolve()]
+    ours += [beside(output, name) for name in LEFT_BEHIND]
+    skipped = [place for place in (*ours, *left_by_runs(folder)) if place != folder.resolve()]
+    found = {file for pattern in config.input_glob or ["**/*"] for file in folder.glob(pattern)}
     files = [
         file
-        for file in sorted(folder.rglob("*"))
+        for file in sorted(found)
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.resolve() not in reports
-        and not any(file.resolve().is_relative_to(place) for place in ours)
+        and not any(file.resolve().is_relative_to(place) for place in skipped)
         and file.name not in _INFOS
     ]
-    if any(file.suffix.lower() in _JSON for file in files):
-        return []
     tables = [file for file in files if file.suffix.lower() in BUILDERS]
-    return [file for file in tables if file.suffix.lower() == tables[0].suffix.lower()]
+    if any(file.suffix.lower() in _JSON for file in files):
+        if tables:
+            log.warning("%s: JSON is read, and %d tables are left out", folder, len(tables))
+        return []
+    alike = [file for file in tables if file.suffix.lower() == tables[0].suffix.lower()]
+    if len(alike) < len(tables):
+        log.warning(
+            "%s: %d files like %s are read, and %d others left out (--glob chooses)",
+            *(folder, len(alike), tables[0].name, len(tables) - len(alike)),
+        )
+    return alike
 
 
 def load_table(config: RunConfig) -> Dataset:
@@ -107,6 +118,8 @@ def _split_of(found: Dataset | DatasetDict, split: str) -> Dataset:
         named = {"train": found, str(found.split or "train"): found}
     else:
         named = dict(found)
+        if split in named and len(named) > 1:
+            log.info("split %s of %s (--split takes another)", split, ", ".join(named))
     try:
         instruction = ReadInstruction.from_spec(split)
         parts = instruction.to_absolute({name: len(rows) for name, rows in named.items()})

@@ -93,8 +93,9 @@ def test_the_same_bytes_as_one_process(box):
     box.lines("data/plain.jsonl", [*records(), *named])
     box.write("up.j2", "{{ record.id }}\n\n{{ text }}")
     with ModelServer(behave) as server:
-        more = ("--input", "data", "--instruction", "up.j2", "--also-field", "name")
-        base = openai_run(server, *more, "--concurrency", 7)
+        more = ("--instruction", "up.j2", "--also-field", "name", "--concurrency", 7)
+        base = openai_run(server, *more)
+        base[2] = "data"
         ended = box.fabe(*base, *RAY, OPENAI_API_KEY="sk-secret")
         assert ended.code == 1, ended
         sent = len(server.calls)
@@ -199,15 +200,16 @@ def test_equal_records_are_sampled_apart(box, two_nodes):
     async def behave(call):
         return completion(call, f"{answer_to(call.prompt)} {call.number}")
 
-    box.lines("data.jsonl", [{"code": "same"}] * 30 + records(10))
+    rows = [{"code": "same", "id": i} for i in range(30)] + records(10)  # equal requests
+    box.lines("data.jsonl", [{**row, "lang": "py"} for row in rows])
+    box.write("t.j2", "{{ record.lang }}\n\n{{ text }}")
+    more = ("--temperature", 1, "--instruction", "t.j2")
     with ModelServer(behave) as server:
-        ended = box.fabe(*joined(server, two_nodes, "--temperature", 1))
+        ended = box.fabe(*joined(server, two_nodes, *more))
         assert ended.code == 0, ended
         assert len({line["code"] for line in box.read("outputs/data.jsonl")}) == 40
         assert len(server.calls) == 40
-        ended = box.fabe(
-            *openai_run(server, "--temperature", 1, "--output", "alone", "--backup-field", "was")
-        )
+        ended = box.fabe(*openai_run(server, *more, "--output", "alone", "--backup-field", "was"))
         assert "40 from cache" in ended.out
     values = [[line["code"] for line in box.read(f"{n}/data.jsonl")] for n in ("outputs", "alone")]
     assert values[0] == values[1]
@@ -232,12 +234,15 @@ def test_a_table(box, two_nodes, server):
     import pyarrow as pa
 
     pq.write_table(pa.Table.from_pylist(rows), box.path / "data.parquet")
-    flags = ["--input", "data.parquet", "--field", "turns.0.content", "--also-field", "note"]
+    flags = ["--field", "turns.0.content", "--also-field", "note"]
     flags += ["--instruction", "{{ record.score }}\n\n{{ text }}", "--status-field", "how"]
     flags += ["--samples", 2, "--temperature", 1]
-    ended = box.fabe(*joined(server, two_nodes, *flags))
+    command = joined(server, two_nodes, *flags, "--gpus-per-worker", 0.5)  # as if there were GPUs
+    command[2] = "data.parquet"
+    ended = box.fabe(*command)
     assert ended.code == 0, ended
     alone = openai_run(server, *flags, "--output", "alone", "--cache-dir", "other")
+    alone[2] = "data.parquet"
     assert box.fabe(*alone).code == 0
     one, other = (pq.read_table(box.path / f"{n}/data.parquet") for n in ("outputs", "alone"))
     assert one.schema == other.schema
@@ -279,10 +284,11 @@ def test_a_local_model(box, talkative):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max-requests", 5], "hold in one process; leave --runner ray out"),
+        (["--max-requests", 5], "leave --runner ray out"),
         (["--batch-api"], "--batch-api sends from one process"),
         (["--ray-address", "127.0.0.1:1"], "--ray-address 127.0.0.1:1: nothing answers there"),
         (["--ray-address", "ray://x:10001"], "start the command on a node of the cluster"),
+        (["--gpus-per-worker", 1], "--gpus-per-worker 1: this machine has 0 GPUs, too few"),
         (["--workers", 0], "--workers 0: should be greater than 0"),
     ],
 )

@@ -440,3 +440,44 @@ def test_a_random_mixture_of_faults(box):
         f"x = {i}" if i in fate else f"X = {i}" for i in range(5000)
     ]
     assert max(tried.values()) <= 9
+
+
+def test_half_a_surrogate_pair_hangs_nothing(box):
+    """JSON can hold it, UTF-8 cannot: neither an answer nor a refusal may stop the others."""
+
+    async def behave(call: Call) -> web.StreamResponse | None:
+        if call.prompt.endswith("= 3"):
+            return completion(call, "half \ud83d of it")
+        return error(400, "no \ud83d") if call.prompt.endswith("= 5") else None
+
+    with ModelServer(behave) as server:
+        box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(10)])
+        ended = box.fabe(*command(server), timeout=60)
+        assert ended.code == 1, ended
+        assert box.fabe(*command(server), timeout=60).code == 1
+        assert len(server.calls) == 10 + 1
+    rewritten = [record["code"] for record in box.read("outputs/data.jsonl")]
+    assert (rewritten[3], rewritten[5], rewritten[7]) == ("half \ufffd of it", "x = 5", "X = 7")
+    assert box.read("outputs.failures.jsonl")[0]["message"] == "400: no \ufffd"
+
+
+@pytest.mark.parametrize("body", ['{"detail": "Not Found"}', "404 page not found", ""])
+def test_a_wrong_base_url_stops_at_once(box, body):
+    async def behave(call: Call) -> web.StreamResponse:
+        return await raw(body, 404)(call)
+
+    with ModelServer(behave) as server:
+        box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(10)])
+        ended = box.fabe(*command(server), timeout=60)
+        assert ended.code == 1
+        assert "does --base-url end in /v1" in ended.err
+        assert len(server.calls) <= 4
+    assert not (box.path / "outputs").exists()
+
+
+def test_a_base_url_without_a_scheme_is_one_line(box):
+    box.lines("data.jsonl", [{"code": "x"}])
+    run = ("run", "--input", "data.jsonl", "--instruction", "Up", "--provider", "openai")
+    ended = box.fabe(*run, "--model", "m", "--base-url", "127.0.0.1:8000/v1")
+    message = "fabe-ds: --base-url 127.0.0.1:8000/v1: write http://HOST:PORT/v1\n"
+    assert (ended.code, ended.err) == (2, message)
