@@ -277,7 +277,10 @@ def test_an_instruction_with_fences_of_its_own(box, hub, server):
 
 @pytest.mark.parametrize(
     ("repo", "token", "said"),
-    [("a b/c", "hf_test", "--push-to-hub a b/c: "), ("me/x", "hf_wrong", "me/x: the Hub does not accept the token (401)")],
+    [
+        ("a b/c", "hf_test", "--push-to-hub a b/c: "),
+        ("me/x", "hf_wrong", "me/x: the Hub does not accept the token (401)"),
+    ],
 )
 def test_what_is_wrong_is_one_line(box, hub, server, repo, token, said):
     box.lines("data.jsonl", ROWS)
