@@ -18,6 +18,7 @@ JSON, LINES = "json", "lines"
 _KINDS = {".json": JSON, ".jsonl": LINES, ".ndjson": LINES}
 LEFT_BEHIND = ("run.json", "failures.jsonl", "samples.jsonl")
 """What stands beside the output of a run, after its name and a dot."""
+_OURS = b'"fabe_ds":'  # as a report begins
 _EVERY = [f"**/*{suffix}{gz}" for suffix in _KINDS for gz in ("", ".gz")]
 
 
@@ -55,6 +56,11 @@ def left_by_runs(root: Path) -> list[Path]:
     """What earlier runs have left below a folder: their outputs, and the files beside those."""
     left = []
     for report in root.rglob("*.run.json"):
+        if not report.is_file():
+            continue
+        with report.open("rb") as file:
+            if _OURS not in file.read(64):
+                continue
         output = report.with_name(report.name.removesuffix(".run.json")).resolve()
         left += [output, *(output.with_name(f"{output.name}.{name}") for name in LEFT_BEHIND)]
     return left
