@@ -230,6 +230,7 @@ def test_the_dry_run_of_a_table(box, server):
         ("data.parquet", ("--field", "no"), "--field no: no column 'no'; there are id, code"),
         ("data.parquet", ("--field", "id"), "--field id: the column is int64, not text"),
         ("data.parquet", ("--inplace",), "--inplace goes with JSON files"),
+        ("data.parquet", ("--device", "cpu,cpu"), "--device cpu,cpu: several go with JSON"),
         ("data.parquet", ("--split", "dev"), "--split dev: has train"),
         ("broken.parquet", (), "broken.parquet"),
         ("org/name", (), "--input org/name: "),

@@ -45,6 +45,8 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
     started = time.monotonic()
     if config.inplace:
         raise UsageError("--inplace goes with JSON files; give an --output")
+    if len(config.devices) > 1:
+        raise UsageError(f"--device {config.device}: several go with JSON files; name one")
     output, place = config.output_path or DEFAULT_OUTPUT, table_place(config)
     status = config.status_field or STATUS
     transform = Transform(config.model_copy(update={"on_error": "keep", "status_field": status}))
