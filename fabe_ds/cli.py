@@ -364,7 +364,7 @@ def push(
 @app.command("report")
 def report_page(
     report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
-    output: Annotated[Path | None, typer.Option(help="The page.  [default: beside it]")] = None,
+    output: Annotated[Path | None, typer.Option(help="The page.  \\[default: beside it]")] = None,
 ) -> None:
     """Write a page about a run: counts, charts, failures, before and after."""
     from fabe_ds.report import write_page
@@ -498,9 +498,9 @@ def _measured(number: float, name: str) -> str:
         return f"{number:,.4g}"
     if name != "time":
         return f"{number:,.0f}"
-    minutes, seconds = divmod(number, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02}:{int(seconds):02}" if hours or minutes else f"{seconds:.2g} s"
+    from fabe_ds.progress import clock
+
+    return clock(number) if number >= 60 else f"{number:.2g} s"
 
 
 def _in_words(what: str, counts: Any) -> str:

@@ -45,11 +45,12 @@ def describe(stats: Stats, total: int, seconds: float) -> str:
     if tokens:
         parts.append(f"{tokens / seconds:.0f} tokens/s")
     if rate and stats.settled < total:
-        parts.append(f"{_clock((total - stats.settled) / rate)} left")
+        parts.append(f"{clock((total - stats.settled) / rate)} left")
     return ", ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

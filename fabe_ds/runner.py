@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -384,9 +384,9 @@ def _report(
 ) -> RunResult:
     table, stats = written.data.table, transform.stats
     counts = _record_counts(written, asked=stats.settled > 0)
-    failed = counts.failed
+    failed = counts["failed"]
     result = RunResult(
-        **asdict(counts),
+        **counts,
         bad_files=[file.error for file in loaded.files if file.error],
         outputs=outputs,
         seconds=time.monotonic() - started,
@@ -411,21 +411,9 @@ def _report(
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _RecordCounts:
-    """Records by what became of them: failed where any of its fields did, rewritten where none
-    failed and any was."""
-
-    records: int
-    done: int
-    cached: int
-    failed: int
-    skipped: dict[str, int]
-    failures_by_kind: dict[str, int]
-
-
-def _record_counts(written: Dataset, asked: bool) -> _RecordCounts:
-    """`asked` False: all that was answered comes from an earlier run."""
+def _record_counts(written: Dataset, asked: bool) -> dict[str, Any]:
+    """The counts of records for a RunResult: failed where any field did, else rewritten where any
+    was. `asked` False: all that was answered comes from an earlier run."""
     import pyarrow.compute as pc
 
     parts = [part.with_format("arrow")[:] for part in by_target(written)]
@@ -444,14 +432,14 @@ def _record_counts(written: Dataset, asked: bool) -> _RecordCounts:
     skipped = _counts(skip)
     if skip.null_count:
         skipped["done before"] = skip.null_count
-    return _RecordCounts(
-        records=len(failure),
-        done=done,
-        cached=(pc.sum(rewritten).as_py() or 0) - done,
-        failed=len(failure) - failure.null_count,
-        skipped=skipped,
-        failures_by_kind=_counts(failure),
-    )
+    return {
+        "records": len(failure),
+        "done": done,
+        "cached": (pc.sum(rewritten).as_py() or 0) - done,
+        "failed": len(failure) - failure.null_count,
+        "skipped": skipped,
+        "failures_by_kind": _counts(failure),
+    }
 
 
 def _counts(column: Any) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.errors import InputError
+from fabe_ds.records.discover import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,10 +30,7 @@ def load_csv(files: Sequence[Path], separator: str, folder: Path) -> Dataset:
     """
     from datasets import Dataset
 
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [Source(path, path.name).digest() for path in files]
     name = hashlib.sha256(repr([separator, digests]).encode()).hexdigest()[:32]
     place = folder / f"csv-{name}.arrow"
     if not place.exists():

@@ -34,7 +34,7 @@ def is_table(config: RunConfig) -> bool:
     if path is None:
         return False
     if path.is_dir():
-        return is_saved(path) or bool(_files(config))
+        return is_saved(path) or bool(_tables(config))
     if path.exists():
         return path.suffix.lower() in BUILDERS
     return _is_hub_id(path)
@@ -51,9 +51,9 @@ def is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _files(config: RunConfig) -> list[Path]:
-    """The table files of a folder that has no JSON, all of one kind. What a run leaves there
-    itself, and what is hidden, does not count."""
+def _tables(config: RunConfig) -> list[Path]:
+    """The table files of a folder that has no JSON. What a run leaves there itself, and what is
+    hidden, does not count."""
     folder = config.input_path
     assert folder is not None
     output = config.output_path or DEFAULT_OUTPUT
@@ -74,6 +74,11 @@ def _files(config: RunConfig) -> list[Path]:
         if tables:
             log.warning("%s: JSON is read, and %d tables are left out", folder, len(tables))
         return []
+    return tables
+
+
+def _alike(folder: Path, tables: list[Path]) -> list[Path]:
+    """Those of the tables that are of the first one's kind; says which are left out."""
     alike = [file for file in tables if file.suffix.lower() == tables[0].suffix.lower()]
     if len(alike) < len(tables):
         log.warning(
@@ -98,7 +103,7 @@ def load_table(config: RunConfig) -> Dataset:
         if path.is_dir() and is_saved(path):
             return _split_of(datasets.load_from_disk(str(path)), config.split)
         if path.exists():
-            files = _files(config) if path.is_dir() else [path]
+            files = _alike(path, _tables(config)) if path.is_dir() else [path]
             return _split_of(load_files(files, config.cache_dir), config.split)
         _look_for(str(path))
         return datasets.load_dataset(str(path), config.config_name, split=config.split)
