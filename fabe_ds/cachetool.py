@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fabe_ds.advice import LASTING
 from fabe_ds.config import RunConfig
 from fabe_ds.dryrun import records_of
 from fabe_ds.engine.cache import RecordCache
+from fabe_ds.engine.intake import stored
 from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import field_target
@@ -62,6 +64,7 @@ def prune(folder: Path, days: float) -> int:
         cut = (time.time() - days * DAY,)
         (count,) = cache.query("SELECT COUNT(*) FROM completions WHERE created < ?", cut)[0]
         cache.query("DELETE FROM completions WHERE created < ?", cut)
+        cache.query("DELETE FROM limits WHERE key NOT IN (SELECT key FROM completions)")
         cache.query("VACUUM")
         return int(count)
     finally:
@@ -114,7 +117,7 @@ def _why(transform: Transform, text: str | None, raw: str, skip: str | None, fie
     key = transform.provider.key(item)
     shown = f"{key.hex()[:16]}\n{transform.provider.shown(item)}"
     cache = RecordCache.existing(transform.config.cache_dir)
-    found = cache.get([key]) if cache else {}
+    found = stored(cache, transform.provider, {key: item}) if cache else {}
     count = cache.count() if cache else 0
     if cache:
         cache.close()
@@ -128,5 +131,9 @@ def _why(transform: Transform, text: str | None, raw: str, skip: str | None, fie
     try:
         acceptance(transform.config, transform.provider)(item, found[key])
     except RecordFailed as error:
+        if error.kind in LASTING and item.sampling.repeats:
+            return (
+                f"stored: it fails ({error}), and would again; retry --all asks anew, key {shown}"
+            )
         return f"stored, but no use ({error}), so it is asked again, key {shown}"
     return f"hit, key {shown}"

@@ -19,6 +19,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from fabe_ds.advice import what_helps
 from fabe_ds.config import PANELS, RunConfig, TransformConfig, flag, read_config, setting, validated
 from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, RunStopped, UsageError
 
@@ -117,7 +118,7 @@ def _run_and_report(settings: RunConfig) -> None:
     gc.set_threshold(50_000, 20, 100)
     push = _push_of(settings)
     result = run(settings, watching)
-    _print_summary(result)
+    _print_summary(result, settings.max_new_tokens)
     if push is not None and result.failed and not settings.force:
         print("not pushed: records failed (--force pushes all the same)", file=sys.stderr)
     elif push is not None:
@@ -310,9 +311,14 @@ def doctor(
 def retry(
     report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
     api_key: Annotated[str | None, typer.Option(help="Key for the server.")] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Those too that would fail the same (truncated, refused, ...)."),
+    ] = False,
 ) -> None:
     """Run a run again as it was: just its failed records are sent."""
-    settings = _config_of(report, api_key).model_copy(update={"resume": True})
+    changes = {"resume": True, "offline": False, "retry_all": everything}
+    settings = _config_of(report, api_key).model_copy(update=changes)
     _log_to_stderr(settings.log_level)
     _run_and_report(settings)
 
@@ -430,7 +436,13 @@ def version() -> None:
 
 
 def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
     logging.getLogger("fabe_ds").setLevel(level)
     if level != "DEBUG":
         for noisy in ("datasets", "transformers", "modelscope"):
@@ -444,6 +456,7 @@ def _print_dry_run(seen: Any) -> None:
     print(
         f"dry run: {seen.records} records, {seen.to_do} to do"
         + (f", of them {seen.cached} answered already" if seen.cached else "")
+        + _in_words("failed before, and not asked again", seen.kept).replace(";", ",", 1)
         + (f", {seen.to_send} to send" if seen.to_send != seen.to_do - seen.cached else "")
         + _in_words("skipped", seen.skipped)
         + _in_words("failing", seen.failed)
@@ -498,7 +511,7 @@ def _measured(number: float, name: str) -> str:
         return f"{number:,.4g}"
     if name != "time":
         return f"{number:,.0f}"
-    from fabe_ds.progress import clock
+    from fabe_ds.text import clock
 
     return clock(number) if number >= 60 else f"{number:.2g} s"
 
@@ -510,7 +523,7 @@ def _in_words(what: str, counts: Any) -> str:
     return f"; {sum(counts.values())} {what} ({reasons})"
 
 
-def _print_summary(result: Any) -> None:
+def _print_summary(result: RunResult, max_new_tokens: int) -> None:
     rate = result.records / max(result.seconds, 1e-9)
     print(
         f"{result.records} records: {result.done} rewritten, {result.cached} from cache"
@@ -519,22 +532,25 @@ def _print_summary(result: Any) -> None:
         + f"; {result.seconds:.1f} s, {rate:.1f} records/s"
     )
     if result.requests:
+        kinds = {"retries": result.retries, "asked again": result.reasks, "twice": result.hedged}
+        told = ", ".join(f"{n} {what}" for what, n in kinds.items() if n or what == "retries")
         print(
-            f"{result.requests} requests ({result.retries} retries), {result.prompt_tokens} prompt "
+            f"{result.requests} requests ({told}), {result.prompt_tokens} prompt "
             f"and {result.completion_tokens} completion tokens"
             + (f", cost {result.cost:.4f}" if result.cost else "")
         )
-    if result.failed:
+    if result.failed and result.failures_file is not None:
         print(f"failed{_in_words('', result.failures_by_kind)[1:]}: {result.failures_file}")
         print(f"the first: {_first_failure(result.failures_file)}")
-        print("run the same command again to send just the failed ones")
+        for line in what_helps(result.failures_by_kind, max_new_tokens):
+            print(line)
     for error in result.bad_files:
         print(f"left out: {error}")
     if len(result.outputs) == 1:
         print(f"written: {result.outputs[0]}")
     elif result.outputs:
         print(f"written: {len(result.outputs)} files, {result.outputs[0]} the first")
-    if not result.report.parent.samefile("."):
+    if result.report is not None and not result.report.parent.samefile("."):
         print(f"report: {result.report}")
 
 

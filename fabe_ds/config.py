@@ -25,11 +25,12 @@ def _setting(
     default: Any = None,
     *,
     flag: str | None = None,
-    changes: bool = False,
+    changes: bool | Literal["when set"] = False,
     environment: str | None = None,
     **limits: Any,
 ) -> Any:
-    """A setting. `changes`: it can change what comes out, so it is part of the fingerprint."""
+    """A setting. `changes`: it can change what comes out, so it is part of the fingerprint; "when
+    set", only where it is not the default, so that fingerprints from before there was it hold."""
     extra: Any = {"panel": panel, "flag": flag, "changes": changes, "environment": environment}
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
@@ -92,6 +93,19 @@ class TransformConfig(BaseModel):
         "What to do with an answer that was cut at the token limit.",
         "fail",
         changes=True,
+    )
+    fences: Literal["keep", "first", "last", "longest", "fail"] = _setting(
+        "Prompt",
+        "Which block of an answer of several code blocks is taken; keep takes the answer whole.",
+        "keep",
+        changes="when set",
+    )
+    good_ends: list[str] = _setting(
+        "Prompt",
+        "A finish reason that means a whole answer, beside those that are known; repeatable.",
+        [],
+        flag="good-end",
+        changes="when set",
     )
     validate_with: str | None = _setting(
         "Prompt",
@@ -198,6 +212,21 @@ class TransformConfig(BaseModel):
     )
     cache_dir: Path = _setting("Execution", "Folder for what is worth keeping.", Path(".cache"))
     resume: bool = _setting("Execution", "Use what earlier runs have answered.", True)
+    offline: bool = _setting(
+        "Execution",
+        "Ask nobody: write what is answered already, and list the rest as failed.",
+        False,
+    )
+    retry_all: bool = _setting(
+        "Execution",
+        "Ask again for answers that failed and would fail the same (truncated, refused, invalid).",
+        False,
+    )
+    stream: bool = _setting(
+        "Execution",
+        "Let the server stream its answers; keeps proxies from cutting long ones.",
+        False,
+    )
     on_error: Literal["raise", "keep"] = _setting(
         "Execution",
         "For transform_fn: raise after a batch with failed records, or keep their originals.",

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fabe_ds.providers.base import without_userinfo
+from fabe_ds import network
+from fabe_ds.errors import FabeError, RunStopped, UsageError
+from fabe_ds.providers import Endpoint
+from fabe_ds.providers.openai import OpenAIProvider
 
 _PACKAGES = ("datasets", "pyarrow", "aiohttp")
 _OPTIONAL = {  # and the extra that brings each
@@ -42,6 +45,7 @@ def findings(cache_dir: Path, base_url: str | None = None) -> Iterator[Finding]:
     yield Finding("ok", "python", sys.version.split()[0])
     yield from _packages()
     yield _device()
+    yield from _environment()
     yield from _servers(base_url)
     for name in _KEYS:
         key = bool(os.environ.get(name))
@@ -76,23 +80,52 @@ def _device() -> Finding:
 def _servers(base_url: str | None) -> Iterator[Finding]:
     import requests
 
-    wanted = {"--base-url": f"{base_url.rstrip('/')}/models"} if base_url else _SERVERS
-    key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key and base_url else {}
-    for name, url in wanted.items():
-        shown = without_userinfo(url)
+    if base_url:
         try:
-            status = requests.get(url, timeout=_SECONDS, headers=headers).status_code
-        except requests.RequestException:
-            yield Finding("bad" if base_url else "none", name, f"nothing answers at {shown}")
+            asked = OpenAIProvider(Endpoint("any", base_url), os.environ.get("OPENAI_API_KEY"))
+            asked.refuse_open_key()
+        except (UsageError, RunStopped) as error:
+            yield Finding("bad", "--base-url", str(error))
+            return
+        wanted = {"--base-url": (asked.address.url("/models"), asked.headers())}
+    else:
+        wanted = {name: (url, {}) for name, url in _SERVERS.items()}
+    for name, (url, headers) in wanted.items():
+        shown = network.without_secrets(url)
+        try:
+            status = network.get(url, headers, _SECONDS).status_code
+        except (requests.RequestException, RunStopped) as error:
+            why = str(error) if isinstance(error, RunStopped) else _nothing(url, error)
+            yield Finding("bad" if base_url else "none", name, f"{shown}: {why}")
         else:
             detail = f"{shown} answers {status}{_MEANING.get(status, '')}"
             yield Finding("ok" if status == 200 else "bad", name, detail)
 
 
+def _nothing(url: str, error: Exception) -> str:
+    """Why nothing answers, as far as this machine's settings are why."""
+    import requests
+
+    if isinstance(error, requests.exceptions.SSLError):
+        return f"the certificate is not accepted ({network.certificate_hint()})"
+    proxy = network.proxy_for(url)
+    return f"nothing answers through {proxy}" if proxy else "nothing answers"
+
+
+def _environment() -> Iterator[Finding]:
+    """Variables that change how servers are reached."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        if value := os.environ.get(name.lower()) or os.environ.get(name):
+            yield Finding("ok", name, network.without_secrets(value))
+    for name, value in network.bundles():
+        yield Finding("ok" if Path(value).exists() else "bad", name, value)
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OLLAMA_HOST"):
+        if value := os.environ.get(name):
+            yield Finding("ok", name, network.without_secrets(value))
+
+
 def _cache(folder: Path) -> Iterator[Finding]:
     from fabe_ds.cachetool import stats
-    from fabe_ds.errors import FabeError
 
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(nearest).free / 1e9

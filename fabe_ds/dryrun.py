@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import cast
 
 from fabe_ds.config import RunConfig
-from fabe_ds.engine.cache import RecordCache
+from fabe_ds.engine.cache import Completions, RecordCache
+from fabe_ds.engine.intake import Intake, Stats
 from fabe_ds.errors import InputError, RecordFailed
-from fabe_ds.providers.base import Request
+from fabe_ds.providers.base import Completion, Request
 from fabe_ds.records import Source
 from fabe_ds.records.load import batches, field_target
 from fabe_ds.records.scan import Field
 from fabe_ds.runner import Plan, make_plan, no_such_field
-from fabe_ds.session import acceptance
+from fabe_ds.session import acceptance, asking_again
 from fabe_ds.tables import is_table, load_table, table_items
 from fabe_ds.transform import Transform
 
@@ -26,8 +27,9 @@ ROWS = 1000
 
 @dataclass(slots=True)
 class DryRun:
-    """Counts; `to_do` are values, `to_send` requests (equal ones once, unless sampled). `requests`
-    are the first ones, each as it would be sent."""
+    """Counts; `to_do` are values, `to_send` requests (equal ones once, unless sampled). `kept` have
+    an answer that failed and would fail the same. `requests` are the first ones, each as it would
+    be sent."""
 
     records: int = 0
     to_do: int = 0
@@ -38,7 +40,34 @@ class DryRun:
     bad_files: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+    kept: Counter[str] = field(default_factory=Counter)
     keys: set[bytes] = field(default_factory=set, repr=False)
+    intake: Intake | None = field(default=None, repr=False)
+
+    def sorter(self, transform: Transform, cache: RecordCache | None) -> Intake:
+        """What tells requests that are answered from those that are not, as a run would."""
+        if self.intake is None:
+            config, provider = transform.config, transform.provider
+            self.intake = Intake(
+                provider,
+                cache or cast(Completions, _NothingStored()),  # offline, it is but asked
+                acceptance(config, provider),
+                Stats(),
+                asking_again(config),
+                offline=True,
+                retry_all=config.retry_all,
+            )
+        return self.intake
+
+
+class _NothingStored:
+    """A record cache that is empty and stays so."""
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+        return {}
+
+    def other_limits(self, max_tokens: int) -> bool:
+        return False
 
 
 def dry_run(config: RunConfig, transform: Transform | None = None) -> DryRun:
@@ -146,15 +175,13 @@ def _count(
     if not transform.provider.cached:
         seen.to_send += len(requests)
         return
-    keys = [transform.provider.key(request) for request in requests]
-    found = cache.get(keys) if cache else {}
-    accept = acceptance(transform.config, transform.provider)
-    for request, key in zip(requests, keys, strict=True):
-        if key in found:
-            with contextlib.suppress(RecordFailed):
-                accept(request, found[key])
-                seen.cached += 1
-                continue
-        if transform.samples or key not in seen.keys:
+    slots, _, _ = seen.sorter(transform, cache).take(requests)
+    for slot in slots:
+        assert slot.outcome is not None
+        if slot.outcome.kind is None:
+            seen.cached += 1
+        elif slot.outcome.completion is not None:
+            seen.kept[slot.outcome.kind] += 1
+        elif slot.key not in seen.keys:
             seen.to_send += 1
-            seen.keys.add(key)
+            seen.keys.add(slot.key)

@@ -11,8 +11,9 @@ from fabe_ds.engine.intake import Stats
 
 MOST_POINTS = 400
 
-Point = tuple[float, int, int, int]
-"""Seconds since the start; then records settled, records failed, and completion tokens so far."""
+Point = tuple[float, int, int, int, int, int, int]
+"""Seconds since the start; records settled, records failed and completion tokens so far; requests
+that may be in flight and that are; refusals (too much at once) so far."""
 
 
 @contextlib.contextmanager
@@ -23,7 +24,8 @@ def recorded(stats: Stats, seconds: float = 0.25) -> Iterator[list[Point]]:
 
     def note() -> None:
         moment = round(time.monotonic() - started, 3)
-        points.append((moment, stats.settled, stats.failed, stats.completion_tokens))
+        counts = (stats.settled, stats.failed, stats.completion_tokens)
+        points.append((moment, *counts, stats.limit, stats.in_flight, stats.refusals))
 
     def follow() -> None:
         pause = seconds

@@ -14,7 +14,7 @@ from fabe_ds.dryrun import DryRun, dry_run, requests_of
 from fabe_ds.engine.budget import read_price
 from fabe_ds.engine.intake import Outcome
 from fabe_ds.errors import RunStopped
-from fabe_ds.providers.base import Request
+from fabe_ds.providers.base import LocalProvider, Request
 from fabe_ds.transform import Transform
 
 
@@ -58,7 +58,7 @@ def preview(config: RunConfig, count: int) -> Preview:
     stopped = None
     try:
         _ = transform.session
-        if asked:
+        if asked and isinstance(transform.provider, LocalProvider) and not config.offline:
             transform.provider.preflight()  # a model's loading is no part of what a record takes
         started = time.monotonic()
         outcomes.extend(transform.session.outcomes(item for _, item in asked))

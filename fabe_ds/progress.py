@@ -9,11 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 
+from fabe_ds.advice import often_failing
 from fabe_ds.engine.intake import Stats
+from fabe_ds.text import clock
 
 log = logging.getLogger(__name__)
 
-BAR_SECONDS, LINE_SECONDS = 0.2, 5.0
+BAR_SECONDS = 0.2
+LINE_SECONDS = ((60.0, 5.0), (180.0, 15.0), (float("inf"), 60.0))
+"""Until so many seconds of a run, a line each so many."""
 
 
 @contextlib.contextmanager
@@ -46,20 +50,22 @@ def describe(stats: Stats, total: int, seconds: float) -> str:
         parts.append(f"{tokens / seconds:.0f} tokens/s")
     if rate and stats.settled < total:
         parts.append(f"{clock((total - stats.settled) / rate)} left")
-    return ", ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    line = ", ".join(parts)
+    if stats.state:
+        line += f"; {stats.state}"
+    elif advice := often_failing(stats.failures, asked):
+        line += f"; {advice}"
+    return line
 
 
 def _lines(stats: Stats, total: int, stop: threading.Event) -> None:
     started = time.monotonic()
-    while not stop.wait(LINE_SECONDS):
+    while not stop.wait(_line_seconds(time.monotonic() - started)):
         log.info("%s", describe(stats, total, time.monotonic() - started))
+
+
+def _line_seconds(seconds: float) -> float:
+    return next(pause for until, pause in LINE_SECONDS if seconds < until)
 
 
 def _bar(stats: Stats, total: int, stop: threading.Event) -> None:

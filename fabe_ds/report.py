@@ -82,6 +82,7 @@ def _tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("time", _duration(seconds)),
         ("records a second", f"{run['records'] / seconds:,.1f}"),
         ("requests", f"{run['requests']:,}"),
+        *([("refusals", f"{run['refusals']:,}")] if run.get("refusals") else []),
         ("prompt tokens", f"{run['prompt_tokens']:,}"),
         ("completion tokens", f"{run['completion_tokens']:,}"),
     ]
@@ -106,6 +107,7 @@ def _charts(run: dict[str, Any]) -> list[Chart]:
         rows = [(f"{moment:.1f} s", f"{rate:.1f}") for moment, rate in rates]
         title = "Throughput, records a second"
         charts.append(Chart(title, _line(rates, title), ("time", "records a second"), rows))
+    charts += _flow_charts(points)
     for title, counts, edge, unit in (
         ("Latency of an answer", "latency", lambda n: 2 ** (n / 4), _seconds),
         ("Prompt tokens of a record", "prompt_tokens_each", _whole, "{:,}".format),
@@ -114,6 +116,27 @@ def _charts(run: dict[str, Any]) -> list[Chart]:
         if bars := [(unit(at), count) for at, count in _buckets(run.get(counts, {}), edge)]:
             rows = [(f"up to {at}", f"{count:,}") for at, count in bars]
             charts.append(Chart(title, _bars(bars, title), ("size", "records"), rows))
+    return charts
+
+
+def _flow_charts(points: Sequence[Sequence[float]]) -> list[Chart]:
+    """How many requests were in flight, and how many the server refused, over a run's time."""
+    if not points or len(points[0]) < 7 or not any(point[4] for point in points):
+        return []
+    charts = []
+    spaced = _spaced(points)
+    for title, column, name in (
+        ("Requests that may be in flight", 4, "limit"),
+        ("Requests in flight", 5, "in flight"),
+    ):
+        values = [(point[0], point[column]) for point in spaced]
+        rows = [(f"{moment:.1f} s", f"{value:g}") for moment, value in values]
+        charts.append(Chart(title, _line(values, title), ("time", name), rows))
+    refusals = [(b[0], (b[6] - a[6]) / (b[0] - a[0])) for a, b in pairwise(spaced) if b[0] > a[0]]
+    if any(rate for _, rate in refusals):
+        title = "Refusals (too much at once), a second"
+        rows = [(f"{moment:.1f} s", f"{rate:.2f}") for moment, rate in refusals]
+        charts.append(Chart(title, _line(refusals, title), ("time", "refusals a second"), rows))
     return charts
 
 

@@ -6,14 +6,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import RunConfig, setting
 from fabe_ds.errors import RECORDS_FAILED, UsageError
-from fabe_ds.providers.base import without_userinfo
+from fabe_ds.network import without_secrets
 from fabe_ds.records.discover import LEFT_BEHIND
 from fabe_ds.records.export import replacing
 from fabe_ds.version import __version__
@@ -28,7 +28,12 @@ SAMPLES_KEPT, SAMPLE_CHARACTERS = 200, 4000
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run did. Counts are records; `outputs` are the files written (or found up to date)."""
+    """What a run did. Counts are records; `outputs` are the files written (or found up to date).
+
+    `requests` were sent; of them `retries` after a failed one, `reasks` after an answer that failed
+    its check, `hedged` a second time because the first took too long; `refusals` were answered by
+    "too much at once".
+    """
 
     records: int
     done: int
@@ -41,12 +46,14 @@ class RunResult:
     seconds: float
     requests: int
     retries: int
+    refusals: int
+    reasks: int
+    hedged: int
     prompt_tokens: int
     completion_tokens: int
     cost: float
     failures_file: Path | None = None
     report: Path | None = None
-    example: tuple[str, str] | None = field(default=None, repr=False)
 
     @property
     def exit_code(self) -> int:
@@ -154,13 +161,12 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
         if name != "api_key" and setting(name, "panel")
     }
     if config.base_url:
-        settings["base_url"] = without_userinfo(config.base_url)
+        settings["base_url"] = without_secrets(config.base_url)
     for name, value in settings.items():
         if isinstance(value, Path) or name in ("instruction", "model"):
             settings[name] = _from_anywhere(value)
     ended = f"{datetime.now():%Y-%m-%d %H:%M}"
     body = {"fabe_ds": __version__, "ended": ended, "config": settings, **asdict(result), **course}
-    body.pop("example")
     body["outputs"] = [path.absolute() for path in result.outputs]
     with replacing(result.report) as file:
         file.write(json.dumps(body, indent=2, ensure_ascii=False, default=str).encode() + b"\n")

@@ -68,6 +68,7 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
     started = time.monotonic()
     plan = make_plan(config)
     transform = Transform(config)
+    config = config.model_copy(update={"base_url": transform.config.base_url})
     loaded = load_fields(
         plan.sources,
         transform.targets,
@@ -324,7 +325,7 @@ def _value_marks(
     table: pa.Table, column: str, transform: Transform, plan: Plan
 ) -> Iterator[tuple[bytes | None, str | None]]:
     """Each value of the column, after the mark that says that this very job wrote it in place."""
-    job, fields = transform.digest(), len(transform.paths)
+    job, fields = transform.job(), len(transform.paths)
     places = {source.name: str(source.path.resolve()) for source in plan.sources}
     names = ("file", "index", column)
     targets = table.column("target").to_pylist() if fields > 1 else [0] * len(table)
@@ -392,12 +393,14 @@ def _report(
         seconds=time.monotonic() - started,
         requests=stats.requests if transform.provider.cached else 0,
         retries=stats.retries,
+        refusals=stats.refusals,
+        reasks=stats.reasks,
+        hedged=stats.hedged,
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
         cost=stats.cost,
         failures_file=beside(plan.reports, FAILURES) if failed else None,
         report=beside(plan.reports, REPORT),
-        example=_example(written),
     )
     course = {
         "history": history,
@@ -445,17 +448,6 @@ def _record_counts(written: Dataset, asked: bool) -> dict[str, Any]:
 def _counts(column: Any) -> dict[str, int]:
     counts = column.drop_null().value_counts().to_pylist()
     return {entry["values"]: entry["counts"] for entry in counts}
-
-
-def _example(written: Dataset) -> tuple[str, str] | None:
-    """The first rewritten value, before and after."""
-    import pyarrow.compute as pc
-
-    table = written.data.table
-    first = pc.index(pc.is_valid(table.column("completion")), True).as_py()
-    if first < 0:
-        return None
-    return table.column("text")[first].as_py(), table.column("completion")[first].as_py()
 
 
 def _samples(written: Dataset) -> Iterator[tuple[str, str, str]]:

@@ -53,11 +53,13 @@ class Session:
             acceptance(config, provider),
             self.stats,
             asking_again(config),
+            offline=config.offline,
+            retry_all=config.retry_all,
         )
         self.engine: LocalEngine | HttpEngine | BatchEngine
         if isinstance(provider, HttpProvider):
             from fabe_ds.engine.http import HttpEngine, Policy
-            from fabe_ds.engine.limiter import AUTO_MOST
+            from fabe_ds.engine.limiter import AUTO_MAX
 
             policy = Policy(
                 concurrency=None if config.concurrency == "auto" else config.concurrency,
@@ -66,6 +68,7 @@ class Session:
                 give_up_after=config.give_up_after,
                 rpm=config.rpm,
                 tpm=config.tpm,
+                stream=config.stream,
             )
             if config.batch_api:
                 refuse_caps(config, "--batch-api")
@@ -77,7 +80,7 @@ class Session:
             if is_worker():
                 refuse_caps(config, "num_proc")
                 die_with_parent()
-                slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MOST)
+                slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MAX)
             self.engine = HttpEngine(provider, intake, policy, budget, slots)
         elif isinstance(provider, LocalProvider):
             refuse_caps(config, f"--provider {provider.name}")
@@ -113,12 +116,16 @@ def acceptance(config: TransformConfig, provider: Provider) -> Accept:
     check = build_check(config.validate_with) if config.validate_with else None
 
     def accept(request: Request, completion: Completion) -> str:
+        if lost := provider.lost_prompt(request, completion):
+            raise RecordFailed("context", lost)
         text = clean_answer(
             completion.text,
             completion.finish_reason,
             original=request.text,
             strip_fences=config.strips_fences,
             on_truncated=config.on_truncated,
+            several=config.fences,
+            good_ends=config.good_ends,
         )
         if check is not None and (wrong := check(text)):
             raise RecordFailed(INVALID, wrong)

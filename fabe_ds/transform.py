@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -16,10 +18,12 @@ from fabe_ds.config import TransformConfig, setting, validated
 from fabe_ds.engine import Item, Outcome, Stats, tally
 from fabe_ds.engine.cache import Completions
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
+from fabe_ds.network import without_secrets
 from fabe_ds.prompts import Instruction, load_instruction
 from fabe_ds.prompts.validate import build_check
 from fabe_ds.providers import (
     Endpoint,
+    HttpProvider,
     Provider,
     Request,
     Sampling,
@@ -30,10 +34,12 @@ from fabe_ds.records.load import SCHEMA
 from fabe_ds.records.scan import parse_path
 from fabe_ds.session import Session, open_cache
 from fabe_ds.surrogates import encodable
-from fabe_ds.version import TRANSFORM_VERSION
+from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
 
 if TYPE_CHECKING:
     from datasets import Features
+
+log = logging.getLogger(__name__)
 
 CARRIER = tuple(SCHEMA.names)
 OURS = "__fabe_"
@@ -84,7 +90,9 @@ class Transform:
         template: tuple[str, str] | None = None,
     ) -> None:
         """`template`: the instruction's text and name, where its file is elsewhere."""
-        provider_class(config.provider)  # a misspelled name is said before what else is missing
+        # A misspelled name is said before what else is missing.
+        self._provider_class = provider_class(config.provider)
+        config = config.model_copy(update={"base_url": self._base_url(config)})
         if not config.instruction and config.provider != "echo":
             raise UsageError("--instruction is required: a text or a template file")
         if not config.model and config.provider != "echo":
@@ -123,9 +131,21 @@ class Transform:
         self._system, self._chat = config.system_prompt or None, config.use_chat_template
         self._language = config.template_vars.get("language", "python")
         self._session: Session | None = None
+        self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._ahead: Iterator[Outcome] | None = None
         self._rank = 0
         self.provider = self._build_provider()
+
+    def _base_url(self, config: TransformConfig) -> str | None:
+        """The server's address, of the configuration or of the provider's own variables."""
+        if config.base_url or not issubclass(self._provider_class, HttpProvider):
+            return config.base_url
+        for name in self._provider_class.base_url_variables:
+            if text := os.environ.get(name, "").strip():
+                base_url = self._provider_class.base_url_of(text)
+                log.info("%s: asking %s", name, without_secrets(base_url))
+                return base_url
+        return None
 
     def _check_backups(self) -> None:
         """Raises: UsageError where two backups would have one place."""
@@ -163,22 +183,39 @@ class Transform:
         """The key for the server, of the configuration or the environment."""
         if self.config.api_key is not None:
             return self.config.api_key.get_secret_value()
-        return os.environ.get("OPENAI_API_KEY") if self.config.provider == "openai" else None
+        if not issubclass(self._provider_class, HttpProvider):
+            return None
+        return os.environ.get(self._provider_class.key_variable or "")
 
     # Identity: what is pickled, hashed by datasets, and shipped to workers.
 
     def spec(self) -> str:
         """All that can change what comes out, as canonical JSON."""
-        names = [name for name in TransformConfig.model_fields if setting(name, "changes")]
-        values = {name: getattr(self.config, name) for name in names}
+        values = {
+            name: getattr(self.config, name)
+            for name, declared in TransformConfig.model_fields.items()
+            if (changes := setting(name, "changes"))
+            and not (
+                changes == "when set"
+                and getattr(self.config, name) == declared.get_default(call_default_factory=True)
+            )
+        }
         values["instruction"], _ = self.template
         values["strip_fences"] = values["auto_extract_code"] = self.config.strips_fences
         values["identity"] = self.provider.identity()
         return json.dumps(values, sort_keys=True, ensure_ascii=False)
 
     def digest(self) -> str:
-        text = f"{TRANSFORM_VERSION}\0{self.spec()}"
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        """Names what this transform makes of a record."""
+        return self._digest(TRANSFORM_VERSION)
+
+    def job(self) -> str:
+        """Names what is asked for: values that this job wrote in place are known by it, whatever
+        later versions make of an answer."""
+        return self._digest(JOB_VERSION)
+
+    def _digest(self, version: int) -> str:
+        return hashlib.sha256(f"{version}\0{self.spec()}".encode()).hexdigest()[:32]
 
     def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
         if self._session is not None:
@@ -192,7 +229,7 @@ class Transform:
         values = {
             field: getattr(self.config, field)
             for field in TransformConfig.model_fields
-            if not setting(field, "changes") and field != "api_key"
+            if setting(field, "changes") is not True and field != "api_key"
         }
         os.environ[_RUNTIME + name] = json.dumps(values, default=str)
         if self.config.api_key is not None:
@@ -208,12 +245,15 @@ class Transform:
     @property
     def session(self) -> Session:
         """What is open in this process: cache and engine. Never shared with a forked child."""
-        if self._session is None or self._session.pid != os.getpid():
-            if self._session is not None:
-                self.provider = self._build_provider()
-            self._session = Session(self.config, self.provider, self._open_cache)
-            weakref.finalize(self, self._session.close)  # a map's callable has no last call
-        return self._session
+        if self._opening[0] != os.getpid():  # a lock that another thread held at a fork stays shut
+            self._opening = (os.getpid(), threading.Lock())
+        with self._opening[1]:
+            if self._session is None or self._session.pid != os.getpid():
+                if self._session is not None:
+                    self.provider = self._build_provider()
+                self._session = Session(self.config, self.provider, self._open_cache)
+                weakref.finalize(self, self._session.close)  # a map's callable has no last call
+            return self._session
 
     @property
     def stats(self) -> Stats:

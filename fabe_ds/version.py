@@ -2,5 +2,8 @@
 
 __version__ = "0.1.0"
 
-TRANSFORM_VERSION = 2
+TRANSFORM_VERSION = 3
 """Part of every fingerprint; raised when the same configuration would give other results."""
+
+JOB_VERSION = 2
+"""Part of the name under which values written in place are known; it stays as it is."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fabe_ds.config import TransformConfig
-from fabe_ds.engine.cache import Completions, RecordCache
+from fabe_ds.engine.cache import Completions, RecordCache, Row
 from fabe_ds.providers.base import Completion
 
 SILENT_SECONDS = 10.0
@@ -72,8 +72,25 @@ class RemoteCache:
         found: dict[bytes, Completion] = _result(self._keeper.get.remote(keys))
         return found
 
-    def put(self, rows: Iterable[tuple[bytes, Completion]]) -> None:
+    def put(self, rows: Iterable[Row]) -> None:
         _result(self._keeper.put.remote(list(rows)))
+
+    def other_limits(self, max_tokens: int) -> bool:
+        return bool(_result(self._keeper.other_limits.remote(max_tokens)))
+
+    def under_other_limits(
+        self, bases: Sequence[bytes]
+    ) -> dict[bytes, list[tuple[int, Completion]]]:
+        found: dict[bytes, list[tuple[int, Completion]]]
+        found = _result(self._keeper.under_other_limits.remote(bases))
+        return found
+
+    def learned(self, endpoint: str, model: str) -> dict[str, str]:
+        found: dict[str, str] = _result(self._keeper.learned.remote(endpoint, model))
+        return found
+
+    def learn(self, endpoint: str, model: str, name: str, value: str) -> None:
+        _result(self._keeper.learn.remote(endpoint, model, name, value))
 
     def claim(self, keys: Sequence[bytes]) -> set[bytes]:
         held: set[bytes] = _result(self._keeper.claim.remote(keys))

@@ -9,21 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 
-from fabe_ds.engine.cache import OpenBatch, RecordCache
+from fabe_ds import network
+from fabe_ds.engine.cache import OpenBatch, RecordCache, Row
 from fabe_ds.engine.http import Policy
 from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
 from fabe_ds.engine.local import answer_window
 from fabe_ds.engine.verdict import Verdict, judge
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
-from fabe_ds.providers.base import Completion, HttpProvider
+from fabe_ds.providers import Completion, HttpProvider, Request
+from fabe_ds.providers.finish import End, end_of
+from fabe_ds.providers.http import STREAM
 from fabe_ds.surrogates import load_json
 
 log = logging.getLogger(__name__)
@@ -40,10 +43,13 @@ class BatchEngine:
 
     def __init__(self, provider: HttpProvider, intake: Intake, policy: Policy) -> None:
         assert isinstance(intake.cache, RecordCache)  # batches are not sent from other nodes
+        provider.refuse_open_key()
         self.provider, self.intake, self.policy = provider, intake, policy
         self.cache = intake.cache
-        self._session = requests.Session()
+        self._session = network.session()
         self._session.headers.update(provider.headers())
+        learned = self.cache.learned(str(provider.address), provider.endpoint.model)
+        self._learned = {**learned, STREAM: ""}  # a batch has none
 
     def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order. Raises: RunStopped, CacheError."""
@@ -58,17 +64,14 @@ class BatchEngine:
     def _answer(self, slots: list[Slot]) -> None:
         left = [(slot, _AGAIN) for slot in slots]
         tries = 0
-        try:
-            while left and tries <= self.policy.retry:
-                todo, left = [slot for slot, _ in left], []
-                for part in self._parts(todo):
-                    left += self._run(part)
-                tries += 1
-                self.intake.stats.retries += len(left)
-            for slot, verdict in left:
-                self.intake.failed(slot, RecordFailed(verdict.kind, verdict.message))
-        finally:
-            self.intake.abandon(slot for slot in slots if slot.outcome is None)
+        while left and tries <= self.policy.retry:
+            todo, left = [slot for slot, _ in left], []
+            for part in self._parts(todo):
+                left += self._run(part)
+            tries += 1
+            self.intake.stats.retries += len(left)
+        for slot, verdict in left:
+            self.intake.failed(slot, RecordFailed(verdict.kind, verdict.message))
 
     def _parts(self, slots: list[Slot]) -> Iterator[list[tuple[Slot, bytes]]]:
         """The slots with their lines, in files of a size that is taken."""
@@ -90,12 +93,16 @@ class BatchEngine:
             "custom_id": slot.key.hex(),
             "method": "POST",
             "url": self._endpoint(self.provider.path(slot.request)),
-            "body": self.provider.body(slot.request),
+            "body": self.provider.sent(self.provider.body(slot.request), self._learned),
         }
         return json.dumps(line).encode() + b"\n"
 
     def _endpoint(self, path: str) -> str:
-        return urlsplit(self.provider.base_url).path.rstrip("/") + path
+        """What a batch and its lines name: the version and what follows, without what stands
+        before it (Groq's /openai/v1, DashScope's /compatible-mode/v1, Zhipu's /api/paas/v4)."""
+        segments = self.provider.address.parts.path.split("/")
+        version = next((part for part in segments[::-1] if re.fullmatch(r"v\d+", part)), None)
+        return f"/{version}{path}" if version else path
 
     def _run(self, part: list[tuple[Slot, bytes]]) -> list[tuple[Slot, Verdict]]:
         """One batch, to its end. Gives the slots that are to be tried again."""
@@ -105,24 +112,9 @@ class BatchEngine:
         assert first is not None
         self.intake.stats.requests += len(part)
         opened = OpenBatch(run, self.provider.identity(), None)
-        self.cache.remember_batch(opened)
-        file = self._call(
-            "POST",
-            "/files",
-            data={"purpose": "batch"},
-            files={"file": ("requests.jsonl", b"".join(line for _, line in part))},
-        )["id"]
-        body = {
-            "input_file_id": file,
-            "endpoint": self._endpoint(self.provider.path(first)),
-            "completion_window": "24h",
-            "metadata": {_RUN: run},
-        }
-        batch = self._call("POST", "/batches", json=body)["id"]
-        self.cache.remember_batch(opened._replace(batch=batch))
-        log.info("batch %s: %d requests", batch, len(part))
+        state = self._create(opened, first, b"".join(line for _, line in part), len(part))
         left = []
-        for key, answer in self._results(batch):
+        for key, answer in self._results(state):
             slot = slots.pop(key, None)
             if slot is None:
                 continue
@@ -131,7 +123,7 @@ class BatchEngine:
                 if not self.intake.answered(slot, answer):
                     left.append((slot, _AGAIN))
             elif answer.action == "stop":
-                raise RunStopped(f"{self.provider.identity()}: {answer.message}")
+                raise RunStopped(f"{self.provider.address}: {answer.message}")
             elif answer.action == "retry":
                 left.append((slot, answer))
             else:
@@ -139,15 +131,52 @@ class BatchEngine:
         self.cache.forget_batch(run)
         return left + [(slot, _AGAIN) for slot in slots.values()]
 
+    def _create(
+        self, opened: OpenBatch, first: Request, lines: bytes, count: int
+    ) -> Mapping[str, Any]:
+        """Sends a batch and waits for its end; where the server has too much queued for us, until
+        it takes it. A batch that fails is forgotten, or each later run would stop at it.
+
+        Raises: RunStopped.
+        """
+        since = time.monotonic()
+        seconds = WAIT_SECONDS
+        while True:
+            self.cache.remember_batch(opened)
+            upload = {"file": ("requests.jsonl", lines)}
+            file = self._call("POST", "/files", data={"purpose": "batch"}, files=upload)["id"]
+            body = {
+                "input_file_id": file,
+                "endpoint": self._endpoint(self.provider.path(first)),
+                "completion_window": "24h",
+                "metadata": {_RUN: opened.run},
+            }
+            batch = str(self._call("POST", "/batches", json=body)["id"])
+            self.cache.remember_batch(opened._replace(batch=batch))
+            log.info("batch %s: %d requests", batch, count)
+            state = self._wait(batch)
+            if state["status"] != "failed":
+                return state
+            self.cache.forget_batch(opened.run)
+            reason, passing = _failure_of(state)
+            if not passing or time.monotonic() - since > self.policy.give_up_after:
+                raise RunStopped(f"batch {batch} failed: {reason}")
+            log.info("batch %s: %s; sending it again in %.0f s", batch, reason, seconds)
+            time.sleep(seconds)
+            seconds = min(WAIT_MOST, seconds * 2)
+
     def _collect_open(self) -> None:
         """Waits for the batches that killed runs left, and stores their answers."""
         for opened in self.cache.open_batches(self.provider.identity()):
             batch = opened.batch or self._find(opened.run)
             if batch is not None:
                 log.info("batch %s: taken up again", batch)
-                for key, answer in self._results(batch):
+                state = self._wait(batch)
+                if state["status"] == "failed":
+                    log.info("batch %s failed: %s; it is sent anew", batch, _failure_of(state)[0])
+                for key, answer in self._results(state):
                     if isinstance(answer, Completion):
-                        self.cache.put([(bytes.fromhex(key), answer)])
+                        self.cache.put([Row(bytes.fromhex(key), answer)])
             self.cache.forget_batch(opened.run)
 
     def _find(self, run: str) -> str | None:
@@ -157,8 +186,8 @@ class BatchEngine:
                 return str(batch["id"])
         return None
 
-    def _results(self, batch: str) -> Iterator[tuple[str, Completion | Verdict]]:
-        state = self._wait(batch)
+    def _results(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Completion | Verdict]]:
+        """The answers of a batch that has ended, each after its key."""
         for name in ("output_file_id", "error_file_id"):
             if file := state.get(name):
                 for line in self._lines(file):
@@ -169,15 +198,10 @@ class BatchEngine:
         while True:
             state = self._call("GET", f"/batches/{batch}")
             if state.get("status") in _ENDED:
-                break
+                return state
+            self.intake.stats.state = f"batch {batch} is {state.get('status')}"
             time.sleep(seconds)
             seconds = min(WAIT_MOST, seconds * WAIT_GROWTH)
-        if state["status"] == "failed":
-            errors = (state.get("errors") or {}).get("data") or [{}]
-            raise RunStopped(
-                f"batch {batch} failed: {errors[0].get('message') or 'no reason given'}"
-            )
-        return state
 
     def _lines(self, file: str) -> Iterator[Mapping[str, Any]]:
         answer = self._send("GET", f"/files/{file}/content", stream=True)
@@ -193,16 +217,17 @@ class BatchEngine:
         if response.get("status_code") != 200 or not isinstance(body, Mapping):
             return judge(int(response.get("status_code") or 500), {}, json.dumps(body).encode())
         try:
-            return self.provider.completion(body)
+            completion = self.provider.completion(body)
         except MalformedResponse as error:
             return Verdict("retry", "malformed", str(error))
         except RecordFailed as error:
             return Verdict("fail", error.kind, str(error))
+        return _AGAIN if end_of(completion.finish_reason) is End.FAULT else completion
 
     def _call(self, method: str, path: str, **body: Any) -> Mapping[str, Any]:
         payload = self._send(method, path, **body).json()
         if not isinstance(payload, Mapping):
-            raise RunStopped(f"{self.provider.identity()}: {path} gave no JSON object")
+            raise RunStopped(f"{self.provider.address}: {path} gave no JSON object")
         return payload
 
     def _send(self, method: str, path: str, **body: Any) -> requests.Response:
@@ -211,9 +236,13 @@ class BatchEngine:
         seconds = WAIT_SECONDS
         while True:
             try:
-                answer = self._session.request(
-                    method, self.provider.base_url + path, timeout=self.policy.timeout, **body
+                where = self.provider.address.url(path)
+                answer = network.send(
+                    self._session, method, where, timeout=self.policy.timeout, **body
                 )
+                if 300 <= answer.status_code < 400 and "Location" in answer.headers:
+                    # A file's content may lie elsewhere, where our key is not to go.
+                    answer = network.get(answer.headers["Location"], {}, self.policy.timeout)
                 if answer.ok:
                     return answer
                 verdict = judge(answer.status_code, answer.headers, answer.content)
@@ -222,6 +251,17 @@ class BatchEngine:
             now = time.monotonic()
             gone_since = gone_since or now
             if verdict.action != "retry" or now - gone_since > self.policy.give_up_after:
-                raise RunStopped(f"{self.provider.identity()}: {verdict.message}")
-            time.sleep(max(seconds, verdict.floor or 0.0))
+                raise RunStopped(f"{self.provider.address}: {verdict.message}")
+            time.sleep(max(seconds, verdict.wait or 0.0))
             seconds = min(WAIT_MOST, seconds * 2)
+
+
+def _failure_of(state: Mapping[str, Any]) -> tuple[str, bool]:
+    """Why a batch failed, and whether it may be taken later: where too much is queued by now.
+
+    Source: OpenAI's batch guide, "Rate limits"; Azure says it with the same code.
+    """
+    errors = (state.get("errors") or {}).get("data") or [{}]
+    reason = str(errors[0].get("message") or "no reason given")
+    queued = re.search(r"enqueued|in_progress batches have been completed", reason, re.I)
+    return reason, bool(queued) or errors[0].get("code") == "token_limit_exceeded"

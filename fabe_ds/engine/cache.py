@@ -29,6 +29,12 @@ CREATE TABLE IF NOT EXISTS completions (
 CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (run TEXT PRIMARY KEY, endpoint TEXT NOT NULL, batch TEXT);
 CREATE TABLE IF NOT EXISTS written (mark BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS limits (
+    base BLOB, key BLOB, max_tokens INTEGER, PRIMARY KEY (base, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS token_limits (max_tokens INTEGER PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS learned (
+    endpoint TEXT, model TEXT, name TEXT, value TEXT, PRIMARY KEY (endpoint, model, name)
+    ) WITHOUT ROWID;
 """
 _COLUMNS = "key, text, finish_reason, prompt_tokens, completion_tokens"
 _IN = 500  # host parameters a statement; old builds of SQLite allow 999
@@ -37,11 +43,27 @@ _BUSY_SECONDS = 30
 T = TypeVar("T")
 
 
+class Row(NamedTuple):
+    """A completion to store. `base` is its key without the token limit, where other limits may be
+    answered by it; `max_tokens` is that limit."""
+
+    key: bytes
+    completion: Completion
+    base: bytes | None = None
+    max_tokens: int = 0
+
+
 class Completions(Protocol):
     """What the engines ask of a record cache, wherever it is. `RecordCache` says what each does."""
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]: ...
-    def put(self, rows: Iterable[tuple[bytes, Completion]]) -> None: ...
+    def put(self, rows: Iterable[Row]) -> None: ...
+    def other_limits(self, max_tokens: int) -> bool: ...
+    def under_other_limits(
+        self, bases: Sequence[bytes]
+    ) -> dict[bytes, list[tuple[int, Completion]]]: ...
+    def learned(self, endpoint: str, model: str) -> dict[str, str]: ...
+    def learn(self, endpoint: str, model: str, name: str, value: str) -> None: ...
     def claim(self, keys: Sequence[bytes]) -> set[bytes]: ...
     def release(self, keys: Sequence[bytes]) -> None: ...
     def close(self) -> None: ...
@@ -152,13 +174,12 @@ class RecordCache:
 
         return self._do(read) if keys else {}
 
-    def put(self, rows: Iterable[tuple[bytes, Completion]]) -> None:
+    def put(self, rows: Iterable[Row]) -> None:
         """Stores completions in one transaction, and gives up the claims on them."""
         now = time.time()
-        values = [
-            (key, c.text, c.finish_reason, c.prompt_tokens, c.completion_tokens, now)
-            for key, c in rows
-        ]
+        rows = list(rows)
+        values = [(key, *completion, now) for key, completion, _, _ in rows]
+        limits = [(row.base, row.key, row.max_tokens) for row in rows if row.base is not None]
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("BEGIN IMMEDIATE")
@@ -166,10 +187,49 @@ class RecordCache:
                 f"INSERT OR REPLACE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)",
                 values,
             )
+            connection.executemany("INSERT OR IGNORE INTO limits VALUES (?, ?, ?)", limits)
+            distinct = {(limit,) for _, _, limit in limits}
+            connection.executemany("INSERT OR IGNORE INTO token_limits VALUES (?)", distinct)
             connection.executemany("DELETE FROM claims WHERE key = ?", [row[:1] for row in values])
             connection.execute("COMMIT")
 
         self._do(write)
+
+    def other_limits(self, max_tokens: int) -> bool:
+        """Whether anything was asked for with another limit on its tokens."""
+        query = "SELECT 1 FROM token_limits WHERE max_tokens <> ?"
+        return bool(self.query(query, (max_tokens,)))
+
+    def under_other_limits(
+        self, bases: Sequence[bytes]
+    ) -> dict[bytes, list[tuple[int, Completion]]]:
+        """Completions of requests that are the same but for the limit on tokens: by their key
+        without it, each after its limit."""
+        names = ", ".join(f"completions.{name}" for name in _COLUMNS.split(", ")[1:])
+
+        def read(connection: sqlite3.Connection) -> dict[bytes, list[tuple[int, Completion]]]:
+            found: dict[bytes, list[tuple[int, Completion]]] = {}
+            for start in range(0, len(bases), _IN):
+                part = bases[start : start + _IN]
+                query = (
+                    f"SELECT base, max_tokens, {names} FROM limits JOIN completions USING (key) "
+                    f"WHERE base IN ({','.join('?' * len(part))}) AND completions.rowid > ?"
+                )
+                for base, limit, *fields in connection.execute(query, [*part, self._after]):
+                    found.setdefault(base, []).append((limit, Completion(*fields)))
+            return found
+
+        return self._do(read) if bases else {}
+
+    def learned(self, endpoint: str, model: str) -> dict[str, str]:
+        """What was learned of how an endpoint wants to be asked for a model: names and values."""
+        query = "SELECT name, value FROM learned WHERE endpoint = ? AND model = ?"
+        return dict(self.query(query, (endpoint, model)))
+
+    def learn(self, endpoint: str, model: str, name: str, value: str) -> None:
+        self.query(
+            "INSERT OR REPLACE INTO learned VALUES (?,?,?,?)", (endpoint, model, name, value)
+        )
 
     def claim(self, keys: Sequence[bytes]) -> set[bytes]:
         """Claims keys for this process; gives those that another living one holds.

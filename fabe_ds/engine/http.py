@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import queue
-import urllib.request
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+import threading
+import time
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import aiohttp
 
+from fabe_ds import network
 from fabe_ds.engine.budget import Budget
 from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
 from fabe_ds.engine.job import Job
 from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.loop import LoopThread
+from fabe_ds.engine.rates import Rates
 from fabe_ds.engine.slots import SharedSlots
-from fabe_ds.engine.verdict import Verdict, judge, judge_payload
+from fabe_ds.engine.verdict import ServerError, Verdict, judge, judge_payload, read_error
 from fabe_ds.errors import MalformedResponse, RecordFailed
-from fabe_ds.providers.base import Completion, HttpProvider, Request
-from fabe_ds.surrogates import load_json
+from fabe_ds.providers import Completion, HttpProvider, Request
+from fabe_ds.providers.finish import End, end_of
+from fabe_ds.providers.http import STREAM, refused_parameter, stream_parts
+from fabe_ds.surrogates import encodable, load_json
+
+log = logging.getLogger(__name__)
 
 BODY_LIMIT = 32 << 20
+HEADER_LIMIT = 256 << 10
 SIGNAL_SECONDS = 0.5
-"""Python looks at a signal that came just before a wait when the wait ends: so long at most."""
+"""Longest blocking wait in seconds. A Ctrl-C that arrives just before a wait is handled only when
+the wait returns."""
+FILES_BESIDE = 48  # open files of a process beside its connections
+_PARAMETER_STATUSES = (400, 404, 415, 422, 500)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,7 @@ class Policy:
     give_up_after: float = 600.0
     rpm: float | None = None
     tpm: float | None = None
+    stream: bool = False
 
     @property
     def window(self) -> int:
@@ -63,10 +76,22 @@ class HttpEngine:
     ) -> None:
         self.provider, self.intake, self.policy, self.slots = provider, intake, policy, slots
         self.budget = budget
+        self.limiter = Limiter(policy.concurrency)
+        self.limiter.ceiling = network.allow_open_files(self.limiter.ceiling, FILES_BESIDE)
         sharers = slots.workers if slots else None
-        self.limiter = Limiter(policy.concurrency, rpm=policy.rpm, tpm=policy.tpm, sharers=sharers)
-        self._checked = False
+        self.rates = Rates(policy.rpm, policy.tpm, sharers=sharers)
+        self.checked = self._checking = False
+        self.answered_at: float | None = None  # on the monotonic clock: the latest answer
         self.jobs: list[Job] = []  # the loop's; several where several threads call
+        self._endpoint = (str(provider.address), provider.endpoint.model)
+        self._learned: dict[str, str] = {}
+        if policy.stream:
+            self._learned[STREAM] = "true"
+        self.proven = False
+        """Whether this endpoint has answered a request for this model, in this run or earlier."""
+        if intake.cache is not None:
+            self._learned |= intake.cache.learned(*self._endpoint)
+            self.proven = bool(self._learned.pop("answered", ""))
         self._thread = LoopThread.shared()
         self._session = self._thread.call(self._open_session())
 
@@ -78,9 +103,7 @@ class HttpEngine:
         """
         job = Job(self, iter(items))
         loop = self._thread.loop
-        loop.call_soon_threadsafe(self.jobs.append, job)
-        loop.call_soon_threadsafe(job.pump)
-        loop.call_soon_threadsafe(job.watch)
+        loop.call_soon_threadsafe(job.begin)
         try:
             while (ready := _waited(job.ready)) is not None:
                 for slot in ready:
@@ -97,6 +120,8 @@ class HttpEngine:
             except BaseException:  # a second Ctrl-C: do not wait for the last answers
                 loop.call_soon_threadsafe(job.abort)
                 raise
+            finally:
+                job.error = None  # its traceback holds this frame, which holds the job
 
     @property
     def busy(self) -> int:
@@ -109,87 +134,199 @@ class HttpEngine:
             job.pump()
 
     def close(self) -> None:
-        if not self._thread.ended:  # Python's exit may come here after the loop's end
-            self._thread.call(self._session.close())
+        self._thread.finish(self._session.close())
 
     async def _open_session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(
             total=self.policy.timeout, sock_connect=self.policy.connect_timeout
         )
+        secure = self.provider.address.parts.scheme == "https"
+        proxy = network.usable_proxy(self.provider.address.base)
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
+            connector=aiohttp.TCPConnector(
+                limit=0, ttl_dns_cache=300, ssl=network.certificates() if secure else True
+            ),
             timeout=timeout,
             headers={"Content-Type": "application/json", **self.provider.headers()},
-            # aiohttp's trust_env would read ~/.netrc and the environment for every request.
-            proxy=_proxy(self.provider.base_url),
+            proxy=proxy.url if proxy else None,
             cookie_jar=aiohttp.DummyCookieJar(),
             raise_for_status=False,
+            max_line_size=HEADER_LIMIT,
+            max_field_size=HEADER_LIMIT,
         )
 
-    def check(self) -> None:
-        """Asks the endpoint whether it is there, before the first request is spent on it."""
-        if not self._checked:
+    def begin_check(self) -> None:
+        """Asks the endpoint whether it is there, before the first request is spent on it; the jobs
+        go on, or end with what is wrong, when it has answered.
+
+        In a thread of its own: it blocks for seconds, and other endpoints share the loop.
+        """
+        if not self._checking:
+            self._checking = True
+            threading.Thread(target=self._check, name="fabe-ds-preflight", daemon=True).start()
+
+    def _check(self) -> None:
+        problem: BaseException | None = None
+        try:
+            self.provider.refuse_open_key()
             self.provider.preflight()
-            self._checked = True
+        except BaseException as error:
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            self._thread.loop.call_soon_threadsafe(self._checked, problem)
+
+    def _checked(self, problem: BaseException | None) -> None:
+        self._checking, self.checked = False, problem is None
+        for job in list(self.jobs):
+            if problem is not None:
+                job.fatal(problem)
+            job.pump()
+
+    def answered(self) -> None:
+        """A completion came: the key, the model and the parameters are good."""
+        self.answered_at = time.monotonic()
+        if not self.proven:
+            self.proven = True
+            self._remember("answered", "1")
+
+    @property
+    def answered_ago(self) -> float | None:
+        return None if self.answered_at is None else time.monotonic() - self.answered_at
+
+    def learn(self, lesson: Mapping[str, str], why: str) -> None:
+        """Sends bodies in another way from now on, and in later runs."""
+        for name, value in lesson.items():
+            if self._learned.get(name) != value:
+                self._learned[name] = value
+                self._remember(name, value)
+                log.info("%s: %s (%s)", self.provider.address, _in_words(name, value), why)
+
+    def _remember(self, name: str, value: str) -> None:
+        if self.intake.cache is not None:
+            self.intake.cache.learn(*self._endpoint, name, value)
 
     async def post(self, request: Request) -> Completion | Verdict:
         """One try."""
-        url = self.provider.base_url + self.provider.path(request)
-        body = json.dumps(self.provider.body(request)).encode()
+        url = self.provider.address.url(self.provider.path(request))
+        sent = self.provider.sent(self.provider.body(request), self._learned)
+        started = time.monotonic()
         try:
-            async with self._session.post(url, data=body, allow_redirects=False) as response:
+            data = json.dumps(sent).encode()
+            async with self._session.post(url, data=data, allow_redirects=False) as response:
                 data = await _read(response)
                 status, headers = response.status, response.headers
-                self.limiter.told(headers)
-        except aiohttp.ClientSSLError as error:
-            return Verdict(
-                "stop", "certificate", f"the server's certificate is not accepted: {error}"
-            )
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
-            return Verdict("stop", "url", "--base-url is not an http address")
-        except aiohttp.ServerDisconnectedError:
-            return Verdict("retry", "connection", "the server closed the connection", gone=True)
-        except TimeoutError as error:
-            connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
-            message = "no connection in time" if connecting else "no answer in time (--timeout)"
-            return Verdict("retry", "timeout", message, gone=connecting)
-        except aiohttp.ClientConnectorError as error:
-            return Verdict("retry", "connection", f"no connection: {error.strerror}", gone=True)
-        except (aiohttp.ClientError, OSError) as error:
-            return Verdict("retry", "connection", f"the connection broke: {type(error).__name__}")
         except _TooLarge:
             return Verdict("fail", "too large", f"the answer is over {BODY_LIMIT >> 20} MiB")
+        except (aiohttp.ClientError, OSError) as error:
+            return self._broken(error)
+        self.rates.read(headers)
         if status != 200:
-            return judge(status, headers, data)
+            verdict = judge(status, headers, data, time.monotonic() - started)
+            return self._with_lesson(verdict, status, read_error(data), sent)
+        return self._answer(data, headers, sent)
+
+    def _broken(self, error: Exception) -> Verdict:
+        """The verdict on a connection that failed."""
+        if isinstance(error, aiohttp.ClientSSLError):
+            hint = network.certificate_hint()
+            message = f"the server's certificate is not accepted: {error} ({hint})"
+            return Verdict("stop", "certificate", message)
+        if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
+            return Verdict("stop", "url", "--base-url is not an http address")
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            proxy = network.proxy_for(self.provider.address.base)
+            message = f"the proxy refuses ({proxy}): {error.status} {error.message}"
+            return Verdict("retry", "connection", message, gone=True)
+        if isinstance(error, aiohttp.ServerDisconnectedError):
+            return Verdict("retry", "connection", "the server closed the connection", gone=True)
+        if isinstance(error, TimeoutError):
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                return Verdict("retry", "timeout", "no connection in time", gone=True)
+            return Verdict("retry", "timeout", "no answer in time (--timeout)")
+        if isinstance(error, aiohttp.ClientConnectorError):
+            reason = error.strerror or str(error.os_error) or type(error).__name__
+            if error.errno in network.OUT_OF_FILES:
+                self.limiter.ceiling = max(1, min(self.limiter.ceiling, self.busy - 1))
+                log.warning("no more open files (ulimit -n): %d at once", self.limiter.ceiling)
+                return Verdict("retry", "connection", f"no connection: {reason}", local=True)
+            through = network.proxy_for(self.provider.address.base)
+            by = f" (through {through})" if through else ""
+            return Verdict("retry", "connection", f"no connection: {reason}{by}", gone=True)
+        return Verdict("retry", "connection", f"the connection broke: {type(error).__name__}")
+
+    def _answer(
+        self, data: bytes, headers: Mapping[str, str], sent: Mapping[str, Any]
+    ) -> Completion | Verdict:
+        """What a body that came with status 200 holds."""
         try:
-            payload = load_json(data)
-        except (ValueError, RecursionError):
-            html = data.lstrip()[:1] == b"<"
-            what = "an HTML page, not JSON" if html else "not JSON, or cut off"
-            return Verdict("retry", "malformed", f"the answer is {what}")
-        verdict = judge_payload(payload, headers, data)
-        if verdict is not None:
-            return verdict
-        try:
-            return self.provider.completion(payload)
+            payload = _payload(data, self.provider)
+            verdict = judge_payload(payload, headers, data)
+            if verdict is not None:
+                return self._with_lesson(verdict, 400, read_error(data), sent)
+            completion = self.provider.completion(payload)
         except MalformedResponse as error:
             return Verdict("retry", "malformed", str(error))
         except RecordFailed as error:
             return Verdict("fail", error.kind, str(error))
+        if end_of(completion.finish_reason) is End.FAULT:
+            message = f"the server broke the answer off (finish reason {completion.finish_reason})"
+            return Verdict("retry", "server", message)
+        return completion
+
+    def _with_lesson(
+        self, verdict: Verdict, status: int, error: ServerError, sent: Mapping[str, Any]
+    ) -> Verdict:
+        """The verdict, and how to send the body instead where a parameter of it is refused."""
+        if verdict.kind not in ("rejected", "server") or status not in _PARAMETER_STATUSES:
+            return verdict
+        name = refused_parameter(sent, error.parameter, error.codes, error.message)
+        if name is None:
+            return verdict
+        lesson = self.provider.instead(name, sent, error.message)
+        if lesson is not None:
+            return replace(verdict, action="retry", lesson=dict([lesson]))
+        if self.answered_at is not None:  # it took it for others
+            return verdict
+        message = f"the server does not take the parameter {name} ({verdict.message})"
+        return Verdict("stop", "parameter", message, refused=True)
+
+
+def _in_words(name: str, value: str) -> str:
+    if name == STREAM:
+        return "it wants to stream its answers" if value == "true" else "it knows no stream"
+    return f"{name} goes as {value}" if value else f"it takes no {name}, so none is sent"
+
+
+def _payload(data: bytes, provider: HttpProvider) -> Any:
+    """The JSON of a body, put together where the server streamed it.
+
+    Raises: MalformedResponse.
+    """
+    try:
+        return load_json(data)
+    except (ValueError, RecursionError):
+        pass
+    text = encodable(data.decode("utf-8-sig", "replace"))
+    if text.lstrip()[:1] == "<":
+        raise MalformedResponse("the answer is an HTML page, not JSON")
+    parts = stream_parts(text)
+    if parts is None:
+        raise MalformedResponse("the answer is not JSON, or cut off")
+    if len(parts) == 1 and not _is_chunk(parts[0]):
+        return parts[0]
+    return provider.joined(parts)
+
+
+def _is_chunk(part: Mapping[str, Any]) -> bool:
+    choices: Any = part.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return part.get("done") is False or (isinstance(first, Mapping) and "delta" in first)
 
 
 def _waited(ready: queue.SimpleQueue[list[Slot] | None]) -> list[Slot] | None:
     while True:
         with contextlib.suppress(queue.Empty):
             return ready.get(timeout=SIGNAL_SECONDS)
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for the address, if any."""
-    parts = urlsplit(url)
-    if not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)
 
 
 class _TooLarge(Exception):

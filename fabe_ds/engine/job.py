@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from fabe_ds.engine.intake import Intake, Item, Slot
 from fabe_ds.engine.local import POLL_SECONDS
-from fabe_ds.engine.verdict import Verdict
+from fabe_ds.engine.outage import Outage
+from fabe_ds.engine.verdict import Verdict, in_context
 from fabe_ds.errors import CacheError, FabeError, RecordFailed, RunStopped
 from fabe_ds.providers.base import Completion, Request
+from fabe_ds.text import clock
 
 if TYPE_CHECKING:
     from fabe_ds.engine.http import HttpEngine
@@ -28,8 +30,13 @@ CHUNK = 64
 SLOT_SECONDS = 0.005
 WATCH_SECONDS = 0.5
 CHARACTERS_A_TOKEN = 4  # a guess, put right by the usage that comes with the answer
-BACKOFF_SECONDS, BACKOFF_MOST, PROBE_MOST = 0.5, 30.0, 10.0
+BACKOFF_SECONDS, BACKOFF_MAX = 0.5, 30.0
 SUSPICIOUS = 20  # records that all failed before any went well: it is not the records
+HEAD_START_SECONDS = 1.0
+"""How long the first request of all goes alone to an endpoint that has never answered: a refused
+key, model or parameter comes sooner, and then costs one request."""
+FORBIDDEN = 3  # records refused with 403, and none answered: it is the key
+SAID_AFTER = 3.0  # seconds that a limit is held back before the log says so
 
 
 class Task:
@@ -39,10 +46,10 @@ class Task:
     that the other one was first.
     """
 
-    __slots__ = ("free_retry", "over", "running", "sent_at", "slot", "tries", "twin")
+    __slots__ = ("cuts", "free_retry", "over", "running", "sent_at", "slot", "tries", "twin")
 
     def __init__(self, slot: Slot) -> None:
-        self.slot, self.tries, self.free_retry = slot, 0, True
+        self.slot, self.tries, self.free_retry, self.cuts = slot, 0, True, 0
         self.running: asyncio.Task[None] | None = None
         self.sent_at = 0.0
         self.twin: Task | None = None
@@ -56,9 +63,15 @@ def _request(task: Task) -> Request:
 
 def _used_up(cap: str) -> str:
     return (
-        f"the budget is used up ({cap}); what was answered is kept, run the same command again "
-        "with a higher one to go on"
+        f"the budget is used up ({cap}); what was answered is kept: run the same command again "
+        "with a higher one to go on, or with --offline to write what there is"
     )
+
+
+_GO_ON = (
+    "what was answered is kept: run the same command again to go on, or with --offline to write "
+    "what there is"
+)
 
 
 def _tokens_at_most(task: Task) -> int:
@@ -85,43 +98,78 @@ class Job:
         self._exhausted = self._stopping = False
         self._unstored: list[tuple[Task, Completion]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._gone_since: float | None = None
-        self._failures = 0
-        self._probe_at = 0.0
+        self._outage = Outage(time.monotonic)
+        self._forbidden: list[tuple[Task, Verdict]] = []  # until others show what it means
+        self._forbidden_in_a_row = 0
+        self._first_sent_at: float | None = None
+        self._held_since: float | None = None
+        self._held_said = False
+        self._reason = ""  # of the latest refusal
         self._bad = 0
 
     # Pulling and starting.
+
+    def begin(self) -> None:
+        self.engine.jobs.append(self)
+        self.pump()
+        self.watch()
 
     def pump(self) -> None:
         """Starts what may be started, and pulls items while there is room for more."""
         if self.drained.is_set():
             return
-        stats, limiter = self.intake.stats, self.engine.limiter
+        engine, stats = self.engine, self.intake.stats
         try:
             while not self._stopping:
-                limit = 1 if self._outage else limiter.limit
+                limit = 1 if self._outage.down else engine.limiter.limit
                 if len(self._todo) < limit:
                     self._pull()
-                busy = self.engine.busy
-                if not self._todo or busy >= limit:
-                    break
-                if (pause := max(limiter.pause(), self._until_probe())) > 0:
-                    self._wake_after(pause)
-                    break
-                if lacking := self.engine.budget.lacking(_request(self._todo[0])):
-                    if not busy:  # else an answer may give some of what it reserved back
-                        self.fatal(RunStopped(_used_up(lacking)))
-                    break
-                if self.engine.slots and not self.engine.slots.hold(busy + 1):
-                    self._wake_after(SLOT_SECONDS)
+                busy = engine.busy
+                if not self._todo and not busy and self._forbidden:
+                    self._judge_forbidden()
+                if not self._todo or busy >= limit or not self._may_send(busy):
                     break
                 self._start(self._todo.popleft())
         except BaseException as error:  # the items are the caller's code: it gets its error back
             self.fatal(error)
-        stats.in_flight = self.engine.busy
-        if self.engine.slots:
-            self.engine.slots.hold(self.engine.busy)
+        stats.in_flight, stats.limit = engine.busy, engine.limiter.limit
+        if engine.slots:
+            engine.slots.hold(engine.busy)
         self._deliver()
+
+    def _may_send(self, busy: int) -> bool:
+        """Whether the next request may go now; where not, what wakes us is under way."""
+        engine = self.engine
+        if not engine.checked:
+            engine.begin_check()
+            return False
+        if (asked := engine.rates.asked_for) > self.policy.give_up_after:
+            self.fatal(
+                RunStopped(
+                    f"{engine.provider.address}: {engine.rates.reason}, for {clock(asked)} more: "
+                    f"longer than --give-up-after; {_GO_ON}"
+                )
+            )
+            return False
+        if (pause := max(engine.rates.pause(), self._outage.until_probe())) > 0:
+            self._wake_after(pause)
+            return False
+        if not engine.proven and busy and (left := self._head_start()) > 0:
+            self._wake_after(left)
+            return False
+        if lacking := engine.budget.lacking(_request(self._todo[0])):
+            if not busy:  # else an answer may give some of what it reserved back
+                self.fatal(RunStopped(_used_up(lacking)))
+            return False
+        if engine.slots and not engine.slots.hold(busy + 1):
+            self._wake_after(SLOT_SECONDS)
+            return False
+        return True
+
+    def _head_start(self) -> float:
+        """Seconds for which the first request still goes alone."""
+        first = self._first_sent_at
+        return 0.0 if first is None else first + HEAD_START_SECONDS - time.monotonic()
 
     @property
     def busy(self) -> int:
@@ -136,15 +184,13 @@ class Job:
                 self._exhausted = True
                 break
             slots, todo, foreign = self.intake.take(chunk, self)
-            if todo:
-                self.engine.check()
             self._order.extend(slots)
             self._ahead += len(slots)
             room -= len(slots)
             self._todo.extend(map(Task, todo))
-            self._watch(foreign)
+            self._watch_foreign(foreign)
 
-    def _watch(self, foreign: list[Slot]) -> None:
+    def _watch_foreign(self, foreign: list[Slot]) -> None:
         if foreign and not self._foreign:
             asyncio.get_running_loop().call_later(POLL_SECONDS, self._poll)
         self._foreign += foreign
@@ -152,14 +198,15 @@ class Job:
     def _poll(self) -> None:
         """Looks after the records that another process is sending."""
         waiting, self._foreign = self._foreign, []
+        if self._stopping:
+            return
         try:
             todo, foreign = self.intake.take_over(waiting)
         except CacheError as error:
             self.fatal(error)
             return
         self._todo.extend(map(Task, todo))
-        if not self._stopping:
-            self._watch(foreign)
+        self._watch_foreign(foreign)
         self.pump()
 
     def _wake_after(self, seconds: float) -> None:
@@ -172,10 +219,12 @@ class Job:
 
     def _start(self, task: Task) -> None:
         self.intake.stats.requests += 1
-        self.engine.limiter.sent(_tokens_at_most(task))
+        self.engine.limiter.sent()
+        self.engine.rates.sent(_tokens_at_most(task))
         self.engine.budget.reserve(_request(task))
         running = asyncio.get_running_loop().create_task(self._send(task))
         task.running, task.sent_at = running, time.monotonic()
+        self._first_sent_at = self._first_sent_at or task.sent_at
         self._tasks[running] = task
         running.add_done_callback(self._over)
 
@@ -188,8 +237,6 @@ class Job:
     # Sending.
 
     async def _send(self, task: Task) -> None:
-        limiter = self.engine.limiter
-        started = time.monotonic()
         request = _request(task)
         answer = await self.engine.post(request)
         completion = answer if isinstance(answer, Completion) else None
@@ -207,36 +254,82 @@ class Job:
             if twin.running is not None:
                 twin.running.cancel()
         if isinstance(answer, Completion):
-            self._gone_since, self._failures = None, 0
-            limiter.answered(time.monotonic() - started, self.engine.busy)
-            self.intake.stats.took(time.monotonic() - started)
-            if answer.completion_tokens is not None:
-                used = (answer.prompt_tokens or 0) + answer.completion_tokens
-                limiter.corrected(used - _tokens_at_most(task))
-            if not self._unstored:
-                asyncio.get_running_loop().call_soon(self._flush)
-            self._unstored.append((task, answer))
-            return
-        if answer.action == "stop":
-            self._abandon([task])
-            self.fatal(RunStopped(f"{self.engine.provider.identity()}: {answer.message}"))
-        elif answer.action == "fail":
-            self._gone_since, self._failures = None, 0
-            self._fail(task, answer)
+            self._answered(task, answer)
         else:
-            self._retry(task, answer, started)
+            about_key = answer.doubtful and answer.kind == "key"
+            verdict = in_context(answer, self.engine.answered_ago)
+            self._forbidden_in_a_row += about_key and verdict.action == "fail"
+            self._refused(task, verdict)
+
+    def _answered(self, task: Task, completion: Completion) -> None:
+        stats, engine = self.intake.stats, self.engine
+        if self._outage.down:
+            log.info("the server answers again after %s", clock(self._outage.seconds))
+        self._outage.reset()
+        self._forbidden_in_a_row = 0
+        engine.answered()
+        engine.limiter.answered(task.sent_at, engine.busy)
+        stats.took(time.monotonic() - task.sent_at)
+        if completion.completion_tokens is not None:
+            used = (completion.prompt_tokens or 0) + completion.completion_tokens
+            engine.rates.corrected(used - _tokens_at_most(task))
+        if not self._unstored:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unstored.append((task, completion))
+        self._judge_forbidden()
+
+    def _refused(self, task: Task, verdict: Verdict) -> None:
+        """Does what a verdict says."""
+        log.debug("%s (%s): %s", verdict.action, verdict.kind, verdict.message)
+        if verdict.action == "fail":
+            self._outage.reset()
+        if verdict.lesson is not None:
+            self.engine.learn(verdict.lesson, verdict.message)
+            self._todo.appendleft(task)
+        elif verdict.doubtful and verdict.kind == "key":
+            self._forbidden.append((task, verdict))
+            if len(self._forbidden) >= FORBIDDEN:
+                self._judge_forbidden()
+        elif verdict.action == "stop":
+            self._abandon([task])
+            self.fatal(RunStopped(f"{self.engine.provider.address}: {verdict.message}"))
+        elif verdict.action == "fail":
+            self._fail(task, verdict)
+            if self._forbidden_in_a_row >= SUSPICIOUS:
+                self.fatal(
+                    RunStopped(
+                        f"{self.engine.provider.address}: the last {SUSPICIOUS} records were all "
+                        f"refused, is the key still good? ({verdict.message})"
+                    )
+                )
+        else:
+            self._retry(task, verdict)
+
+    def _judge_forbidden(self) -> None:
+        """What a 403 meant: the key, where nobody was answered; else those records."""
+        held, self._forbidden = self._forbidden, []
+        ago = self.engine.answered_ago
+        for task, verdict in held:
+            if ago is None:
+                self._abandon([task])
+            else:
+                self._fail(task, in_context(verdict, ago))
+        if held and ago is None:
+            self.fatal(RunStopped(f"{self.engine.provider.address}: {held[0][1].message}"))
 
     def watch(self) -> None:
-        """Asks a second time, once, where an answer takes far longer than all others did.
+        """Twice a second: says what holds the run up, and asks a second time, once, where an
+        answer takes far longer than all others did.
 
         A request that hangs would hold its record until the timeout; this costs one request.
         """
         if self.drained.is_set():
             return
         asyncio.get_running_loop().call_later(WATCH_SECONDS, self.watch)
+        self._tell()
         late = self.engine.limiter.late()
         room = self.engine.limiter.limit - self.engine.busy
-        if late is None or self._stopping or self._outage:
+        if late is None or self._stopping or self._outage.down:
             return
         now = time.monotonic()
         for task in list(self._tasks.values()):
@@ -248,6 +341,40 @@ class Job:
                 self._start(task.twin)
                 self.intake.stats.hedged += 1
                 room -= 1
+
+    def _tell(self) -> None:
+        """Puts what holds the run up into its counts, and into the log where it lasts."""
+        state = self._state()
+        self.intake.stats.state = state
+        if not state:
+            self._held_since, self._held_said = None, False
+            return
+        now = time.monotonic()
+        self._held_since = self._held_since or now
+        if not self._held_said and now - self._held_since >= SAID_AFTER:
+            self._held_said = True
+            log.info("%s", state)
+
+    def _state(self) -> str:
+        limiter, rates = self.engine.limiter, self.engine.rates
+        if self._stopping:
+            return f"stopping: {self.engine.busy} answers are on their way" if self.busy else ""
+        if self._outage.down:
+            left = self.policy.give_up_after - self._outage.seconds
+            return (
+                f"the server is away for {clock(self._outage.seconds)} ({self._outage.reason}), "
+                f"looking for it for {clock(max(0.0, left))} more"
+            )
+        if rates.asked_for >= 1:
+            return f"waiting {clock(rates.asked_for)}: {rates.reason}"
+        if rates.pause() >= 1:
+            return "waiting for --rpm or --tpm"
+        if limiter.held_back:
+            return (
+                f"{limiter.limit} at once, not {limiter.ceiling}: the server refuses "
+                f"{limiter.share:.0%} ({self._reason})"
+            )
+        return ""
 
     def _flush(self) -> None:
         """Stores the completions of this turn of the loop, all in one commit.
@@ -264,81 +391,90 @@ class Job:
                     self._todo.appendleft(Task(task.slot))
                     continue
                 if task.slot.outcome is not None and task.slot.outcome.kind is not None:
-                    self._bad += 1
+                    self._failed_first(task.slot.outcome.message or "")
         except BaseException as error:  # it runs as a callback: nobody else would hear of it
+            self._abandon([task for task, _ in rows])
             self.fatal(error)
         self.engine.pump()
 
     def _fail(self, task: Task, verdict: Verdict) -> None:
         self.intake.failed(task.slot, RecordFailed(verdict.kind, verdict.message))
+        self._failed_first(verdict.message)
+
+    def _failed_first(self, message: str) -> None:
+        """Stops the run where nothing has gone well, and so many records have failed."""
         self._bad += 1
         nothing_went_well = not self.intake.stats.done and not self.intake.stats.cached
         if nothing_went_well and self._bad == max(SUSPICIOUS, self.engine.limiter.limit):
-            self.fatal(
-                RunStopped(f"the first {self._bad} records all failed; the last: {verdict.message}")
-            )
+            self.fatal(RunStopped(f"the first {self._bad} records all failed; the last: {message}"))
 
-    def _retry(self, task: Task, verdict: Verdict, sent_at: float) -> None:
-        now = time.monotonic()
-        limiter = self.engine.limiter
+    def _retry(self, task: Task, verdict: Verdict) -> None:
         if self._stopping:
             self._abandon([task])
             return
-        if verdict.floor is not None and verdict.floor > self.policy.give_up_after:
+        wait, give_up_after = verdict.wait, self.policy.give_up_after
+        if wait is not None and wait > give_up_after:
             self._abandon([task])
             self.fatal(
                 RunStopped(
-                    f"the server asks to wait {verdict.floor:.0f} s, longer than --give-up-after; "
+                    f"the server asks to wait {wait:.0f} s, longer than --give-up-after; "
                     f"run the same command again then ({verdict.message})"
                 )
             )
             return
-        if verdict.busy:
-            limiter.refused(sent_at, verdict.floor)
-        if verdict.gone:
-            self._gone_since = self._gone_since or now
-            self._failures += 1
-            if now - self._gone_since > self.policy.give_up_after:
+        self._note_refusal(task, verdict)
+        if self._outage.down:
+            if self._outage.seconds > min(verdict.patience, give_up_after):
                 self._abandon([task])
+                how = "gone" if verdict.gone else "loading" if verdict.loading else "refuses all"
                 self.fatal(
                     RunStopped(
-                        f"{self.engine.provider.identity()}: gone for "
-                        f"{now - self._gone_since:.0f} s ({verdict.message}); what was answered is "
-                        "kept, run the same command again to go on"
+                        f"{self.engine.provider.address}: {how} for {self._outage.seconds:.0f} s "
+                        f"({verdict.message}); {_GO_ON}"
                     )
                 )
                 return
-        if verdict.gone and task.free_retry and not self._outage:
+            if verdict.unavailable:  # a probe costs the record no try; the next asks for another
+                self.intake.stats.retries += 1
+                self._outage.probed(wait)
+                self._todo.append(task)
+                return
+        if verdict.local or (verdict.gone and task.free_retry):
             task.free_retry = False  # an idle connection that the server had closed
-            self._todo.appendleft(task)
-            return
-        if verdict.gone and self._outage:  # a probe does not cost the record a try
-            self.intake.stats.retries += 1
-            ceiling = min(PROBE_MOST, BACKOFF_SECONDS * 2 ** min(10, self._beyond))
-            self._probe_at = now + max(random.uniform(ceiling / 2, ceiling), verdict.floor or 0.0)
-            self._todo.appendleft(task)
+            self._sleep(task, SLOT_SECONDS)
             return
         task.tries += 1
-        if task.tries > self.policy.retry:
+        task.cuts += verdict.proxy_cut
+        if task.tries > self.policy.retry or task.cuts > 1:  # the model ran for nothing, twice
             self._fail(task, verdict)
             return
         self.intake.stats.retries += 1
-        ceiling = min(BACKOFF_MOST, BACKOFF_SECONDS * 2 ** min(10, task.tries))
-        delay = max(random.uniform(0, ceiling), verdict.floor or 0.0)
-        self._sleeping[task] = asyncio.get_running_loop().call_later(delay, self._again, task)
+        ceiling = min(BACKOFF_MAX, BACKOFF_SECONDS * 2 ** min(10, task.tries))
+        self._sleep(task, max(random.uniform(0, ceiling), wait or 0.0))
 
-    @property
-    def _outage(self) -> bool:
-        """Nothing answers any more: one request at a time finds out when it does."""
-        return self._beyond >= 0
+    def _note_refusal(self, task: Task, verdict: Verdict) -> None:
+        """Tells the limiter, the rates and the outage of a refusal."""
+        engine = self.engine
+        if not verdict.unavailable:
+            return
+        others = engine.busy - 1
+        if verdict.busy and not verdict.loading:
+            self.intake.stats.refusals += 1
+            self._reason = verdict.message
+            engine.limiter.refused(task.sent_at, others)
+            if verdict.wait and verdict.kind == "rate":
+                engine.rates.hold(verdict.wait, f"the server asks for it ({verdict.message})")
+        self._outage.failed(
+            task.slot,
+            verdict.message,
+            engine.limiter.limit,
+            certain=verdict.loading,
+            alone=verdict.gone or others == 0,
+        )
 
-    @property
-    def _beyond(self) -> int:
-        """Failures in a row beyond those that make an outage."""
-        return self._failures - max(5, self.engine.limiter.limit)
-
-    def _until_probe(self) -> float:
-        return self._probe_at - time.monotonic() if self._outage else 0.0
+    def _sleep(self, task: Task, seconds: float) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, self._again, task)
+        self._sleeping[task] = timer
 
     def _again(self, task: Task) -> None:
         del self._sleeping[task]
@@ -371,9 +507,10 @@ class Job:
             self._stopping = True
             for timer in self._sleeping.values():
                 timer.cancel()
-            self._abandon([*self._todo, *self._sleeping])
-            self._todo.clear()
-            self._sleeping.clear()
+            held = [task for task, _ in self._forbidden]
+            self._abandon([*self._todo, *self._sleeping, *held])
+            for waiting in (self._todo, self._sleeping, self._forbidden):
+                waiting.clear()
         self.pump()
 
     def abort(self) -> None:
@@ -389,9 +526,15 @@ class Job:
             log.debug("claims were not given up: %s", error)
 
     def _finish(self) -> None:
-        if not self.drained.is_set():
-            if self._timer is not None:
-                self._timer.cancel()
+        if self.drained.is_set():
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        # Whatever happened, no slot of ours may be waited for.
+        self._abandon([Task(slot) for slot in self._order if slot.outcome is None])
+        if self in self.engine.jobs:
             self.engine.jobs.remove(self)
-            self.drained.set()
-            self.ready.put(None)
+        stats = self.intake.stats
+        stats.in_flight, stats.state = self.engine.busy, ""
+        self.drained.set()
+        self.ready.put(None)

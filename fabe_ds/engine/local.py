@@ -21,12 +21,15 @@ def answer_window(
     What another process is sending is waited for, or taken over when that process ends.
     """
     slots, todo, foreign = intake.take(items)
-    answer(todo)
-    while foreign:
-        todo, foreign = intake.take_over(foreign)
+    try:
         answer(todo)
-        if foreign:
-            time.sleep(POLL_SECONDS)
+        while foreign:
+            todo, foreign = intake.take_over(foreign)
+            answer(todo)
+            if foreign:
+                time.sleep(POLL_SECONDS)
+    finally:  # whatever happened, nothing may wait for what we do not send
+        intake.abandon(slots)
     for slot in slots:
         assert slot.outcome is not None
         yield slot.outcome
@@ -78,18 +81,14 @@ class LocalEngine:
             self.provider.preflight()
             self._checked = True
         requests = [slot.request for slot in slots if slot.request is not None]
-        left, again = set(range(len(slots))), []
-        try:
-            for batch in self.provider.stream(requests):
-                self.intake.stats.requests += len(batch)
-                good = [(slots[i], a) for i, a in batch if isinstance(a, Completion)]
-                self.intake.store(good)
-                for index, answer in batch:
-                    left.discard(index)
-                    if isinstance(answer, RecordFailed):
-                        self.intake.failed(slots[index], answer)
-                    elif not self.intake.answered(slots[index], answer):
-                        again.append(slots[index])
-        finally:
-            self.intake.abandon(slots[index] for index in left)
+        again = []
+        for batch in self.provider.stream(requests):
+            self.intake.stats.requests += len(batch)
+            good = [(slots[i], a) for i, a in batch if isinstance(a, Completion)]
+            self.intake.store(good)
+            for index, answer in batch:
+                if isinstance(answer, RecordFailed):
+                    self.intake.failed(slots[index], answer)
+                elif not self.intake.answered(slots[index], answer):
+                    again.append(slots[index])
         return again

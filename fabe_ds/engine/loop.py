@@ -24,6 +24,7 @@ class LoopThread:
         self.pid = os.getpid()
         self.loop = _new_loop()
         self.ended = False
+        self._closing: set[asyncio.Task[object]] = set()
         self._thread = threading.Thread(target=self._run, name="fabe-ds-engine", daemon=True)
         self._thread.start()
         # A timer that woke the thread once the interpreter is gone would kill the process.
@@ -46,6 +47,19 @@ class LoopThread:
             self.ended = True
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(STOP_SECONDS)
+
+    def finish(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Runs something to its end, or lets the loop's own thread do so later: a finalizer may
+        run on any thread, and the loop cannot wait for itself. After the loop's end it is dropped.
+        """
+        if self.ended or self.pid != os.getpid():  # Python's exit, or a forked child
+            coroutine.close()
+        elif threading.current_thread() is self._thread:
+            task = self.loop.create_task(coroutine)
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        else:
+            self.call(coroutine)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What the coroutine gives, run on the loop; the caller waits."""

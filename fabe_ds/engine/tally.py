@@ -31,12 +31,17 @@ def add_up(left: Iterable[Mapping[str, Any]], into: Stats) -> None:
     """Sets `into` to the sum of workers' counts, each what `Stats.counts` gives."""
     left = list(left)
     for field in fields(Stats):
-        if field.name == "latency":
-            into.latency = Counter()
-            for counts in left:
-                into.latency.update({int(n): count for n, count in counts["latency"].items()})
+        values = [counts[field.name] for counts in left]
+        if field.name == "state":
+            into.state = next(filter(None, values), "")
+        elif field.name in ("latency", "failures"):
+            total: Counter[Any] = Counter()
+            for counts in values:  # the keys of a JSON object are text
+                read = int if field.name == "latency" else str
+                total.update({read(name): count for name, count in counts.items()})
+            setattr(into, field.name, total)
         else:
-            setattr(into, field.name, sum(counts[field.name] for counts in left))
+            setattr(into, field.name, sum(values))
 
 
 @contextlib.contextmanager

@@ -1,117 +1,415 @@
-"""What a server's answer means for its request and for the run."""
+"""What a server's answer means for its request and for the run.
+
+RULES is the table: the first rule that fits an error decides. Statuses alone come last.
+"""
 
 from __future__ import annotations
 
 import email.utils
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from fabe_ds.engine.rates import duration
 from fabe_ds.surrogates import load_json
 
-CONTEXT_CODES = ("context_length_exceeded", "exceed_context_size_error", "string_above_max_length")
-CONTEXT_TEXTS = ("maximum context length", "exceeds the context", "context window")
-QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "insufficient_balance")
-MODEL_CODES = ("model_not_found", "model_not_available")
-_RETRIED = {408, 409, 425, 429}
 _MESSAGE_LENGTH = 500
+PROXY_SECONDS = 1.0
+"""A gateway's timeout that comes later than this has cut an answer; sooner, nobody was there."""
+QUOTA_SECONDS = 90.0
+"""A quota that is full for longer than any minute is used up."""
+RECENT_SECONDS = 60.0
+"""An account that had an answer so long ago is not empty: it is asked too fast."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`action`: retry (this request again), fail (this record), stop (the run).
+    """What is to be done with a request that was not answered.
 
-    `floor`: seconds that the server asks to wait, for every request to it. `busy`: the server has
-    more to do than it can. `gone`: nothing that speaks the protocol answered. `refused`: it said
-    no before any model ran.
+    `action`: retry (this request again), fail (this record), stop (the run). `kind` is the class
+    in the failures file. `wait`: seconds that the server asks for. `busy`: it has more to do than
+    it can. `gone`: nothing that speaks the protocol answered. `loading`: its model is not ready.
+    `refused`: it said no before any model ran. `doubtful`: whether it holds for the run or for
+    this request shows by what became of others (`in_context`). `proxy_cut`: a proxy cut the
+    answer, so the model ran for nothing. `local`: this machine is why.
+    `patience`: seconds after which it will not pass. `lesson`: how the body is to be sent instead.
     """
 
     action: str
     kind: str
     message: str
-    floor: float | None = None
+    wait: float | None = None
     busy: bool = False
     gone: bool = False
+    loading: bool = False
     refused: bool = False
+    doubtful: bool = False
+    proxy_cut: bool = False
+    local: bool = False
+    patience: float = math.inf
+    lesson: Mapping[str, str] | None = None
+
+    @property
+    def unavailable(self) -> bool:
+        """Whether the server, and not this request, is why."""
+        return self.gone or self.busy or self.loading
 
 
-def judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
-    """The verdict on an answer that holds no completion."""
-    return replace(_judge(status, headers, body), refused=True)
+class ServerError(NamedTuple):
+    """An error as a server tells it: `codes` are its codes and types, as text in lower case."""
+
+    message: str
+    codes: frozenset[str] = frozenset()
+    parameter: str | None = None
+    wait: float | None = None
+    moderated: bool = False
+    is_page: bool = False
 
 
-def _judge(status: int, headers: Mapping[str, str], body: bytes) -> Verdict:
-    message, codes = read_error(body)
-    message = message.removeprefix(f"{status}: ")
-    text = f"{status}: {message}" if message else f"HTTP status {status}"
-    floor = retry_after(headers)
-    if codes & set(QUOTA_CODES) or status == 402:
-        return Verdict("stop", "quota", f"the quota is used up ({text})")
-    if status in (401, 403):
-        return Verdict("stop", "key", f"the key is not accepted ({text})")
+class Rule(NamedTuple):
+    """An error fits where its status is among `statuses` (none: any), and one of its codes or its
+    message matches. `seen` says at which servers."""
+
+    verdict: Verdict
+    seen: str
+    statuses: frozenset[int] = frozenset()
+    codes: str = ""
+    texts: str = ""
+
+    def fits(self, status: int, error: ServerError) -> bool:
+        if self.statuses and status not in self.statuses:
+            return False
+        if not self.codes and not self.texts:
+            return True
+        by_code = bool(self.codes) and any(re.fullmatch(self.codes, code) for code in error.codes)
+        return by_code or bool(self.texts and re.search(self.texts, error.message, re.IGNORECASE))
+
+
+_RATE = Verdict("retry", "rate", "{text}", busy=True)
+_BUSY = Verdict("retry", "server", "{text}", busy=True)
+_LOADING = Verdict("retry", "loading", "the model is loading ({text})", busy=True, loading=True)
+_REFUSED = Verdict("fail", "refused", "the server refused the record's text ({text})")
+_CONTEXT = Verdict("fail", "context", "{text}")
+_QUOTA = Verdict("stop", "quota", "the quota is used up ({text})")
+_KEY = Verdict("stop", "key", "the key is not accepted ({text})")
+_MODEL = Verdict("stop", "model", "the model is not there ({text})")
+_REGION = Verdict("stop", "region", "the server does not serve this place ({text})")
+_URL = Verdict("stop", "url", "{text}; does --base-url end in /v1, with nothing behind it?")
+_RETRY = Verdict("retry", "server", "{text}")
+
+RULES: tuple[Rule, ...] = (
+    Rule(_KEY, "all", statuses=frozenset({401})),
+    # Who is asked too fast may say so with an empty account's code, and what is too long for a
+    # minute with a context's words: these first.
+    Rule(
+        _RATE,
+        "DashScope, Zhipu, MiniMax, Moonshot, Volcengine, Baidu, OpenAI",
+        codes=r"throttling(\..*)?|limit_requests|limit_burst_rate|rate_limit\w*|\w+_rate_limit\w*"
+        r"|ratelimitexceeded.*|requestbursttoofast|130[235]|1002|1041|too_many_requests",
+    ),
+    Rule(
+        _LOADING,
+        "llama.cpp, Hugging Face, Ollama, Volcengine",
+        codes=r"modelloadingerror|model_loading|loading",
+        texts=r"loading model|(currently|still|is) loading|model is (starting|warming)|no models? "
+        r"(is |are )?loaded|llm server loading",
+    ),
+    Rule(
+        _REFUSED,
+        "DashScope, Azure, Zhipu, Moonshot, MiniMax, DeepSeek, Volcengine, Baidu, xAI, one-api",
+        codes=r"data_?inspection_?failed|content_filter|content_policy\w*|responsibleaipolicy\w*"
+        r"|130[01]|102[67]|system_unsafe|user_setting_unsafe|\w*sensitivecontent\w*(\..*)?"
+        r"|\w+textriskdetection|sensitive_words_detected|prompt_blocked|sensitive_check_error"
+        r"|invalid_prompt|moderation\w*|customroleblocked|refusal",
+        texts=r"content exists risk|violates usage guidelines|considered high risk"
+        r"|input was flagged|new_sensitive|flagged (as|for|by)|不安全或敏感"
+        r"|content management policy",
+    ),
+    Rule(
+        replace(_QUOTA, doubtful=True),
+        "DashScope and Gemini say it of a minute, OpenAI of an empty account",
+        codes=r"insufficient_quota|quotaexceeded|1310|1308|2056",
+        texts=r"exceeded your current quota(?!.*billing)",
+    ),
+    Rule(
+        _QUOTA,
+        "OpenAI, MiniMax, Moonshot, Zhipu, SiliconFlow, DashScope, Volcengine, Anthropic, xAI",
+        codes=r"billing\w*|insufficient_(user_quota|balance\w*|funds|credits?)|credit_\w+"
+        r"|exceeded_current_quota_error|1008|111[03]|1112|1121|1309|30001|arrearage"
+        r"|accountoverdueerror|\w+billoverdue|accessdenied\.unpurchased|allocationquota\.\w+"
+        r"|commoditynotpurchased|resourceunavailable\.(inarrears|lowbalance)"
+        r"|pre_consume_token_quota_failed",
+        texts=r"insufficient balance|balance is (insufficient|too low)|credit balance|余额不足|欠费"
+        r"|out of credits?|all available credits|monthly spending limit|free allocated quota"
+        r"|check your plan and billing|paid balance",
+    ),
+    Rule(_QUOTA, "OpenRouter, DeepSeek, others", statuses=frozenset({402})),
+    Rule(
+        _CONTEXT,
+        "OpenAI, vLLM, SGLang, llama.cpp, LM Studio, Ollama, TGI, DashScope, Moonshot, MiniMax, "
+        "Anthropic, Gemini, Mistral, Groq, Together, xAI, Bedrock, Baidu, Volcengine",
+        statuses=frozenset({200, 400, 404, 413, 422, 500}),
+        codes=r"context_length_exceeded|exceed_context_size_error|string_above_max_length"
+        r"|string_too_long|tokens_too_long|characters_too_long|outofcontexterror|1261"
+        r"|request_too_large",
+        texts=r"maximum context length|exceeds the context|context window|maximum model length"
+        r"|model'?s context length|available context size|max(imum)? context|input length exceeds"
+        r"|greater than the context|truncate prompt with n_keep|context size has been exceeded"
+        r"|keep the first \d+ tokens|inputs` (tokens|must)|range of input length should"
+        r"|(exceeds?|exceeded) model token limit|input token (length|count)|prompt is too long"
+        r"|maximum prompt length|reduce the length of the messages|input is too long"
+        r"|message token length exceed",
+    ),
+    Rule(
+        _REGION,
+        "OpenAI, Gemini",
+        codes=r"unsupported_country_region_territory",
+        texts=r"user location is not supported|country, region, or territory not supported",
+    ),
+    Rule(
+        _MODEL,
+        "OpenAI, vLLM, Ollama, DashScope, DeepSeek, Zhipu, SiliconFlow, Volcengine, OpenRouter",
+        statuses=frozenset({200, 400, 404, 410}),
+        codes=r"model_?not_?(found|available|supported|open)|1211|20012|deploymentnotfound"
+        r"|invalidendpointormodel\.notfound|invalidendpoint\.closedendpoint",
+        texts=r"model.{0,80}(does not exist|not found|not exist|is not (there|a valid))"
+        r"|not a valid model|unknown model|no endpoints found",
+    ),
+    Rule(_MODEL, "others", statuses=frozenset({404}), texts=r"model"),
+    Rule(
+        _KEY,
+        "all with 401; Gemini with 400, MiniMax with 200",
+        codes=r"invalid_?api_?key|1004|2049|100[03]|invalid_authentication_error"
+        r"|incorrect_api_key_error|authenticationerror|invalid_iam_token",
+        texts=r"api key not valid",
+    ),
+    Rule(
+        _URL,
+        "LM Studio, with 200",
+        statuses=frozenset({200, 400, 404, 405, 500}),
+        texts=r"unexpected endpoint or method",
+    ),
+    # By their statuses alone.
+    Rule(replace(_KEY, doubtful=True), "all", statuses=frozenset({403})),
+    Rule(_RATE, "all", statuses=frozenset({429})),
+    Rule(
+        _BUSY, "all; Anthropic, OpenRouter and Cloudflare with 529", statuses=frozenset({503, 529})
+    ),
+    Rule(
+        replace(_RETRY, gone=True),
+        "proxies; Cloudflare with 52x",
+        statuses=frozenset({502, 504, 520, 521, 522, 523, 524, 525, 526, 530}),
+    ),
+    Rule(_RETRY, "all", statuses=frozenset({408, 409, 425})),
+)
+_PROXY_TIMEOUTS = (408, 504, 524)
+_PROXY_CUT = Verdict(
+    "retry",
+    "proxy",
+    "a proxy cut the answer after {seconds:.0f} s ({text}); fewer --max-new-tokens, or --stream",
+    proxy_cut=True,
+)
+
+
+def judge(status: int, headers: Mapping[str, str], body: bytes, seconds: float = 0.0) -> Verdict:
+    """The verdict on an answer that holds no completion and came after so many seconds."""
+    return judge_error(status, read_error(body), headers, seconds)
+
+
+def judge_error(
+    status: int, error: ServerError, headers: Mapping[str, str], seconds: float = 0.0
+) -> Verdict:
+    message = error.message.removeprefix(f"{status}: ")
+    if status == 200:
+        text = message or "an error without a message"
+    else:
+        text = f"{status}: {message}" if message else f"HTTP status {status}"
+    found = _find(status, error, headers, seconds)
+    filled = found.message.format(text=text, seconds=seconds)
+    waits = [wait for wait in (retry_after(headers), error.wait) if wait is not None]
+    wait = max(waits, default=None) if found.action == "retry" or found.doubtful else None
+    return replace(found, message=filled, wait=wait, refused=not found.proxy_cut)
+
+
+def _find(status: int, error: ServerError, headers: Mapping[str, str], seconds: float) -> Verdict:
     if 300 <= status < 400:
-        where = headers.get("Location", "elsewhere")
+        where = headers.get("Location", "elsewhere").replace("{", "{{").replace("}", "}}")
         return Verdict("stop", "redirect", f"the server redirects to {where}; use that --base-url")
-    lowered = message.lower()
-    if codes & set(CONTEXT_CODES) or any(text in lowered for text in CONTEXT_TEXTS):
-        return Verdict("fail", "context", text)
-    if status == 429:
-        return Verdict("retry", "rate", text, floor, busy=True)
-    if status in _RETRIED or status >= 500:
-        busy = status in (503, 529)
-        return Verdict("retry", "server", text, floor, busy, gone=status in (502, 504))
-    if codes & set(MODEL_CODES) or (status == 404 and "model" in lowered):
-        return Verdict("stop", "model", f"the model is not there ({text})")
-    if status == 404 and (message.rstrip(".").lower() == "not found" or _is_page(body)):
-        hint = "does --base-url end in /v1, with nothing behind it?"
-        return Verdict("stop", "url", f"{text}; {hint}")
-    return Verdict("fail", "rejected", text)
+    if status in _PROXY_TIMEOUTS and seconds > PROXY_SECONDS:
+        return _PROXY_CUT
+    if error.moderated or (status == 403 and error.is_page and error.message):
+        return _REFUSED
+    for rule in RULES:
+        if rule.fits(status, error):
+            return rule.verdict
+    if status == 404 and (error.message.rstrip(".").lower() == "not found" or error.is_page):
+        return _URL
+    if status >= 500 or status == 200:
+        return _RETRY
+    return Verdict("fail", "rejected", "{text}")
 
 
-def _is_page(body: bytes) -> bool:
-    """Whether a server without such a path answers, and none that speaks of a model or record."""
-    return body.lstrip()[:1] not in (b"{", b"[")
+def in_context(verdict: Verdict, answered_ago: float | None) -> Verdict:
+    """A doubtful verdict in the light of others: `answered_ago` is the seconds since the latest
+    answer that the same key got, None where it never got one."""
+    if not verdict.doubtful:
+        return verdict
+    if verdict.kind == "quota":
+        recent = answered_ago is not None and answered_ago <= RECENT_SECONDS
+        if recent or verdict.wait is not None:
+            message = verdict.message.replace("the quota is used up", "asked too fast")
+            return replace(
+                verdict,
+                action="retry",
+                kind="rate",
+                busy=True,
+                doubtful=False,
+                patience=QUOTA_SECONDS,
+                message=message,
+            )
+        return replace(verdict, doubtful=False)
+    if answered_ago is None:
+        return verdict
+    message = verdict.message.replace(
+        "the key is not accepted", "the server refused this record, and took the key for others"
+    )
+    return replace(verdict, action="fail", kind="refused", doubtful=False, message=message)
 
 
 def judge_payload(payload: Any, headers: Mapping[str, str], body: bytes) -> Verdict | None:
     """The verdict on a 200 whose body says that it is an error; None where it does not."""
     if not isinstance(payload, Mapping):
         return Verdict("retry", "malformed", "the answer is not a JSON object")
-    error = payload.get("error")
-    if not error:
-        return None
-    code = error.get("code") if isinstance(error, Mapping) else None
-    if isinstance(code, int) and 400 <= code < 600:
-        return judge(code, headers, body)
-    return judge(500, headers, body)
+    inside: Any = payload.get("error")
+    choices = payload.get("choices")
+    if not inside and isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
+        inside = choices[0].get("error")  # as OpenRouter tells of a fault in the middle
+        payload = {"error": inside}
+    base = payload.get("base_resp")
+    failed = isinstance(base, Mapping) and base.get("status_code") not in (0, None)
+    if not inside and not failed and payload.get("object") != "error":
+        if choices or "message" in payload or "response" in payload:
+            return None
+        # A flat error beside no choices at all: a code, and words.
+        if payload.get("code") in (None, 0, "0", 200, "200") or "choices" in payload:
+            return None
+    error = error_of(payload)
+    return judge_error(_status_in(error), error, headers)
 
 
-def read_error(body: bytes) -> tuple[str, set[str]]:
-    """A server's own message, and the codes and types it gives with it."""
+def _status_in(error: ServerError) -> int:
+    """The HTTP status that an error's codes name, else 200: the server said that all was well."""
+    statuses = (int(code) for code in sorted(error.codes) if code.isdecimal() and len(code) == 3)
+    return next((status for status in statuses if 400 <= status < 600), 200)
+
+
+def read_error(body: bytes) -> ServerError:
+    """What a server says of an error, in whichever of the usual shapes."""
     try:
         payload = load_json(body)
     except (ValueError, RecursionError):
         text = body[:_MESSAGE_LENGTH].decode("utf-8", "replace").strip()
-        return ("an HTML page" if text.startswith("<") else text), set()
+        is_page = text.startswith("<")
+        cut_off = text.startswith(("{", "["))
+        return ServerError("an HTML page" if is_page else text, is_page=not cut_off)
+    return error_of(payload)
+
+
+def error_of(payload: Any) -> ServerError:
+    """The error in a JSON body."""
     if isinstance(payload, list) and payload:  # as Gemini's servers wrap it
         payload = payload[0]
     if not isinstance(payload, Mapping):
-        return str(payload)[:_MESSAGE_LENGTH], set()
-    error = payload.get("error", payload)
+        return ServerError(_short(payload))
+    error = payload.get("error") or payload
     if not isinstance(error, Mapping):
-        return str(error)[:_MESSAGE_LENGTH], set()
-    codes = {str(error[name]) for name in ("code", "type") if error.get(name)}
-    message = error.get("message") or error.get("detail") or payload.get("detail") or ""
-    return " ".join(str(message).split())[:_MESSAGE_LENGTH], codes
+        flat = [str(payload["code"]).lower()] if payload.get("code") else []
+        return ServerError(_short(error), frozenset(flat), wait=_wait_in(payload, str(error)))
+    parts = [
+        part
+        for part in (error, payload.get("base_resp"), error.get("innererror"), payload)
+        if isinstance(part, Mapping)
+    ]
+    names = ("code", "type", "status", "status_code", "error_type", "http_code")
+    codes = {str(part[name]).lower() for part in parts for name in names if part.get(name)}
+    metadata = error.get("metadata")
+    moderated = isinstance(metadata, Mapping) and bool(
+        {"reasons", "flagged_input"} & metadata.keys()
+    )
+    message = _message(parts)
+    parameter = error.get("param")
+    return ServerError(
+        _short(message),
+        frozenset(codes),
+        parameter if isinstance(parameter, str) else _refused_location(payload),
+        _wait_in(error, str(message)),
+        moderated,
+    )
+
+
+def _message(parts: list[Mapping[str, Any]]) -> Any:
+    for part in parts:
+        for name in ("message", "msg", "status_msg", "detail", "error_msg", "error_description"):
+            said = part.get(name)
+            if isinstance(said, list):  # as FastAPI lists what is wrong with a body
+                said = "; ".join(
+                    f"{'.'.join(map(str, entry.get('loc', ())))}: {entry.get('msg', '')}"
+                    for entry in said
+                    if isinstance(entry, Mapping)
+                )
+            if said:
+                return said
+    return ""
+
+
+def _refused_location(payload: Mapping[str, Any]) -> str | None:
+    """The field of the body that FastAPI complains of."""
+    detail = payload.get("detail")
+    if isinstance(detail, list) and detail and isinstance(detail[0], Mapping):
+        where = detail[0].get("loc")
+        if isinstance(where, list) and len(where) > 1:
+            return str(where[1])
+    return None
+
+
+def _short(message: Any) -> str:
+    return " ".join(str(message).split())[:_MESSAGE_LENGTH]
+
+
+_wait_text = re.compile(
+    r"(?:try|retry)(?: again)? (?:in|after) ((?:\d+(?:\.\d+)?\s*(?:ms|h|m|s|d)[a-z]*\s*)+)",
+    re.IGNORECASE,
+)
+
+
+def _wait_in(error: Mapping[str, Any], message: str) -> float | None:
+    """Seconds that the body asks to wait.
+
+    Sources: google.rpc.RetryInfo (`retryDelay`) in details; `estimated_time` of Hugging Face's
+    inference servers; the words of OpenAI, Azure, Groq and Gemini.
+    """
+    waits = []
+    details = error.get("details")
+    for detail in details if isinstance(details, list) else ():
+        if isinstance(detail, Mapping) and isinstance(detail.get("retryDelay"), str):
+            waits.append(duration(detail["retryDelay"]))
+    for name, scale in (("retry_after_ms", 0.001), ("retry_after", 1.0)):
+        value = error.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            waits.append(value * scale)
+    if found := _wait_text.search(message):
+        waits.append(duration(found[1]))
+    return max(waits, default=None) or None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks to wait: retry-after-ms, or Retry-After in seconds or as a date.
 
-    Source: RFC 9110, section 10.2.3; retry-after-ms as OpenAI's servers send it. What is no
-    positive number is no wish.
+    Source: RFC 9110, section 10.2.3; retry-after-ms as OpenAI's servers send it. Anything but a
+    number of at least 0 is ignored.
     """
     for name, scale in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
         value = headers.get(name)

@@ -16,6 +16,7 @@ GROUP = "fabe_ds.validators"
 
 Check = Callable[[str], str | None]
 """What is wrong with a text, in words for the model; None where nothing is."""
+_LITERALS = (ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.JoinedStr)
 
 
 def build_check(spec: str) -> Check:
@@ -46,11 +47,15 @@ def _python_syntax(text: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(text)
+            tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         reason = getattr(error, "msg", None) or str(error)
         return f"not valid Python: {reason}" + (f" (line {line})" if line else "")
+    # Code that a model has put into JSON, or between quotes for fences, is Python too.
+    values = [node.value if isinstance(node, ast.Expr) else node for node in tree.body]
+    if values and all(isinstance(value, _LITERALS) for value in values):
+        return "not code, but a bare literal"
     return None
 
 

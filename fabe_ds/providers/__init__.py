@@ -3,13 +3,13 @@
 from fabe_ds.providers.base import (
     Completion,
     Endpoint,
-    HttpProvider,
     LocalProvider,
     Provider,
     Request,
     Requirement,
     Sampling,
 )
+from fabe_ds.providers.http import HttpProvider
 from fabe_ds.providers.registry import build_provider, provider_class, provider_names
 
 __all__ = [

@@ -6,15 +6,13 @@ Sending policy (limits, retries, cache) stands around providers, once, in `fabe_
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import urlsplit
 
-from fabe_ds.errors import FabeError, RecordFailed, RunStopped, UsageError
+from fabe_ds.errors import FabeError, RecordFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +29,11 @@ class Sampling:
     @property
     def samples(self) -> bool:
         return self.temperature > 0 if self.do_sample is None else self.do_sample
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same request has the same answer: greedy, or with a seed."""
+        return not self.samples or self.seed is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ class Request(NamedTuple):  # built for every record, so a tuple: a third of a f
 
 
 class Completion(NamedTuple):
-    """What a model answered, as it came. `finish_reason`: stop, length, content_filter or None."""
+    """What a model answered, as it came. `finish_reason`: the server's own word for how it ended
+    (providers/finish.py says what each means), or None."""
 
     text: str
     finish_reason: str | None = None
@@ -134,6 +138,15 @@ class Provider(ABC):
         sent = [self.name, self.identity(), self.body(request), request.sample]
         return hashlib.sha256(_canonical(sent).encode()).digest()
 
+    def key_without_limit(self, request: Request) -> bytes:
+        """The same for requests that differ in nothing but their limit on new tokens."""
+        sampling = replace(request.sampling, max_new_tokens=0)
+        return self.key(request._replace(sampling=sampling))
+
+    def lost_prompt(self, request: Request, completion: Completion) -> str | None:
+        """What says that the model has not seen the whole prompt, or None."""
+        return None
+
     def preflight(self) -> None:  # noqa: B027 - most have nothing to check
         """Checks, before the first record is spent, that the model can be reached.
 
@@ -166,72 +179,6 @@ class LocalProvider(Provider):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             yield list(zip(batch, self.complete([requests[i] for i in batch]), strict=True))
-
-
-class HttpProvider(Provider):
-    """A model behind an HTTP endpoint: two pure functions, `body` and `completion`."""
-
-    default_base_url: ClassVar[str]
-
-    def __init__(self, endpoint: Endpoint, api_key: str | None = None) -> None:
-        """Raises: UsageError where the base URL is no address."""
-        super().__init__(endpoint)
-        self._api_key = api_key
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"--base-url {self.identity()}: write http://HOST:PORT/v1")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.endpoint!r})"
-
-    @property
-    def base_url(self) -> str:
-        return (self.endpoint.base_url or self.default_base_url).rstrip("/")
-
-    def identity(self) -> str:
-        return without_userinfo(self.base_url)
-
-    @abstractmethod
-    def path(self, request: Request) -> str:
-        """Where the request is posted, below the base URL."""
-
-    @abstractmethod
-    def completion(self, payload: Mapping[str, Any]) -> Completion:
-        """Reads one answer.
-
-        Raises: MalformedResponse where it does not follow the protocol, RecordFailed where the
-        model refused.
-        """
-
-    def refuse_open_key(self) -> None:
-        """Raises: RunStopped where the key would go over the network for all to read."""
-        parts = urlsplit(self.base_url)
-        if self._api_key and parts.scheme == "http" and not _is_private(parts.hostname or ""):
-            raise RunStopped(
-                f"{self.identity()}: the key would be sent unencrypted; use an https:// --base-url"
-            )
-
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-
-    def shown(self, request: Request) -> str:
-        where = without_userinfo(self.base_url + self.path(request))
-        return f"POST {where}\n{super().shown(request)}"
-
-
-def _is_private(host: str) -> bool:
-    """Whether a host is this machine, or in the local network by its look."""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return host == "localhost" or "." not in host or host.endswith((".local", ".internal"))
-
-
-def without_userinfo(url: str) -> str:
-    """The address without the user and password it may hold."""
-    scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def token_count(usage: Any, key: str) -> int | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
-import requests
-
+from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped
-from fabe_ds.providers.base import Completion, HttpProvider, Request, token_count
+from fabe_ds.providers.base import Completion, Request, token_count
+from fabe_ds.providers.http import PREFLIGHT_SECONDS, HttpProvider
+
+_PORT = 11434
+_LONG_PROMPT, _CHARACTERS_A_TOKEN = 2000, 8.0
+_run = re.compile(r"(\W)\1+")
 
 
 class OllamaProvider(HttpProvider):
@@ -20,6 +26,24 @@ class OllamaProvider(HttpProvider):
     name = "ollama"
     needs = "an Ollama server (--base-url, default http://localhost:11434)"
     default_base_url: ClassVar[str] = "http://localhost:11434"
+    base_url_variables = ("OLLAMA_HOST",)
+
+    @classmethod
+    def base_url_of(cls, text: str) -> str:
+        """OLLAMA_HOST as Ollama reads it: without a scheme the port is 11434, and the address that
+        a server listens on everywhere is reached on this machine."""
+        text = text.strip()
+        if "://" not in text:
+            host = text.partition("/")[0]
+            if host.count(":") > 1 and not host.startswith("["):  # IPv6 without brackets
+                text = f"[{host}]"
+            elif host.startswith(":"):
+                text = f"127.0.0.1{text}"
+            text = f"http://{text}"
+            parts = urlsplit(text)
+            if parts.port is None:
+                text = f"http://{parts.netloc}:{_PORT}{parts.path}"
+        return text.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
 
     def path(self, request: Request) -> str:
         return "/api/chat" if request.chat else "/api/generate"
@@ -42,6 +66,23 @@ class OllamaProvider(HttpProvider):
             return {**body, "messages": request.messages, "truncate": False}
         return {**body, "prompt": request.plain, "raw": True}
 
+    def sent(self, body: Mapping[str, Any], learned: Mapping[str, str]) -> Mapping[str, Any]:
+        # Without it an answer that outgrows the context pushes the prompt out, and goes on.
+        return {**super().sent(body, learned), "shift": False}
+
+    def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        texts = []
+        for chunk in chunks:
+            if chunk.get("error"):
+                return chunk
+            message = chunk.get("message")
+            part = message.get("content") if isinstance(message, Mapping) else chunk.get("response")
+            texts.append(part if isinstance(part, str) else "")
+        if not chunks[-1].get("done"):
+            raise MalformedResponse("the stream broke off before its end")
+        whole = "".join(texts)
+        return {**chunks[-1], "message": {"content": whole}, "response": whole}
+
     def completion(self, payload: Mapping[str, Any]) -> Completion:
         message = payload.get("message")
         text = message.get("content") if isinstance(message, Mapping) else payload.get("response")
@@ -57,17 +98,32 @@ class OllamaProvider(HttpProvider):
             token_count(payload, "eval_count"),
         )
 
+    def lost_prompt(self, request: Request, completion: Completion) -> str | None:
+        """Servers that do not know `truncate` and `shift` (before 0.12.6) cut the prompt and say
+        nothing: what shows is that they counted far too few tokens for it."""
+        count, text = completion.prompt_tokens, request.plain
+        if not count or len(text) < _LONG_PROMPT:
+            return None
+        if len(_run.sub(r"\1", text)) < _CHARACTERS_A_TOKEN * count:
+            return None
+        return (
+            f"the server read {count} tokens of a prompt of {len(text)} characters, so its "
+            "context (num_ctx) is too small; raise OLLAMA_CONTEXT_LENGTH where it is started"
+        )
+
     def preflight(self) -> None:
-        self.refuse_open_key()
-        where = self.identity()
+        import requests
+
+        where = self.address
         try:
-            answer = requests.get(f"{self.base_url}/api/tags", headers=self.headers(), timeout=10)
+            answer = network.get(where.url("/api/tags"), self.headers(), PREFLIGHT_SECONDS)
             models = [model["name"] for model in answer.json()["models"]]
-        except requests.exceptions.ConnectionError:
-            raise RunStopped(
-                f"{where}: no Ollama server answers there; start it with `ollama serve`, or give "
-                "its --base-url"
-            ) from None
+        except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+            hint = (
+                "no Ollama server answers there; start it with `ollama serve`, or give its "
+                "--base-url"
+            )
+            raise self.unreachable(error, hint) from None
         except (requests.exceptions.RequestException, ValueError, KeyError, TypeError):
             raise RunStopped(f"{where}: answers, but not as an Ollama server does") from None
         wanted = self.endpoint.model

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import requests
-
+from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
-from fabe_ds.providers.base import Completion, HttpProvider, Request, token_count
+from fabe_ds.providers.base import Completion, Request, token_count
+from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
+
+_LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
+_AZURE = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 
 
 class OpenAIProvider(HttpProvider):
     """POST {base_url}/chat/completions, or /completions where no chat template is wanted.
 
-    Source: OpenAI API reference, "Create chat completion" and "Create completion".
+    Source: OpenAI API reference, "Create chat completion" and "Create completion"; Azure OpenAI
+    REST API reference (the query behind the deployment's address, the header `api-key`).
     """
 
     name = "openai"
     needs = "an OpenAI-compatible server (--base-url); a key from --api-key or OPENAI_API_KEY"
     default_base_url: ClassVar[str] = "https://api.openai.com/v1"
+    base_url_variables = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+    key_variable = "OPENAI_API_KEY"
 
     def path(self, request: Request) -> str:
         return "/chat/completions" if request.chat else "/completions"
+
+    def key_headers(self, key: str) -> dict[str, str]:
+        azure = self.address.host.endswith(_AZURE) or "api-version=" in self.address.parts.query
+        if azure and not key.startswith("eyJ"):  # a token of Entra ID goes as everywhere
+            return {"api-key": key}
+        return super().key_headers(key)
 
     def body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -32,8 +46,9 @@ class OpenAIProvider(HttpProvider):
         else:
             body["prompt"] = request.plain
         # OpenAI's reasoning models know the limit by its new name only, other servers by the old.
+        # Where it turns out to be otherwise, `sent` renames it and the key stays.
         newer = self.base_url == self.default_base_url and request.chat
-        body["max_completion_tokens" if newer else "max_tokens"] = sampling.max_new_tokens
+        body[_NEW_LIMIT if newer else _LIMIT] = sampling.max_new_tokens
         body["temperature"] = sampling.temperature if sampling.samples else 0.0
         if sampling.top_p is not None and sampling.samples:
             body["top_p"] = sampling.top_p
@@ -42,6 +57,25 @@ class OpenAIProvider(HttpProvider):
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         return body
+
+    def sent(self, body: Mapping[str, Any], learned: Mapping[str, str]) -> Mapping[str, Any]:
+        renamed = dict(super().sent(body, learned))
+        stream = learned.get(STREAM, "false")
+        if stream:  # some gateways stream where nothing is said
+            renamed[STREAM] = stream == "true"
+        return renamed
+
+    def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
+        if name == _LIMIT:
+            return _LIMIT, _NEW_LIMIT
+        if name == _NEW_LIMIT:
+            return _NEW_LIMIT, _LIMIT
+        if name == "temperature" and sent.get(name) == 0.0:
+            return name, ""
+        if name == STREAM:
+            wanted = re.search(r"only|must|require|non-?stream|enable_thinking", message, re.I)
+            return name, "true" if wanted and not sent.get(STREAM) else ""
+        return None
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:
         choices = payload.get("choices")
@@ -55,32 +89,59 @@ class OpenAIProvider(HttpProvider):
             raise RecordFailed("refused", f"the model refused: {message['refusal']}")
         content = message["text"] if "text" in message else message.get("content")
         usage = payload.get("usage")
+        reason = choice.get("finish_reason")
         return Completion(
             _text(content),
-            choice.get("finish_reason"),
+            reason if isinstance(reason, str | None) else json.dumps(reason),
             token_count(usage, "prompt_tokens"),
             token_count(usage, "completion_tokens"),
         )
 
+    def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        texts: list[str] = []
+        whole: dict[str, Any] = {}
+        message: dict[str, Any] = {}
+        reason: Any = None
+        for chunk in chunks:
+            if chunk.get("error"):
+                return chunk
+            if chunk.get("usage"):
+                whole["usage"] = chunk["usage"]
+            choices = chunk.get("choices")
+            if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
+                continue
+            choice = choices[0]
+            if choice.get("error"):
+                return chunk
+            reason = choice.get("finish_reason") or reason
+            part = choice.get("delta") or choice.get("message") or choice
+            if isinstance(part, Mapping):
+                texts.append(_text(part["text"] if "text" in part else part.get("content")))
+                if part.get("refusal"):
+                    message["refusal"] = message.get("refusal", "") + str(part["refusal"])
+        if reason is None:
+            raise MalformedResponse("the stream broke off before its end")
+        choice = {"message": {"content": "".join(texts), **message}, "finish_reason": reason}
+        return {**whole, "choices": [choice]}
+
     def preflight(self) -> None:
-        self.refuse_open_key()
+        import requests
+
         try:
-            answer = requests.get(
-                f"{self.base_url}/models", headers=self.headers(), timeout=10, allow_redirects=False
-            )
-        except requests.exceptions.SSLError:
+            answer = network.get(self.address.url("/models"), self.headers(), PREFLIGHT_SECONDS)
+        except requests.exceptions.RequestException as error:
+            hint = "no server answers there; start it, or give its --base-url"
+            raise self.unreachable(error, hint) from None
+        # A key that may not list models (403, or a scope that is named) may complete chats.
+        if answer.status_code == 401 and not _lacks_scope(answer.text):
             raise RunStopped(
-                f"{self.identity()}: the server's certificate is not accepted"
-            ) from None
-        except requests.exceptions.RequestException:
-            raise RunStopped(
-                f"{self.identity()}: no server answers there; start it, or give its --base-url"
-            ) from None
-        if answer.status_code in (401, 403):
-            raise RunStopped(
-                f"{self.identity()}: the key is not accepted ({answer.status_code}); give it with "
+                f"{self.address}: the key is not accepted ({answer.status_code}); give it with "
                 "--api-key or OPENAI_API_KEY"
             )
+
+
+def _lacks_scope(text: str) -> bool:
+    return bool(re.search(r"scope|insufficient permission|not allowed to list", text, re.I))
 
 
 def _text(content: Any) -> str:

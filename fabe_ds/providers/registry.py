@@ -6,7 +6,8 @@ import difflib
 from importlib.metadata import entry_points
 
 from fabe_ds.errors import UsageError
-from fabe_ds.providers.base import Endpoint, HttpProvider, Provider, Requirement
+from fabe_ds.providers.base import Endpoint, Provider, Requirement
+from fabe_ds.providers.http import HttpProvider
 
 GROUP = "fabe_ds.providers"
 

@@ -50,6 +50,7 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
     output, place = config.output_path or DEFAULT_OUTPUT, table_place(config)
     status = config.status_field or STATUS
     transform = Transform(config.model_copy(update={"on_error": "keep", "status_field": status}))
+    config = config.model_copy(update={"base_url": transform.config.base_url})
     dataset = load_table(config)
     _check_columns(dataset, transform)
     try:
@@ -171,6 +172,9 @@ def _result(
         seconds=time.monotonic() - started,
         requests=stats.requests if transform.provider.cached else 0,
         retries=stats.retries,
+        refusals=stats.refusals,
+        reasks=stats.reasks,
+        hedged=stats.hedged,
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
         cost=stats.cost,

@@ -217,7 +217,12 @@ FAULTS: dict[str, Fault] = {
     "H10 429 with garbage": Fault(status(429, Retry_After="soon"), "again"),
     "H10 429 with a negative": Fault(status(429, Retry_After="-5"), "again"),
     "H10 429 with nan": Fault(status(429, Retry_After="nan"), "again"),
-    "H11 quota": Fault(status(429, name="insufficient_quota"), "stop", says="quota is used up"),
+    "H11 quota": Fault(
+        status(429, "check your plan and billing details", name="insufficient_quota"),
+        "stop",
+        says="quota is used up",
+    ),
+    "A4 a minute's quota": Fault(status(429, name="insufficient_quota"), "again"),
     "H12 500": Fault(status(500), "again"),
     "H12 502": Fault(status(502), "again"),
     "H12 503": Fault(status(503), "again"),
@@ -241,7 +246,7 @@ FAULTS: dict[str, Fault] = {
         1,
     ),
     "H13 401 in mid-run": Fault(status(401), "stop", says="the key is not accepted"),
-    "H13 403 in mid-run": Fault(status(403), "stop", says="the key is not accepted"),
+    "A2 403 in mid-run": Fault(status(403), "fail", "refused", "took the key for others", 1),
     "H13 unknown model": Fault(
         status(404, name="model_not_found"), "stop", says="model is not there"
     ),

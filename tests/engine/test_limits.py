@@ -13,7 +13,7 @@ import time
 import pytest
 from aiohttp import web
 
-from fabe_ds.engine.limiter import Bucket, duration
+from fabe_ds.engine.rates import Bucket, duration
 from tests.server import Call, ModelServer, error, openai_run
 
 

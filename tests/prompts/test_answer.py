@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabe_ds.errors import RecordFailed
-from fabe_ds.prompts.answer import clean_answer, fenced_blocks, strip_reasoning
+from fabe_ds.prompts.answer import clean_answer
+from fabe_ds.prompts.fences import fenced_blocks
+from fabe_ds.prompts.reasoning import strip_reasoning
 
 
 def clean(answer: str, reason: str | None = "stop", original: str = "old = 1", **options) -> str:
