@@ -96,7 +96,7 @@ def _servers(base_url: str | None) -> Iterator[Finding]:
             status = network.get(url, headers, _SECONDS).status_code
         except (requests.RequestException, RunStopped) as error:
             why = str(error) if isinstance(error, RunStopped) else _nothing(url, error)
-            yield Finding("bad" if base_url else "none", name, f"{shown}: {why}")
+            yield Finding("bad" if base_url else "none", name, why)
         else:
             detail = f"{shown} answers {status}{_MEANING.get(status, '')}"
             yield Finding("ok" if status == 200 else "bad", name, detail)
@@ -106,10 +106,11 @@ def _nothing(url: str, error: Exception) -> str:
     """Why nothing answers, as far as this machine's settings are why."""
     import requests
 
+    shown = network.without_secrets(url)
     if isinstance(error, requests.exceptions.SSLError):
-        return f"the certificate is not accepted ({network.certificate_hint()})"
+        return f"{shown}: the certificate is not accepted ({network.certificate_hint()})"
     proxy = network.proxy_for(url)
-    return f"nothing answers through {proxy}" if proxy else "nothing answers"
+    return f"nothing answers at {shown}" + (f" through {proxy}" if proxy else "")
 
 
 def _environment() -> Iterator[Finding]:

@@ -32,6 +32,10 @@ _FORGET = (
     "DRY_RUN",
     "LOG_LEVEL",
     "OPENAI_API_KEY",
+    *("OPENAI_BASE_URL", "OPENAI_API_BASE", "OLLAMA_HOST", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"),
+    *("CURL_CA_BUNDLE", "SSL_CERT_DIR"),
+    *(f"{kind}_proxy" for kind in ("http", "https", "all", "no")),
+    *(f"{kind}_PROXY" for kind in ("HTTP", "HTTPS", "ALL", "NO")),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -156,7 +157,5 @@ def test_a_backup_that_is_there_already_is_told_of(box, server):
 def test_what_is_skipped_is_told_to_who_asks(box, server):
     box.write("data.json", TEXT)
     ended = box.fabe(*run_of(server, "--field", "output"), LOG_LEVEL="DEBUG")
-    assert (
-        "data.json:3: 'output' skipped: missing\ndata.json:6: 'output' skipped: empty\n"
-        in ended.err
-    )
+    told = re.sub(r"^\d\d:\d\d:\d\d ", "", ended.err, flags=re.MULTILINE)
+    assert "data.json:3: 'output' skipped: missing\ndata.json:6: 'output' skipped: empty\n" in told

@@ -63,6 +63,8 @@ def test_the_page_in_a_browser(page):
         charts = driver.find_elements(By.CSS_SELECTOR, "svg[role=img]")
         assert [chart.get_attribute("aria-label") for chart in charts] == [
             "Throughput, records a second",
+            "Requests that may be in flight",
+            "Requests in flight",
             "Latency of an answer",
             "Prompt tokens of a record",
             "Completion tokens of a record",

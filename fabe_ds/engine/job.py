@@ -36,7 +36,8 @@ HEAD_START_SECONDS = 1.0
 """How long the first request of all goes alone to an endpoint that has never answered: a refused
 key, model or parameter comes sooner, and then costs one request."""
 FORBIDDEN = 3  # records refused with 403, and none answered: it is the key
-SAID_AFTER = 3.0  # seconds that a limit is held back before the log says so
+SAID_AFTER, CUT_SAID_AFTER = 1.0, 3.0
+"""Seconds that a wait, and a limit that is held back, last before the log says so."""
 
 
 class Task:
@@ -351,7 +352,10 @@ class Job:
             return
         now = time.monotonic()
         self._held_since = self._held_since or now
-        if not self._held_said and now - self._held_since >= SAID_AFTER:
+        waits = self._outage.down or self._stopping or self.engine.rates.pause() > 0
+        if not self._held_said and now - self._held_since >= (
+            SAID_AFTER if waits else CUT_SAID_AFTER
+        ):
             self._held_said = True
             log.info("%s", state)
 
@@ -362,8 +366,8 @@ class Job:
         if self._outage.down:
             left = self.policy.give_up_after - self._outage.seconds
             return (
-                f"the server is away for {clock(self._outage.seconds)} ({self._outage.reason}), "
-                f"looking for it for {clock(max(0.0, left))} more"
+                f"{self._outage.how} for {clock(self._outage.seconds)} ({self._outage.reason}), "
+                f"looking for it, for {clock(max(0.0, left))} more"
             )
         if rates.asked_for >= 1:
             return f"waiting {clock(rates.asked_for)}: {rates.reason}"
@@ -426,11 +430,10 @@ class Job:
         if self._outage.down:
             if self._outage.seconds > min(verdict.patience, give_up_after):
                 self._abandon([task])
-                how = "gone" if verdict.gone else "loading" if verdict.loading else "refuses all"
                 self.fatal(
                     RunStopped(
-                        f"{self.engine.provider.address}: {how} for {self._outage.seconds:.0f} s "
-                        f"({verdict.message}); {_GO_ON}"
+                        f"{self.engine.provider.address}: {self._outage.how} for "
+                        f"{self._outage.seconds:.0f} s ({verdict.message}); {_GO_ON}"
                     )
                 )
                 return
@@ -467,6 +470,7 @@ class Job:
         self._outage.failed(
             task.slot,
             verdict.message,
+            "gone" if verdict.gone else "loading" if verdict.loading else "refuses all",
             engine.limiter.limit,
             certain=verdict.loading,
             alone=verdict.gone or others == 0,

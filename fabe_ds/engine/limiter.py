@@ -22,7 +22,7 @@ FEWEST = 3  # refusals that say anything
 STORM = 0.5  # share of refusals above which the server admits a part and refuses the rest
 STORM_FEWEST = 8
 CUT = 0.8
-RECOVERY_TRIPS = 12.0  # round trips from a cut back to the level that was cut
+RECOVERY_TRIPS = 10.0  # round trips from a cut back to the level that was cut
 LEAST_TRIP, LONGEST_TRIP = 0.02, 2.0  # seconds
 
 SURE = 32  # up to here the search doubles without looking: small cohorts say little
@@ -164,7 +164,7 @@ class Limiter:
         self._unharmed = max(self._unharmed, level)
         self._on_trial = True
         self._level = max(1.0, math.floor(level * CUT))
-        self._recovery = _Recovery(now, self._level, level)
+        self._recovery = _Recovery(now, self._level, max(self._level, level - 1))
         self._before, self._window = self._window, _Window(now)
         if self._search is not None:
             self._search.interrupted()

@@ -30,24 +30,24 @@ class Outage:
         self._records: set[int] = set()
         self._since: float | None = None
         self.down = False
-        self.reason = ""
+        self.reason = self.how = ""
 
     def failed(
-        self, record: object, reason: str, limit: int, *, certain: bool, alone: bool
+        self, record: object, reason: str, how: str, limit: int, *, certain: bool, alone: bool
     ) -> None:
-        """A request found the server unavailable. `limit`: requests that may be in flight.
-        `certain`: the server says so itself. `alone`: nothing else is on its way."""
+        """A request found the server unavailable, `how` in a word. `limit`: requests that may be
+        in flight. `certain`: the server says so itself. `alone`: nothing else is on its way."""
         now = self._clock()
         self._since = now if self._since is None else self._since
         self._failures += 1
         if len(self._records) < FEWEST:
             self._records.add(id(record))
+        self.reason, self.how = reason, how
         if self.down:
-            self.reason = reason
             return
         many = self._failures >= max(FEWEST, limit) and len(self._records) > 1
         if certain or (many and alone):
-            self.down, self.reason, self._probes = True, reason, 0
+            self.down, self._probes = True, 0
 
     @property
     def seconds(self) -> float:

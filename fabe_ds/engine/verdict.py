@@ -182,7 +182,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _KEY,
         "all with 401; Gemini with 400, MiniMax with 200",
-        codes=r"invalid_?api_?key|1004|2049|100[03]|invalid_authentication_error"
+        codes=r"invalid_?api_?key|1004|2049|invalid_authentication_error"
         r"|incorrect_api_key_error|authenticationerror|invalid_iam_token",
         texts=r"api key not valid",
     ),
@@ -291,7 +291,7 @@ def judge_payload(payload: Any, headers: Mapping[str, str], body: bytes) -> Verd
     base = payload.get("base_resp")
     failed = isinstance(base, Mapping) and base.get("status_code") not in (0, None)
     if not inside and not failed and payload.get("object") != "error":
-        if choices or "message" in payload or "response" in payload:
+        if choices or isinstance(payload.get("message"), Mapping) or "response" in payload:
             return None
         # A flat error beside no choices at all: a code, and words.
         if payload.get("code") in (None, 0, "0", 200, "200") or "choices" in payload:

@@ -24,6 +24,8 @@ class BatchServer(ModelServer):
         self.batches: dict[str, dict[str, Any]] = {}
         self.answer: Callable[[str, int], dict[str, Any] | None] = lambda prompt, batch: None
         self.end = "completed"
+        self.reason = "Enqueued token limit"
+        self.expected = "/v1/chat/completions"
 
     def routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/files", self.upload)
@@ -61,7 +63,7 @@ class BatchServer(ModelServer):
     def finish(self, name: str) -> None:
         good, bad = [], []
         for line in reversed(list(self.requests(name))):
-            assert line["url"] == self.batches[name]["endpoint"] == "/v1/chat/completions"
+            assert line["url"] == self.batches[name]["endpoint"] == self.expected
             prompt = line["body"]["messages"][-1]["content"]
             response = self.answer(prompt, len(self.batches)) or {
                 "status_code": 200,
@@ -79,9 +81,7 @@ class BatchServer(ModelServer):
             text = "".join(json.dumps(line) + "\n" for line in lines)
             state[key] = self.keep(text.encode()) if lines else None
         if self.end == "failed":
-            state["errors"] = {
-                "data": [{"code": "token_limit_exceeded", "message": "Enqueued token limit"}]
-            }
+            state["errors"] = {"data": [{"code": "x", "message": self.reason}]}
         state["status"] = self.end
 
     async def list(self, _: web.Request) -> web.Response:
@@ -158,12 +158,68 @@ def test_a_killed_run_takes_its_batch_up_again(box, noted):
         ]
 
 
-def test_a_batch_that_fails_stops_the_run_with_its_reason(box, batches):
-    batches.end = "failed"
+def test_F2_a_batch_that_fails_stops_one_run_and_no_other(box, batches):
+    batches.end, batches.reason = "failed", "the file is not valid"
     box.lines("data.jsonl", [{"code": "x"}])
-    ended = box.fabe(*command(batches))
-    assert ended.code == 1
-    assert "Enqueued token limit" in ended.err
+    for _ in range(2):
+        ended = box.fabe(*command(batches))
+        assert ended.code == 1
+        assert "the file is not valid" in ended.err
+    batches.end = "completed"
+    assert box.fabe(*command(batches)).code == 0
+    assert len(batches.batches) == 3
+
+
+def test_F2_a_batch_left_by_a_killed_run_that_failed_blocks_nothing(box, batches):
+    batches.end, batches.reason, batches.seconds = "failed", "the file is not valid", 60
+    box.lines("data.jsonl", [{"code": "x"}])
+    process = box.start(*command(batches))
+    wait_for(lambda: len(batches.batches) == 1)
+    box.kill(process)
+    (state,) = batches.batches.values()
+    batches.end, batches.seconds = "completed", 0.3
+    state["status"], state["errors"] = "failed", {"data": [{"message": "not valid"}]}
+    assert box.fabe(*command(batches)).code == 0
+    assert len(batches.batches) == 2
+
+
+def test_F2_what_is_too_much_for_the_queue_is_sent_again(box, batches):
+    batches.end, batches.reason = "failed", "Enqueued token limit reached for m"
+    box.lines("data.jsonl", [{"code": "x"}])
+    process = box.start(*command(batches))
+    wait_for(lambda: len(batches.batches) == 2)
+    batches.end = "completed"
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "sending it again in" in err
+    assert box.read("outputs/data.jsonl")[0]["code"] == "X"
+
+
+@pytest.mark.parametrize(
+    ("base", "url"),
+    [
+        ("/openai/v1", "/v1/chat/completions"),
+        ("/compatible-mode/v1", "/v1/chat/completions"),
+        ("/api/paas/v4", "/v4/chat/completions"),
+        ("/openai/deployments/d", "/chat/completions"),
+    ],
+)
+def test_A9_a_batch_names_the_version_and_what_follows(box, base, url):
+    class Elsewhere(BatchServer):
+        def routes(self, app: web.Application) -> None:
+            super().routes(app)
+            for route in list(app.router.routes()):
+                path = route.resource.canonical if route.resource else ""
+                if path.startswith("/v1") and route.method in ("GET", "POST"):
+                    moved = path.replace("/v1", base, 1)
+                    if moved != path:
+                        app.router.add_route(route.method, moved, route.handler)
+
+    with Elsewhere() as server:
+        server.expected = url
+        box.lines("data.jsonl", [{"code": "x"}])
+        ended = box.fabe(*command(server, "--base-url", server.root + base))
+        assert ended.code == 0, ended
 
 
 def test_a_provider_without_a_batch_api_is_refused(box):
