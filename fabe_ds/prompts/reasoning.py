@@ -35,8 +35,8 @@ _WRAPPERS = (  # what stands around the answer proper, behind the reasoning
 )
 _QUOTES = "\"'`"
 
-_final = re.compile(r"<\|channel\|>final[^<]*<\|message\|>")
-_channel = re.compile(r"<\|channel\|>\w+[^<]*<\|message\|>")
+_final = re.compile(r"<\|channel\|>final[^\n]*?<\|message\|>")
+_channel = re.compile(r"<\|channel\|>\w+[^\n]*?<\|message\|>")
 _channel_end = re.compile(r"<\|(?:end|return|call|start)\|>")
 _granite = re.compile(
     r"\A\s*Here(?:'s| is) my thought process:.*?^Here(?:'s| is) my response:\s*",

@@ -127,6 +127,166 @@ def test_a_cut_answer_is_kept_where_asked_but_never_an_empty_one():
         clean("<think>cut in the middle", "length", on_truncated="keep")
 
 
+T = "```"
+SHARED_LINES = {
+    "C1 a closing fence that was never opened": f"{CODE}\n{T}",
+    "C1 and prose behind it": f"{CODE}\n{T}\n\nThis returns 1.",
+    "C2 an opener behind words": f"Here is the code: {T}python\n{CODE}\n{T}",
+    "C2 an opener behind words, bare": f"The code:{T}\n{CODE}\n{T}\n",
+    "C2 a closer behind code": f"{T}python\n{CODE}{T}",
+    "C2 a closer behind code, and prose": f"{T}python\n{CODE}{T}\nDone.",
+    "C2 a closer before words": f"{T}python\n{CODE}\n{T}This sets x.",
+}
+
+
+@pytest.mark.parametrize("name", SHARED_LINES)
+def test_fences_that_share_a_line_are_fences(name):
+    assert clean(SHARED_LINES[name]) == CODE
+
+
+@pytest.mark.parametrize("answer", [f"{T}x = 1{T}", f"{T}python x = 1 {T}", f"{T}py x = 1{T}\n"])
+def test_C2_a_block_on_one_line(answer):
+    assert clean(answer) == "x = 1"
+
+
+def test_an_opener_without_an_end_is_no_closer():
+    assert clean(f"Here is the code:\n{T}\n{CODE}") == CODE
+
+
+REASONING = {
+    "C3 the answer on the closing tag's line": "I should return 1.</think>x = 1",
+    "C3 and JSON": 'hm\n</think>{"a": 1}',
+    "C4 harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    "<|channel|>final<|message|>x = 1",
+    "C4 harmony, ended": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    "<|channel|>final <|constrain|>json<|message|>x = 1<|return|>",
+    "C4 harmony without its marks": "analysishm.assistantfinalx = 1",
+    "C4 Magistral": "[THINK]hm[/THINK]x = 1",
+    "C4 capitals": "<Think>\nhm\n</Think>\nx = 1",
+    "C4 a tag that is not closed": "<think hm\n</think>\nx = 1",
+    "C4 an answer tag": "<think>\nhm\n</think>\n<answer>\nx = 1\n</answer>",
+    "C4 a response tag": "<think>hm</think><response>x = 1</response>",
+    "C4 Kimi": "◁think▷hm◁/think▷x = 1",
+    "C4 Seed": "<seed:think>hm</seed:think>x = 1",
+    "C4 Command A": "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>x = 1<|END_RESPONSE|>",
+    "C4 Apertus": "<|inner_prefix|>hm<|inner_suffix|>x = 1",
+    "C4 Gemma": "<|channel>thought\nhm<channel|>x = 1",
+    "C4 Granite": "Here is my thought process:\nhm\n\nHere is my response:\nx = 1",
+    "C4 OpenThinker": "<|begin_of_thought|>hm<|end_of_thought|>\n"
+    "<|begin_of_solution|>x = 1<|end_of_solution|>",
+    "C4 a draft in a fence, then the answer": f"Maybe\n{T}\nno\n{T}\n?</think>x = 1",
+    "C5 an end mark": "x = 1<|im_end|>",
+    "C5 another": "x = 1</s>",
+    "C5 and another": "x = 1<|eot_id|>\n",
+    "C5 in a fence": f"{T}python\nx = 1\n{T}<|im_end|>",
+    "C5 inside a fence": f"{T}python\nx = 1<|im_end|>\n{T}",
+    "C5 ran on": "x = 1<|im_end|>\n<|im_start|>user\nnext",
+    "C5 ran on, Llama": "x = 1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nnext",
+    "C5 ran on, Gemma": "x = 1<end_of_turn>\n<start_of_turn>user\nnext<end_of_turn>",
+    "C5 twice": "x = 1<|im_end|><|endoftext|>",
+}
+
+
+@pytest.mark.parametrize("name", REASONING)
+def test_reasoning_and_marks_are_no_part_of_the_answer(name):
+    assert clean(REASONING[name]) == ('{"a": 1}' if "JSON" in name else "x = 1")
+
+
+@pytest.mark.parametrize(
+    "thoughts",
+    [
+        "[THINK]on and on",
+        "<Think>on",
+        "<|channel|>analysis<|message|>on and on",
+        "◁think▷on",
+        "<seed:think>on",
+    ],
+)
+def test_thoughts_alone_are_no_answer(thoughts):
+    with pytest.raises(RecordFailed, match="nothing but reasoning"):
+        clean(thoughts)
+
+
+OWN = {  # what the original itself holds, in an answer that changes something else
+    "a closing tag in the line": ("a </think> b = 1", "a </think> b = 2"),
+    "a tag in a string": ("S = '</think>'", "S = '</think>' + x"),
+    "an end mark in a pattern": ("re.sub('</s>', '')", "re.sub('</s>', '', text)"),
+    "an end mark at the end": ("template + <|im_end|>", "templates + <|im_end|>"),
+    "a whole template": (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant",
+    ),
+    "struck text": ("<s>old</s>", "<s>older</s>"),
+    "an answer tag": ("<answer>4</answer>", "<answer>5</answer>"),
+    "a think block": ("<think>a</think>b", "<think>a</think>c"),
+    "channels": ("<|channel|>final<|message|>a", "<|channel|>final<|message|>b"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_the_original_holds_stays(name):
+    original, answer = OWN[name]
+    ends = "\n" if original.endswith("\n") else ""
+    assert clean(answer, original=original) == answer + ends
+
+
+@pytest.mark.parametrize("answer", ['text.split("</think>")[1]', "`</think>` ends it", "<s>x</s>"])
+def test_marks_that_are_quoted_or_paired_stay(answer):
+    assert clean(answer) == answer
+
+
+MARKDOWN = f"# T\n\n{T}\npip install x\n{T}\n\nend"
+
+
+@pytest.mark.parametrize("language", ["markdown", "md", "mdx", "Markdown"])
+@pytest.mark.parametrize("original", [MARKDOWN, "# T", MARKDOWN.replace("# T", "# U")])
+def test_C6_a_markdown_value_in_a_markdown_fence(language, original):
+    assert clean(f"{T}{language}\n{MARKDOWN}\n{T}", original=original) == MARKDOWN
+
+
+def test_C6_a_bare_fence_around_a_text_with_the_originals_fences():
+    changed = MARKDOWN.replace("# T", "# U")
+    assert clean(f"{T}\n{changed}\n{T}", original=MARKDOWN) == changed
+
+
+@pytest.mark.parametrize(
+    ("original", "answer", "expected"),
+    [
+        ("def f():\n    pass\n", CODE + "\n", CODE + "\n"),
+        ("def f():\n    pass\n", CODE, CODE + "\n"),
+        ("def f():\n    pass\n", f"{T}\n{CODE}\n{T}", CODE + "\n"),
+        ("def f():\n    pass\r\n", CODE, CODE + "\r\n"),
+        ("def f():\n    pass\n\n", CODE, CODE + "\n\n"),
+        ("def f(): pass", CODE + "\n", CODE),
+    ],
+)
+def test_X4_the_last_line_ends_as_the_original_does(original, answer, expected):
+    assert clean(answer, original=original) == expected
+
+
+SEVERAL = f"{T}python\na = 1\n{T}\nand use it:\n{T}python\nprint(a)\nprint(a)\n{T}"
+
+
+@pytest.mark.parametrize(
+    ("several", "expected"),
+    [
+        ("keep", SEVERAL),
+        ("first", "a = 1"),
+        ("last", "print(a)\nprint(a)"),
+        ("longest", "print(a)\nprint(a)"),
+    ],
+)
+def test_X5_one_of_several_blocks(several, expected):
+    assert clean(SEVERAL, several=several) == expected
+    assert clean(f"{T}\na\n{T}", several=several) == "a"
+
+
+def test_X5_several_blocks_fail_where_asked():
+    with pytest.raises(RecordFailed) as error:
+        clean(SEVERAL, several="fail")
+    assert error.value.kind == "fences"
+
+
 parts = st.lists(
     st.sampled_from(
         ["```", "```python", "~~~", "````", "x = 1", "", "<think>", "</think>", "  ```", "a ``` b"]
@@ -147,3 +307,52 @@ def test_blocks_never_overlap_and_lie_in_the_text(lines):
 def test_text_outside_fences_without_tags_is_never_lost(lines):
     text = "\n".join(line for line in lines if "think" not in line)
     assert strip_reasoning(text) == text
+
+
+pieces = st.sampled_from(
+    [
+        *("x = 1", "", "    y", "text", "```", "```python", "~~~", "````", "<think>", "</think>"),
+        *("a </think> b", "</s>", "<|im_end|>", "[THINK]", "<|channel|>final<|message|>", "\r"),
+        *("<answer>", "</answer>", "assistantfinal", "analysis", "'</s>'", "x ```", "``` y z"),
+    ]
+)
+originals = st.lists(pieces, min_size=1, max_size=8).map("\n".join).filter(str.strip)
+plain = (
+    st.lists(
+        st.sampled_from(["x = 1", "", "    y = 2", "text", '"""', "a `b` c", "# <tag>", "é"]),
+        min_size=1,
+        max_size=8,
+    )
+    .map("\n".join)
+    .filter(str.strip)
+)
+
+
+@given(originals)
+def test_an_answer_that_is_the_original_is_the_original(original):
+    assert clean(original, original=original) == original
+
+
+@given(
+    plain,
+    st.sampled_from(["", "python", "markdown"]),
+    st.sampled_from(["", "Sure:\n", "<think>hm</think>\n"]),
+)
+def test_an_answer_that_is_the_original_in_a_fence_is_the_original(original, language, before):
+    answer = f"{before}```{language}\n{original}\n```"
+    assert clean(answer, original=original) == original
+
+
+@given(originals)
+def test_a_fence_around_an_original_with_marks_of_its_own_is_taken_off(original):
+    assert clean(f"```python\n{original}\n```", original=original) == original
+
+
+@given(
+    plain,
+    st.sampled_from(
+        ["```\n{}\n```", "```python\n{}\n```\n", "{}", "{}<|im_end|>", "ok</think>{}"],
+    ),
+)
+def test_wrapping_loses_no_code(code, wrapping):
+    assert clean(wrapping.format(code)).strip() == code.strip()
