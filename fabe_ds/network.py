@@ -95,9 +95,9 @@ def without_secrets(url: str) -> str:
     try:
         return str(Address.parse(url))
     except ValueError:
-        scheme, separator, rest = url.partition("://")
-        host, slash, path = rest.partition("/")
-        return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+        before, separator, after = url.partition("?")[0].rpartition("@")
+        scheme, slashes, _ = before.partition("://")
+        return f"{scheme}{slashes}{after}" if separator and slashes else after
 
 
 def clean_key(key: str | None, source: str) -> str | None:

@@ -21,7 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.models import save_as_folder, smollm_gguf, tiny_model
 from tests.server import ModelServer
+from tests.warm import WarmCommand
 
+AT_START = ("HF_", "RAY", "PYTHON", "LC_", "LANG", "MODELSCOPE", "_FABE")
+"""What the names of variables begin with that are read once, at the start."""
 COMMAND = [str(Path(sys.executable).parent / "fabe-ds")]
 _FORGET = (
     "MODEL_PATH",
@@ -60,8 +63,13 @@ class Box:
         return {**kept, "HF_HOME": str(self.path / "hf-home"), "COLUMNS": "200"}
 
     def start(self, *args: Any, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*COMMAND, *map(str, args)],
+        """The command, begun: forked from a process that is warm (tests/warm.py), or afresh where
+        something is read when an interpreter or a library starts."""
+        words = [*map(str, args)]
+        fresh = "ray" in words or any(name.startswith(AT_START) for name in environment)
+        begin = subprocess.Popen if fresh else WarmCommand
+        return begin(
+            [*COMMAND, *words] if fresh else words,
             cwd=self.path,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,

@@ -339,6 +339,10 @@ def test_X10_the_soft_limit_is_raised(monkeypatch):
     [
         ("http://u:p@h:1/v1/", "http://h:1/v1"),
         ("https://h/v1?api-version=2&code=s", "https://h/v1?api-version=2&code=..."),
+        ("bob:hunter2@proxy:3128", "proxy:3128"),
+        ("http://u:p@h:99999/v1?key=s", "http://h:99999/v1"),
+        ("socks5://u:p@h:1", "socks5://h:1"),
+        ("localhost,10.0.0.0/8", "localhost,10.0.0.0/8"),
     ],
 )
 def test_what_is_shown_of_an_address(url, shown):

@@ -53,7 +53,8 @@ class BatchEngine:
 
     def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order. Raises: RunStopped, CacheError."""
-        self._collect_open()
+        if not self.intake.offline:
+            self._collect_open()
         iterator = iter(items)
         while window := list(islice(iterator, MOST_REQUESTS)):
             yield from answer_window(self.intake, window, self._answer)
@@ -111,7 +112,7 @@ class BatchEngine:
         first = part[0][0].request
         assert first is not None
         self.intake.stats.requests += len(part)
-        opened = OpenBatch(run, self.provider.identity(), None)
+        opened = OpenBatch(run, str(self.provider.address), None)
         state = self._create(opened, first, b"".join(line for _, line in part), len(part))
         left = []
         for key, answer in self._results(state):
@@ -167,7 +168,7 @@ class BatchEngine:
 
     def _collect_open(self) -> None:
         """Waits for the batches that killed runs left, and stores their answers."""
-        for opened in self.cache.open_batches(self.provider.identity()):
+        for opened in self.cache.open_batches(str(self.provider.address)):
             batch = opened.batch or self._find(opened.run)
             if batch is not None:
                 log.info("batch %s: taken up again", batch)

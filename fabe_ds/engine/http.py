@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import queue
 import threading
 import time
@@ -37,7 +38,7 @@ SIGNAL_SECONDS = 0.5
 """Longest blocking wait in seconds. A Ctrl-C that arrives just before a wait is handled only when
 the wait returns."""
 FILES_BESIDE = 48  # open files of a process beside its connections
-_PARAMETER_STATUSES = (400, 404, 415, 422, 500)
+_PARAMETER_STATUSES = (400, 422)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,14 @@ class HttpEngine:
         self.jobs: list[Job] = []  # the loop's; several where several threads call
         self._endpoint = (str(provider.address), provider.endpoint.model)
         self._learned: dict[str, str] = {}
-        if policy.stream:
-            self._learned[STREAM] = "true"
         self.proven = False
         """Whether this endpoint has answered a request for this model, in this run or earlier."""
         if intake.cache is not None:
             self._learned |= intake.cache.learned(*self._endpoint)
             self.proven = bool(self._learned.pop("answered", ""))
+        self._answered_before = self.proven
+        if policy.stream:
+            self._learned[STREAM] = "true"
         self._thread = LoopThread.shared()
         self._session = self._thread.call(self._open_session())
 
@@ -191,7 +193,10 @@ class HttpEngine:
 
     @property
     def answered_ago(self) -> float | None:
-        return None if self.answered_at is None else time.monotonic() - self.answered_at
+        """Seconds since the latest answer; infinite where it came in an earlier run."""
+        if self.answered_at is None:
+            return math.inf if self._answered_before else None
+        return time.monotonic() - self.answered_at
 
     def learn(self, lesson: Mapping[str, str], why: str) -> None:
         """Sends bodies in another way from now on, and in later runs."""
@@ -279,14 +284,14 @@ class HttpEngine:
         """The verdict, and how to send the body instead where a parameter of it is refused."""
         if verdict.kind not in ("rejected", "server") or status not in _PARAMETER_STATUSES:
             return verdict
+        if self.answered_at is not None:  # it took them all for another record
+            return verdict
         name = refused_parameter(sent, error.parameter, error.codes, error.message)
         if name is None:
             return verdict
         lesson = self.provider.instead(name, sent, error.message)
-        if lesson is not None:
+        if lesson is not None and name not in self._learned.values():
             return replace(verdict, action="retry", lesson=dict([lesson]))
-        if self.answered_at is not None:  # it took it for others
-            return verdict
         message = f"the server does not take the parameter {name} ({verdict.message})"
         return Verdict("stop", "parameter", message, refused=True)
 

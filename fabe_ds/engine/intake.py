@@ -148,7 +148,7 @@ class Intake:
         self._reask = reask
         self.provider, self.accept, self.stats = provider, accept, stats
         self.cache = cache if provider.cached else None
-        self._offline, self._retry_all = offline, retry_all
+        self.offline, self._retry_all = offline, retry_all
         self._waiting: dict[bytes, list[Slot]] = {}
         self._failed: dict[bytes, Outcome] = {}
         self._samples: Counter[bytes] = Counter()
@@ -180,7 +180,7 @@ class Intake:
         for slot in asking:
             self._give_key(slot)
         todo, foreign = self._sort(asking)
-        if self._offline:
+        if self.offline:
             for slot in todo + foreign:
                 if slot.outcome is None:
                     self._finish(slot, UNANSWERED)
@@ -199,11 +199,11 @@ class Intake:
         try:
             while asking:
                 asking = self._look_up(asking, fresh, foreign)
-            todo, held = ([], []) if self._offline else self._claim(fresh)
+            todo, held = ([], []) if self.offline else self._claim(fresh)
         except BaseException:
             self._forget(fresh)
             raise
-        return (fresh if self._offline else todo), foreign + held
+        return (fresh if self.offline else todo), foreign + held
 
     def _look_up(self, asking: list[Slot], fresh: list[Slot], foreign: list[Slot]) -> list[Slot]:
         """Settles what is answered, adds to `fresh` what is to be sent and to `foreign` what is

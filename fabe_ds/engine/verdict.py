@@ -111,12 +111,17 @@ RULES: tuple[Rule, ...] = (
         r"|ratelimitexceeded.*|requestbursttoofast|130[235]|1002|1041|too_many_requests",
     ),
     Rule(
-        _LOADING,
-        "llama.cpp, Hugging Face, Ollama, Volcengine",
-        codes=r"modelloadingerror|model_loading|loading",
-        texts=r"loading model|(currently|still|is) loading|model is (starting|warming)|no models? "
-        r"(is |are )?loaded|llm server loading",
+        replace(_RATE, patience=QUOTA_SECONDS),
+        "Gemini, which says of a minute what OpenAI says of an empty account",
+        codes=r"resource_exhausted",
     ),
+    Rule(
+        _LOADING,
+        "llama.cpp, Hugging Face, Ollama",
+        statuses=frozenset({503}),
+        texts=r"^(llm server )?loading model|is (currently|still) loading|is (starting|warming) up",
+    ),
+    Rule(_LOADING, "Volcengine", codes=r"modelloadingerror|model_loading"),
     Rule(
         _REFUSED,
         "DashScope, Azure, Zhipu, Moonshot, MiniMax, DeepSeek, Volcengine, Baidu, xAI, one-api",
@@ -130,9 +135,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         replace(_QUOTA, doubtful=True),
-        "DashScope and Gemini say it of a minute, OpenAI of an empty account",
+        "DashScope says it of a minute, OpenAI of an empty account",
         codes=r"insufficient_quota|quotaexceeded|1310|1308|2056",
-        texts=r"exceeded your current quota(?!.*billing)",
+        texts=r"exceeded your current quota",
     ),
     Rule(
         _QUOTA,
@@ -259,6 +264,7 @@ def in_context(verdict: Verdict, answered_ago: float | None) -> Verdict:
         return verdict
     if verdict.kind == "quota":
         recent = answered_ago is not None and answered_ago <= RECENT_SECONDS
+        recent = recent and "billing" not in verdict.message  # OpenAI's own words for it
         if recent or verdict.wait is not None:
             message = verdict.message.replace("the quota is used up", "asked too fast")
             return replace(

@@ -11,7 +11,6 @@ from fabe_ds.prompts.reasoning import strip_end_marks, strip_reasoning
 from fabe_ds.providers.finish import End, end_of
 
 _blank_start = re.compile(r"\A(?:[ \t]*\r?\n)+")
-_line_ends = re.compile(r"(?:\r?\n)+\Z")
 
 
 def clean_answer(
@@ -75,5 +74,4 @@ def _ended_like(text: str, original: str) -> str:
     """The text with the line ends at its end that the original has there."""
     if text.strip() == original.strip() and text.lstrip("\r\n") == original.lstrip("\r\n").rstrip():
         return original
-    ends = _line_ends.search(original)
-    return text + ends[0] if ends else text
+    return text + original[len(original.rstrip("\r\n")) :]

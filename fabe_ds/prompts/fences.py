@@ -15,6 +15,12 @@ _closer_behind_code = re.compile(r"(?<=[^\s`~])[ \t]*(`{3,}|~{3,})[ \t]*\r?$", r
 _closer_before_words = re.compile(
     r"^([ \t]*(?:`{3,}|~{3,}))([^\s`~][^\n`]*[ ][^\n`]*)$", re.MULTILINE
 )
+_code = re.compile(
+    r"^[ \t]+\S|[=;{}<>]|\w\(|\]\s*$|^\s*(def|class|import|from|return|if|for|while|fn|let"
+    r"|const|var|function|public|select|package|use|#include|#!)\b",
+    re.MULTILINE | re.IGNORECASE,
+)
+_list_item = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]", re.MULTILINE)
 _MARKDOWN = ("markdown", "md", "mdx")
 _LANGUAGES = """
     python py python3 javascript js typescript ts java c cpp c++ csharp cs go rust ruby php swift
@@ -63,6 +69,8 @@ def unwrap_fence(text: str, original: str, several: Several = "keep") -> str:
         return text
     block = blocks[0]
     whole = not text[: block.start].strip() and not text[block.end :].strip()
+    if not whole and text[block.start] in " \t" and not _list_item.search(text[: block.start]):
+        return text  # an example inside a comment or docstring
     if before:
         wrapped = len(before) == 1 and original.strip() == original[slice(*before[0][:2])].strip()
         return text if wrapped or not whole else block.content
@@ -131,7 +139,16 @@ def _before_lone_closer(text: str) -> str | None:
     if not code.strip():
         return None
     after = text[fences[0].end() :].strip()
-    return None if after and code.endswith(":") else code
+    if not after:
+        return code
+    closes, opens = _looks_like_code(code), _looks_like_code(after)
+    if closes == opens:  # who can say: nothing is lost
+        return text
+    return code if closes else None
+
+
+def _looks_like_code(text: str) -> bool:
+    return _code.search(text) is not None
 
 
 def _repaired(text: str) -> str:

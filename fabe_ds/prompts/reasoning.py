@@ -36,7 +36,6 @@ _WRAPPERS = (  # what stands around the answer proper, behind the reasoning
 _QUOTES = "\"'`"
 
 _final = re.compile(r"<\|channel\|>final[^\n]*?<\|message\|>")
-_channel = re.compile(r"<\|channel\|>\w+[^\n]*?<\|message\|>")
 _channel_end = re.compile(r"<\|(?:end|return|call|start)\|>")
 _granite = re.compile(
     r"\A\s*Here(?:'s| is) my thought process:.*?^Here(?:'s| is) my response:\s*",
@@ -65,8 +64,10 @@ _STARTS = (
     *("<|start_of_role|>", "<｜Assistant｜>", "<|eot_id|>"),
 )
 _ends = "|".join(map(re.escape, END_MARKS))
-_ran_on = re.compile(rf"(?:{_ends})\s*(?:{'|'.join(map(re.escape, _STARTS))})")
-_last_marks = re.compile(rf"(?:\s*(?:{_ends}))+\s*\Z")
+_ran_on = re.compile(rf"(?:{_ends})\s{{0,9}}(?:{'|'.join(map(re.escape, _STARTS))})")
+_apostrophe = re.compile(r"(?<=\w)'(?=\w)")
+_PART_OF_CODE = ("=", ":", "}}", "(", ",", "|")
+"""Behind these a mark is a value, not the end of a turn."""
 
 
 def strip_reasoning(answer: str, original: str = "") -> str:
@@ -76,9 +77,9 @@ def strip_reasoning(answer: str, original: str = "") -> str:
     one (the chat template wrote it) ends reasoning; where `original` holds that mark itself, or
     the answer an opening one, only if nothing else of its line follows.
     """
-    if _channel.search(answer) and "<|channel|>" not in original:
-        return _final_channel(answer)
     stripped = answer.lstrip()
+    if stripped.startswith(("<|channel|>", "<|start|>")) and "<|channel|>" not in original:
+        return _final_channel(answer)
     unmarked = stripped.startswith("analysis") and "assistantfinal" not in original
     if unmarked and "assistantfinal" in answer:  # channels whose marks were dropped
         return answer.rpartition("assistantfinal")[2]
@@ -106,11 +107,12 @@ def _without_blocks(answer: str, original: str) -> tuple[str, bool]:
     position = 0
     fence: str | None = None
     waiting_for: str | None = None  # the mark that ends the reasoning that we are in
+    opened = 0
     for mark in _mark.finditer(answer):
         if mark["open"]:
-            if waiting_for is None and fence is None and not _in_original(mark["open"], original):
+            if waiting_for is None and fence is None and _opens(answer, mark, original):
                 kept.append(answer[position : mark.start()])
-                waiting_for = _closer_of(mark)
+                waiting_for, opened = _closer_of(mark), mark.start()
         elif mark["close"]:
             if waiting_for is not None:
                 if mark["close"].lower() == waiting_for:
@@ -122,6 +124,8 @@ def _without_blocks(answer: str, original: str) -> tuple[str, bool]:
                 fence = mark["ticks"]
             elif mark["ticks"].startswith(fence) and not mark["info"]:
                 fence = None
+    if waiting_for is not None and "".join(kept).strip():  # no reasoning, but text with a tag
+        position, waiting_for = opened, None
     if waiting_for is None:
         kept.append(answer[position:])
     text = "".join(kept)
@@ -135,11 +139,15 @@ def _closer_of(mark: re.Match[str]) -> str:
     return _CLOSER_OF[mark["open"].strip().lower()]
 
 
-def _in_original(opener: str, original: str) -> bool:
-    return (
-        bool(original)
-        and re.search(rf"^[ \t]*{re.escape(opener.strip())}", original, re.M) is not None
-    )
+def _opens(answer: str, mark: re.Match[str], original: str) -> bool:
+    """Whether an opening mark begins reasoning: the original has none such, and one that is no
+    whole tag (`<think hm`) stands at the very beginning of the answer."""
+    opener = mark["open"].strip()
+    start = f"<{mark['tag']}" if mark["tag"] else opener
+    if start.lower() in original.lower() or opener.endswith("/>"):
+        return False
+    whole = not mark["tag"] or opener.lower() == f"<{mark['tag'].lower()}>"
+    return whole or not answer[: mark.start()].strip()
 
 
 def _ends_reasoning(answer: str, mark: re.Match[str], original: str) -> bool:
@@ -148,20 +156,23 @@ def _ends_reasoning(answer: str, mark: re.Match[str], original: str) -> bool:
     closer = mark["close"]
     if closer in original:
         return not rest and answer.count(closer) > original.count(closer)
-    if not rest:
-        return True
     before = answer[: mark.start()]
-    quoted = before[-1:] in _QUOTES and answer[mark.end() : mark.end() + 1] in _QUOTES
     opened = f"<{mark['end']}" in before if mark["end"] else False
-    return not quoted and not opened
+    return not opened and (not rest or not _in_quotes(before))
+
+
+def _in_quotes(before: str) -> bool:
+    """Whether a quotation is open at the end of a text's last line."""
+    line = _apostrophe.sub("", before[before.rfind("\n") + 1 :])
+    return any(line.count(quote) % 2 for quote in _QUOTES)
 
 
 def _unwrapped(text: str, original: str) -> str:
     """The answer proper, where marks of its own stand around it."""
     inside = text.strip()
     for opener, closer in _WRAPPERS:
-        if inside.startswith(opener) and opener not in original:
-            return inside[len(opener) :].removesuffix(closer).strip("\r\n")
+        if inside.startswith(opener) and inside.endswith(closer) and opener not in original:
+            return inside[len(opener) : -len(closer)].strip("\r\n")
     return text
 
 
@@ -172,15 +183,18 @@ def strip_end_marks(answer: str, original: str) -> str:
     the answer's own (`<s>...</s>`); where another turn begins behind a mark, all of that is.
     """
     for found in _ran_on.finditer(answer):
-        if found[0] not in original:
-            answer = answer[: found.start()]
+        before = answer[: found.start()]
+        fenced = before.count("\n```") % 2 or before.startswith("```")
+        turns = any(start in before for start in _STARTS)  # a text about turns, or a template
+        if found[0] not in original and not turns and not fenced and not _in_quotes(before):
+            answer = before
+        break
+    text = answer.rstrip()
+    whole = original.rstrip()
+    while mark := next((mark for mark in END_MARKS if text.endswith(mark)), None):
+        rest = text.removesuffix(mark).rstrip()
+        paired = mark == "</s>" and len(re.findall(r"<s\b", text)) >= text.count("</s>")
+        if whole.endswith(mark) or paired or rest.endswith(_PART_OF_CODE):
             break
-    last = _last_marks.search(answer)
-    if last is None:
-        return answer
-    marks = last[0].strip()
-    if original.rstrip().endswith(marks):
-        return answer
-    if marks == "</s>" and answer.count("<s>") >= answer.count("</s>"):
-        return answer
-    return answer[: last.start()]
+        text = rest
+    return answer if text == answer.rstrip() else text

@@ -162,7 +162,17 @@ def refused_parameter(
     optional = [name for name in sent if name not in ("model", "messages", "prompt")]
     if parameter is not None:
         return parameter if parameter in optional else None
-    return next((name for name in optional if re.search(rf"\b{name}\b", message)), None)
+    return next((name for name in optional if _names(name, message)), None)
+
+
+def _names(name: str, message: str) -> bool:
+    """Whether a refusal is of the parameter, and does not just hold its name somewhere."""
+    pattern = (
+        rf"['\"`]{name}['\"`]|\b{name}:? (?:is|was|extra|not|does|has|must)\b"
+        rf"|(?:parameter|argument|field|property|option)s?(?: supplied)?:? {name}\b"
+        rf"|support(?:s|ed)?:? {name}\b"
+    )
+    return re.search(pattern, message, re.IGNORECASE) is not None
 
 
 def stream_parts(text: str) -> list[Mapping[str, Any]] | None:

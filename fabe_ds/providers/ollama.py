@@ -11,6 +11,7 @@ from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped
 from fabe_ds.providers.base import Completion, Request, token_count
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, HttpProvider
+from fabe_ds.surrogates import encodable
 
 _PORT = 11434
 _LONG_PROMPT, _CHARACTERS_A_TOKEN = 2000, 8.0
@@ -80,7 +81,7 @@ class OllamaProvider(HttpProvider):
             texts.append(part if isinstance(part, str) else "")
         if not chunks[-1].get("done"):
             raise MalformedResponse("the stream broke off before its end")
-        whole = "".join(texts)
+        whole = encodable("".join(texts))
         return {**chunks[-1], "message": {"content": whole}, "response": whole}
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:

@@ -11,6 +11,7 @@ from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers.base import Completion, Request, token_count
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
+from fabe_ds.surrogates import encodable
 
 _LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
 _AZURE = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
@@ -121,7 +122,8 @@ class OpenAIProvider(HttpProvider):
                     message["refusal"] = message.get("refusal", "") + str(part["refusal"])
         if reason is None:
             raise MalformedResponse("the stream broke off before its end")
-        choice = {"message": {"content": "".join(texts), **message}, "finish_reason": reason}
+        content = encodable("".join(texts))  # a surrogate pair may come in two parts
+        choice = {"message": {"content": content, **message}, "finish_reason": reason}
         return {**whole, "choices": [choice]}
 
     def preflight(self) -> None:

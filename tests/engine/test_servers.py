@@ -229,6 +229,26 @@ def test_case(box, name):
     assert tries <= case.tries
 
 
+def test_A2_a_record_that_is_refused_is_no_key_in_the_next_run_either(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        return error(403, "Forbidden") if call.prompt.endswith("= 1") else None
+
+    with ModelServer(behave) as server:
+        records(box)
+        for _ in range(2):
+            ended = box.fabe(*command(server))
+            assert (ended.code, ended.err) == (1, "")
+            assert answers(box) == ["X = 0", "x = 1", "X = 2"]
+
+
+def test_A5_a_surrogate_pair_in_two_parts_of_a_stream(box):
+    parts = events(delta(content="y \ud83d"), delta(content="\ude00"), delta("stop"))
+    with ModelServer(plain(parts, kind="text/event-stream")) as server:
+        records(box)
+        assert box.fabe(*command(server)).code == 0
+    assert answers(box) == ["y \U0001f600"] * 3
+
+
 @pytest.mark.parametrize("reason", GOOD_ENDS)
 def test_A1_a_good_end_is_a_whole_answer(box, reason):
     with ModelServer(plain(choice("y", reason))) as server:
@@ -498,6 +518,31 @@ def test_A7_two_parameters_are_learned_one_after_the_other(box):
         records(box, 5)
         assert box.fabe(*command(server)).code == 0
         assert len(server.calls) == 7
+
+
+def test_A7_a_limit_that_goes_by_no_name_stops_the_run(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        if "max_tokens" in call.body:
+            return unsupported("max_tokens", "max_completion_tokens")
+        return error(400, "Unrecognized request argument supplied: max_completion_tokens")
+
+    with ModelServer(behave) as server:
+        records(box)
+        ended = box.fabe(*command(server), timeout=30)
+        assert (ended.code, len(server.calls)) == (1, 2)
+        assert "does not take the parameter max_completion_tokens" in ended.err
+
+
+def test_A7_a_record_that_speaks_of_a_parameter_teaches_nothing(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        if call.prompt.endswith("= 1"):
+            return error(400, "Invalid prompt: unexpected token near 'temperature'")
+        return None
+
+    with ModelServer(behave) as server:
+        records(box)
+        assert box.fabe(*command(server)).code == 1
+        assert all("temperature" in call.body for call in server.calls)
 
 
 def test_A7_what_the_user_asked_for_stops_the_run_where_it_is_refused(box):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fabe_ds.engine.verdict import judge, judge_payload, read_error, retry_after
+from fabe_ds.engine.verdict import in_context, judge, judge_payload, read_error, retry_after
 
 
 def body(message="no", **fields):
@@ -44,6 +44,18 @@ def body(message="no", **fields):
         (504, b"", "retry", "server"),
         (529, b"", "retry", "server"),
         (307, b"", "stop", "redirect"),
+        (403, b"<html>blocked", "fail", "refused"),
+        (429, body(code="Throttling.RateQuota"), "retry", "rate"),
+        (429, body(code="1302"), "retry", "rate"),
+        (429, body(code="1113"), "stop", "quota"),
+        (400, body(code="Arrearage"), "stop", "quota"),
+        (400, body("Model Not Exist"), "stop", "model"),
+        (404, body(code="model_not_found", message="no models loaded"), "stop", "model"),
+        (500, body("error loading model: unable to allocate buffer"), "retry", "server"),
+        (500, body("Failed to parse input: print('Loading model...')"), "retry", "server"),
+        (503, body("Loading model"), "retry", "loading"),
+        (400, body("prompt is too long: 9 tokens > 8 maximum"), "fail", "context"),
+        (400, body("API key not valid. Please pass a valid API key."), "stop", "key"),
     ],
 )
 def test_statuses(status, content, action, kind):
@@ -107,3 +119,39 @@ def test_how_long_a_server_asks_to_wait(headers, seconds):
 def test_a_date_to_wait_for():
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
     assert 28 <= (retry_after({"Retry-After": date}) or 0) <= 30
+
+
+GEMINI = """[{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message":
+"You exceeded your current quota, please check your plan and billing details.
+Please retry in 38.5s.", "details": [{"retryDelay": "38s"}]}}]""".replace("\n", " ")
+
+
+def test_A11_geminis_minute_is_no_empty_account():
+    verdict = judge(429, {}, GEMINI.encode())
+    assert (verdict.action, verdict.kind, verdict.wait) == ("retry", "rate", 38.5)
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        ("Please try again in 1.2s.", 1.2),
+        ("Please try again in 6m0s.", 360),
+        ("try again in 20ms", 0.02),
+        ("Please retry after 7 seconds.", 7),
+        ("Please retry in 26.66s.", 26.66),
+        ("no", None),
+    ],
+)
+def test_A11_waits_in_words(message, seconds):
+    assert read_error(body(message)).wait == seconds
+
+
+@pytest.mark.parametrize(
+    ("ago", "wait", "action"),
+    [(None, None, "stop"), (1.0, None, "retry"), (1000.0, None, "stop"), (None, 3.0, "retry")],
+)
+def test_A4_a_quota_in_the_light_of_others(ago, wait, action):
+    verdict = judge(
+        429, {"Retry-After": str(wait)} if wait else {}, body(code="insufficient_quota")
+    )
+    assert in_context(verdict, ago).action == action

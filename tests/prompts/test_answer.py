@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -149,8 +150,21 @@ def test_C2_a_block_on_one_line(answer):
     assert clean(answer) == "x = 1"
 
 
-def test_an_opener_without_an_end_is_no_closer():
-    assert clean(f"Here is the code:\n{T}\n{CODE}") == CODE
+@pytest.mark.parametrize("words", ["Here is the code:", "Here is the corrected code.\n", "Sure"])
+def test_an_opener_without_an_end_is_no_closer(words):
+    assert clean(f"{words}\n{T}\n{CODE}\n") == CODE
+
+
+def test_a_lone_fence_between_code_and_code_loses_neither():
+    assert clean(f"{CODE}\n{T}\nx = f()") == f"{CODE}\n{T}\nx = f()"
+
+
+@pytest.mark.parametrize("text", ["\n" * 30_000, " \n" * 15_000, "</s>" * 5_000, "`" * 30_000])
+def test_a_degenerate_answer_takes_no_time(text):
+    started = time.process_time()
+    clean(f"x{text}x", original="x\n")
+    clean("x = 1", original=f"x{text}")
+    assert time.process_time() - started < 1
 
 
 REASONING = {
@@ -219,6 +233,7 @@ OWN = {  # what the original itself holds, in an answer that changes something e
     "struck text": ("<s>old</s>", "<s>older</s>"),
     "an answer tag": ("<answer>4</answer>", "<answer>5</answer>"),
     "a think block": ("<think>a</think>b", "<think>a</think>c"),
+    "a tag of its own, further inside": ("<r><Thought>x</Thought></r>", "<Thought>\ny\n</Thought>"),
     "channels": ("<|channel|>final<|message|>a", "<|channel|>final<|message|>b"),
 }
 
@@ -230,7 +245,27 @@ def test_what_the_original_holds_stays(name):
     assert clean(answer, original=original) == answer + ends
 
 
-@pytest.mark.parametrize("answer", ['text.split("</think>")[1]', "`</think>` ends it", "<s>x</s>"])
+ABOUT_MARKS = [  # code and prose that speak of marks, and write none
+    'text.split("</think>")[1]',
+    "`</think>` ends it",
+    "<s>x</s>",
+    '<p>Now 5</p><s class="old">10</s>',
+    r"return text.partition('</think>\n')[2]",
+    "s.index('x</think>') + 8",
+    'MARK = "<|channel|>final<|message|>"\nprint(MARK)',
+    "eos_token = </s>",
+    "{{ m.content }}<|im_end|>",
+    'f"<|start_header_id|>user<|end_header_id|>{q}<|eot_id|><|start_header_id|>assistant"',
+    "t = '<s>[INST] {a} [/INST] {b}</s>[INST] {c}'",
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello",
+    "function A() {\n  return (\n    <Thinking size={3} />\n  )\n}",
+    "function A() {\n  return (\n    <Thinking size={3}>\n    x\n    </Thinking>\n  )\n}",
+    'def f():\n    """Use it.\n\n    ```\n    f()\n    ```\n    """',
+    "Text first.\n<thought>\nnever closed",
+]
+
+
+@pytest.mark.parametrize("answer", ABOUT_MARKS)
 def test_marks_that_are_quoted_or_paired_stay(answer):
     assert clean(answer) == answer
 

@@ -1,0 +1,162 @@
+"""The command line, forked from one process that has imported everything: the same front door
+(arguments, environment, folder, pipes, signals, exit code) without the start of an interpreter.
+
+    python -m tests.warm SOCKET      the process that is forked; `WarmCommand` asks it
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MESSAGE = 1 << 20
+_FD = array.array("i").itemsize
+
+
+class WarmCommand(subprocess.Popen[str]):
+    """`subprocess.Popen` of the command line with other means: `args` are its arguments."""
+
+    def _execute_child(self, args: Any, *more: Any) -> None:
+        # In the order of CPython's own: executable, preexec_fn, close_fds, pass_fds, cwd, env, ...
+        cwd, env = more[4], more[5]
+        pipes = more[9:15]
+        child_in, _, _, child_out, _, child_err = pipes
+        self._link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._link.connect(_server())
+        asked = {"args": list(args), "cwd": str(cwd), "env": dict(env)}
+        given = array.array("i", [child_in, child_out, child_err])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)]
+        self._link.sendmsg([json.dumps(asked).encode()], rights)
+        self.pid = json.loads(self._link.recv(MESSAGE))["pid"]
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if wait_flags & os.WNOHANG and not select.select([self._link], [], [], 0)[0]:
+            return 0, 0
+        told = self._link.recv(MESSAGE)
+        self._link.close()
+        return self.pid, json.loads(told)["status"] if told else signal.SIGKILL
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        if self.returncode is None:
+            pid, status = self._try_wait(os.WNOHANG)
+            if pid:
+                self._handle_exitstatus(status)
+        return self.returncode
+
+
+_address: str | None = None
+
+
+def _server() -> str:
+    """The address of this process's warm one, which is started when it is first asked for."""
+    global _address
+    if _address is None:
+        folder = tempfile.mkdtemp(prefix="warm-")
+        address = str(Path(folder) / "socket")
+        environment = {**os.environ, "HF_HOME": folder}
+        command = [sys.executable, "-m", "tests.warm", address]
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        atexit.register(process.kill)
+        _address = address
+    return _address
+
+
+def serve(address: str) -> list[str]:
+    """Forks for each that connects, and tells it how that ended. Returns in the children only,
+    with the arguments of the command line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    awake, alarm = os.pipe()
+    for end in (awake, alarm):
+        os.set_blocking(end, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(alarm)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(address)
+    listening.listen(64)
+    print("ready", flush=True)
+    links: dict[int, socket.socket] = {}
+    while True:
+        readable, _, _ = select.select([listening, awake], [], [])
+        if awake in readable:
+            with contextlib.suppress(BlockingIOError):
+                os.read(awake, 4096)
+            _tell_ended(links)
+        if listening not in readable:
+            continue
+        link, _ = listening.accept()
+        data, ancillary, _, _ = link.recvmsg(MESSAGE, socket.CMSG_LEN(3 * _FD))
+        pipes = array.array("i", ancillary[0][2][: 3 * _FD])
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGINT, signal.SIGCHLD):
+                default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, default)
+            for open_socket in (listening, link, *links.values()):
+                open_socket.close()
+            for end in (awake, alarm):
+                os.close(end)
+            return _become(json.loads(data), pipes)
+        for pipe in pipes:
+            os.close(pipe)
+        links[pid] = link
+        link.send(json.dumps({"pid": pid}).encode())
+
+
+def _tell_ended(links: dict[int, socket.socket]) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        with links.pop(pid) as link, contextlib.suppress(OSError):
+            link.send(json.dumps({"status": status}).encode())
+
+
+def _become(asked: dict[str, Any], pipes: array.array[int]) -> list[str]:
+    for target, pipe in enumerate(pipes):
+        os.dup2(pipe, target)
+    os.closerange(3, 64)  # of other commands
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    return list(asked["args"])
+
+
+if __name__ == "__main__":
+    import aiohttp
+    import datasets
+    import jinja2.sandbox
+    import pyarrow.parquet
+    import requests
+    import rich.progress
+
+    import fabe_ds.cachetool
+    import fabe_ds.cli
+    import fabe_ds.engine.batch
+    import fabe_ds.engine.http
+    import fabe_ds.runner
+    import fabe_ds.tables
+
+    _ = (aiohttp, datasets, jinja2, pyarrow, requests, rich)
+    sys.argv = ["fabe-ds", *serve(sys.argv[1])]
+    fabe_ds.cli.main()
