@@ -1,7 +1,7 @@
 """The command line, forked from one process that has imported everything: the same front door
 (arguments, environment, folder, pipes, signals, exit code) without the start of an interpreter.
 
-    python -m tests.warm SOCKET      the process that is forked; `WarmCommand` asks it
+    python tests/warm.py SOCKET      the process that is forked; `WarmCommand` asks it
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _server() -> str:
         folder = tempfile.mkdtemp(prefix="warm-")
         address = str(Path(folder) / "socket")
         environment = {**os.environ, "HF_HOME": folder}
-        command = [sys.executable, "-m", "tests.warm", address]
+        command = [sys.executable, __file__, address]  # -m would show in the command's own name
         process = subprocess.Popen(
             command, cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE
         )

@@ -23,6 +23,7 @@ STORM = 0.5  # share of refusals above which the server admits a part and refuse
 STORM_FEWEST = 8
 CUT = 0.8
 RECOVERY_TRIPS = 10.0  # round trips from a cut back to the level that was cut
+AUTO_CAUTION = 1.5  # and so many times more where no number of the user's stands behind it
 LEAST_TRIP, LONGEST_TRIP = 0.02, 2.0  # seconds
 
 SURE = 32  # up to here the search doubles without looking: small cohorts say little
@@ -203,6 +204,8 @@ class Limiter:
         if self._on_trial and not self._storm:
             return
         trip = min(LONGEST_TRIP, max(LEAST_TRIP, self._trip or LEAST_TRIP))
+        if self._search is not None:
+            trip *= AUTO_CAUTION
         self._level = max(recovery.low, recovery.level((now - recovery.at) / trip))
         if self._level >= self.ceiling:
             self._level, self._recovery = float(self.ceiling), None
