@@ -62,6 +62,12 @@ def _request(task: Task) -> Request:
     return task.slot.request
 
 
+def _how_unavailable(verdict: Verdict) -> str:
+    if verdict.gone:
+        return "the server is gone"
+    return "the model is loading" if verdict.loading else "the server refuses all"
+
+
 def _used_up(cap: str) -> str:
     return (
         f"the budget is used up ({cap}); what was answered is kept: run the same command again "
@@ -470,7 +476,7 @@ class Job:
         self._outage.failed(
             task.slot,
             verdict.message,
-            "gone" if verdict.gone else "loading" if verdict.loading else "refuses all",
+            _how_unavailable(verdict),
             engine.limiter.limit,
             certain=verdict.loading,
             alone=verdict.gone or others == 0,

@@ -90,7 +90,7 @@ class Rule(NamedTuple):
 
 _RATE = Verdict("retry", "rate", "{text}", busy=True)
 _BUSY = Verdict("retry", "server", "{text}", busy=True)
-_LOADING = Verdict("retry", "loading", "the model is loading ({text})", busy=True, loading=True)
+_LOADING = Verdict("retry", "loading", "{text}", busy=True, loading=True)
 _REFUSED = Verdict("fail", "refused", "the server refused the record's text ({text})")
 _CONTEXT = Verdict("fail", "context", "{text}")
 _QUOTA = Verdict("stop", "quota", "the quota is used up ({text})")
