@@ -29,8 +29,7 @@ CREATE TABLE IF NOT EXISTS completions (
 CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (run TEXT PRIMARY KEY, endpoint TEXT NOT NULL, batch TEXT);
 CREATE TABLE IF NOT EXISTS written (mark BLOB PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS limits (
-    base BLOB, key BLOB, max_tokens INTEGER, PRIMARY KEY (base, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS limits (base BLOB, key BLOB, max_tokens INTEGER);
 CREATE TABLE IF NOT EXISTS token_limits (max_tokens INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS learned (
     endpoint TEXT, model TEXT, name TEXT, value TEXT, PRIMARY KEY (endpoint, model, name)
@@ -187,7 +186,7 @@ class RecordCache:
                 f"INSERT OR REPLACE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)",
                 values,
             )
-            connection.executemany("INSERT OR IGNORE INTO limits VALUES (?, ?, ?)", limits)
+            connection.executemany("INSERT INTO limits VALUES (?, ?, ?)", limits)
             distinct = {(limit,) for _, _, limit in limits}
             connection.executemany("INSERT OR IGNORE INTO token_limits VALUES (?)", distinct)
             connection.executemany("DELETE FROM claims WHERE key = ?", [row[:1] for row in values])
@@ -208,6 +207,8 @@ class RecordCache:
         names = ", ".join(f"completions.{name}" for name in _COLUMNS.split(", ")[1:])
 
         def read(connection: sqlite3.Connection) -> dict[bytes, list[tuple[int, Completion]]]:
+            # Made when it is first needed: kept up to date, it would slow every store down.
+            connection.execute("CREATE INDEX IF NOT EXISTS limits_by_base ON limits (base)")
             found: dict[bytes, list[tuple[int, Completion]]] = {}
             for start in range(0, len(bases), _IN):
                 part = bases[start : start + _IN]
