@@ -91,6 +91,7 @@ class RecordCache:
         self._after = after
         self.path = folder / "records.sqlite"
         self._lock = threading.RLock()
+        self._token_limits: set[int] = set()  # that the table has
         self._owner: str | None = None
         self._owner_lock: FileLock | None = None
         self._connection = self._open()
@@ -129,6 +130,7 @@ class RecordCache:
         return connection
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        self._token_limits.clear()
         aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
         for suffix in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
@@ -187,10 +189,12 @@ class RecordCache:
                 values,
             )
             connection.executemany("INSERT INTO limits VALUES (?, ?, ?)", limits)
-            distinct = {(limit,) for _, _, limit in limits}
-            connection.executemany("INSERT OR IGNORE INTO token_limits VALUES (?)", distinct)
+            new = {limit for _, _, limit in limits} - self._token_limits
+            for limit in new:
+                connection.execute("INSERT OR IGNORE INTO token_limits VALUES (?)", (limit,))
             connection.executemany("DELETE FROM claims WHERE key = ?", [row[:1] for row in values])
             connection.execute("COMMIT")
+            self._token_limits |= new
 
         self._do(write)
 

@@ -132,8 +132,8 @@ class Job:
                 if len(self._todo) < limit:
                     self._pull()
                 busy = engine.busy
-                if not self._todo and not busy and self._forbidden:
-                    self._judge_forbidden()
+                if self._forbidden and not (self._todo or self._sleeping or busy):
+                    self._judge_forbidden()  # nobody is left to show what it meant
                 if not self._todo or busy >= limit or not self._may_send(busy):
                     break
                 self._start(self._todo.popleft())

@@ -38,11 +38,12 @@ def clean_answer(
     text = strip_end_marks(strip_reasoning(answer, original), original)
     if strip_fences:
         try:
-            text = unwrap_fence(text, original, several)
+            inside = unwrap_fence(text, original, several)
         except SeveralBlocks as error:
             raise RecordFailed("fences", f"{error} (--fences fail)") from None
+        if inside is not text:
+            text = strip_end_marks(inside, original)
         text = _blank_start.sub("", text).rstrip()
-        text = strip_end_marks(text, original)
     if not text.strip():
         thought = "" if text.strip() == answer.strip() else " (nothing but reasoning or fences)"
         raise RecordFailed("empty", f"the model's answer is empty{thought}")

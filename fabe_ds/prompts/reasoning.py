@@ -182,6 +182,8 @@ def strip_end_marks(answer: str, original: str) -> str:
     A mark that stands at the very end is cut, unless the original ends in it or it closes a tag of
     the answer's own (`<s>...</s>`); where another turn begins behind a mark, all of that is.
     """
+    if "<" not in answer and "[" not in answer:
+        return answer
     for found in _ran_on.finditer(answer):
         before = answer[: found.start()]
         fenced = before.count("\n```") % 2 or before.startswith("```")
