@@ -23,7 +23,7 @@ from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.loop import LoopThread
 from fabe_ds.engine.rates import Rates
 from fabe_ds.engine.slots import SharedSlots
-from fabe_ds.engine.verdict import ServerError, Verdict, judge, judge_payload, read_error
+from fabe_ds.engine.verdict import ServerError, Verdict, judge_error, judge_payload, read_error
 from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers import Completion, HttpProvider, Request
 from fabe_ds.providers.finish import End, end_of
@@ -226,8 +226,9 @@ class HttpEngine:
             return self._broken(error)
         self.rates.read(headers)
         if status != 200:
-            verdict = judge(status, headers, data, time.monotonic() - started)
-            return self._with_lesson(verdict, status, read_error(data), sent)
+            told = read_error(data)
+            verdict = judge_error(status, told, headers, time.monotonic() - started)
+            return self._with_lesson(verdict, status, told, sent)
         return self._answer(data, headers, sent)
 
     def _broken(self, error: Exception) -> Verdict:
@@ -265,7 +266,7 @@ class HttpEngine:
         """What a body that came with status 200 holds."""
         try:
             payload = _payload(data, self.provider)
-            verdict = judge_payload(payload, headers, data)
+            verdict = judge_payload(payload, headers)
             if verdict is not None:
                 return self._with_lesson(verdict, 400, read_error(data), sent)
             completion = self.provider.completion(payload)

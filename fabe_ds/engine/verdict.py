@@ -285,7 +285,7 @@ def in_context(verdict: Verdict, answered_ago: float | None) -> Verdict:
     return replace(verdict, action="fail", kind="refused", doubtful=False, message=message)
 
 
-def judge_payload(payload: Any, headers: Mapping[str, str], body: bytes) -> Verdict | None:
+def judge_payload(payload: Any, headers: Mapping[str, str]) -> Verdict | None:
     """The verdict on a 200 whose body says that it is an error; None where it does not."""
     if not isinstance(payload, Mapping):
         return Verdict("retry", "malformed", "the answer is not a JSON object")

@@ -77,7 +77,7 @@ def test_statuses(status, content, action, kind):
     ],
 )
 def test_errors_with_status_200(payload, action):
-    verdict = judge_payload(payload, {}, json.dumps(payload).encode())
+    verdict = judge_payload(payload, {})
     assert (verdict and verdict.action) == action
 
 
