@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -435,12 +435,24 @@ def version() -> None:
     print(__version__)
 
 
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is when a line is logged: a progress bar stands in for it, and
+    puts the line above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
-        stream=sys.stderr,
+        handlers=[_ToStderr()],
         force=True,
     )
     logging.getLogger("fabe_ds").setLevel(level)
@@ -524,12 +536,14 @@ def _in_words(what: str, counts: Any) -> str:
 
 
 def _print_summary(result: RunResult, max_new_tokens: int) -> None:
-    rate = result.records / max(result.seconds, 1e-9)
+    rate = result.records / max(result.seconds - result.loading, 1e-9)
     print(
         f"{result.records} records: {result.done} rewritten, {result.cached} from cache"
         + (f", {result.failed} failed" if result.failed else "")
         + _in_words("skipped", result.skipped)
-        + f"; {result.seconds:.1f} s, {rate:.1f} records/s"
+        + f"; {result.seconds:.1f} s"
+        + (f" ({result.loading:.1f} of them loading the model)" if result.loading > 1 else "")
+        + f", {rate:.1f} records/s"
     )
     if result.requests:
         kinds = {"retries": result.retries, "asked again": result.reasks, "twice": result.hedged}
@@ -546,6 +560,8 @@ def _print_summary(result: RunResult, max_new_tokens: int) -> None:
             print(line)
     for error in result.bad_files:
         print(f"left out: {error}")
+    for note in result.notes:
+        print(f"note: {note}")
     if len(result.outputs) == 1:
         print(f"written: {result.outputs[0]}")
     elif result.outputs:

@@ -121,6 +121,22 @@ class TransformConfig(BaseModel):
         "Model", "Model name, folder or .gguf file.", changes=True, environment="MODEL_PATH"
     )
     base_url: str | None = _setting("Model", "Base URL of the server.", changes=True)
+    base_model: str | None = _setting(
+        "Model",
+        "Model that an adapter (LoRA) given as --model goes on; by default, the one it names.",
+        changes="when set",
+    )
+    chat_template: str | None = _setting(
+        "Model",
+        "Chat template for a local model, instead of its own: a Jinja2 file.",
+        changes="when set",
+    )
+    thinking: Literal["on", "off"] | None = _setting(
+        "Model",
+        "Whether a local model reasons first, where its chat template has a switch for it.  "
+        "[default: as the template has it]",
+        changes="when set",
+    )
     api_key: SecretStr | None = _setting("Model", "Key for the server; better, OPENAI_API_KEY.")
     device: Annotated[str, Field(pattern=r"^(mps|auto|cpu(,cpu)*|cuda(:\d+(,(cuda:)?\d+)*)?)$")] = (
         _setting(
@@ -165,7 +181,8 @@ class TransformConfig(BaseModel):
     seed: int | None = _setting("Model", "Seed for sampling.", changes=True)
     on_long_prompt: Literal["fail", "truncate-left"] = _setting(
         "Model",
-        "A prompt that is too long for a local model: fail that record, or cut its beginning.",
+        "A prompt that is too long for a local model: fail that record, or cut its value's "
+        "beginning.",
         "fail",
         changes=True,
     )
@@ -413,7 +430,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = base / values[name]
-    for name in ("instruction", "model"):  # a text or a name, unless a file of that name is there
+    for name in (
+        "instruction",
+        "model",
+        "base_model",
+        "chat_template",
+    ):  # a text or a name, unless a file of that name is there
         value = values.get(name)
         if isinstance(value, str) and "\n" not in value and len(value) < 1024:
             beside = base / value

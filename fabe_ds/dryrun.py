@@ -63,7 +63,7 @@ class DryRun:
 class _NothingStored:
     """A record cache that is empty and stays so."""
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+    def get(self, keys: Sequence[bytes], since: float = 0.0) -> dict[bytes, Completion]:
         return {}
 
     def other_limits(self, max_tokens: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fabe_ds.advice import often_failing
 from fabe_ds.engine.intake import Stats
+from fabe_ds.engine.local import LOADING
 from fabe_ds.text import clock
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ def watching(stats: Stats, total: int) -> Iterator[None]:
 
 def describe(stats: Stats, total: int, seconds: float) -> str:
     """One line: counts, rates a second, and the time that is left."""
-    seconds = max(seconds, 1e-9)
+    if stats.state == LOADING:
+        return f"{stats.settled}/{total}, {LOADING}"
+    seconds = max(seconds - stats.loading, 1e-9)
     # What is in the cache takes no time, and says nothing of what is still to be asked for.
     asked = stats.done + stats.failed
     rate = (asked or stats.cached) / seconds

@@ -72,7 +72,7 @@ def write_page(report: Path, place: Path | None = None) -> Path:
 
 
 def _tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
-    seconds = max(run["seconds"], 1e-9)
+    seconds, loading = max(run["seconds"], 1e-9), run.get("loading", 0.0)
     tiles = [
         ("records", f"{run['records']:,}"),
         ("rewritten", f"{run['done']:,}"),
@@ -80,7 +80,7 @@ def _tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("failed", f"{run['failed']:,}"),
         ("skipped", f"{sum(run['skipped'].values()):,}"),
         ("time", _duration(seconds)),
-        ("records a second", f"{run['records'] / seconds:,.1f}"),
+        ("records a second", f"{run['records'] / max(seconds - loading, 1e-9):,.1f}"),
         ("requests", f"{run['requests']:,}"),
         *([("refusals", f"{run['refusals']:,}")] if run.get("refusals") else []),
         ("prompt tokens", f"{run['prompt_tokens']:,}"),

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,10 @@ class RunResult:
     cost: float
     failures_file: Path | None = None
     report: Path | None = None
+    loading: float = 0.0
+    """Those of `seconds` in which a local model was loaded."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how a local model answered."""
 
     @property
     def exit_code(self) -> int:
@@ -163,7 +167,12 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
     if config.base_url:
         settings["base_url"] = without_secrets(config.base_url)
     for name, value in settings.items():
-        if isinstance(value, Path) or name in ("instruction", "model"):
+        if isinstance(value, Path) or name in (
+            "instruction",
+            "model",
+            "base_model",
+            "chat_template",
+        ):
             settings[name] = _from_anywhere(value)
     ended = f"{datetime.now():%Y-%m-%d %H:%M}"
     body = {"fabe_ds": __version__, "ended": ended, "config": settings, **asdict(result), **course}

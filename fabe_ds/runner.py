@@ -309,8 +309,8 @@ def _tables(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[pa.T
             yield table
             continue
         texts = [
-            None if mark is None or cache.was_written(mark) else text
-            for mark, text in _value_marks(table, "text", transform, plan)
+            None if not marks or any(map(cache.was_written, marks)) else text
+            for marks, text in _value_marks(table, "text", transform, plan)
         ]
         left = table.drop_columns(["file", "index", "text"])
         yield left.append_column("text", pa.array(texts, pa.large_string()))
@@ -323,18 +323,20 @@ def _target_column(dataset: Dataset) -> list[str]:
 
 def _value_marks(
     table: pa.Table, column: str, transform: Transform, plan: Plan
-) -> Iterator[tuple[bytes | None, str | None]]:
-    """Each value of the column, after the mark that says that this very job wrote it in place."""
-    job, fields = transform.job(), len(transform.paths)
+) -> Iterator[tuple[list[bytes], str | None]]:
+    """Each value of the column, after the marks that say that this very job wrote it in place: the
+    first is this version's."""
+    jobs, fields = transform.jobs(), len(transform.paths)
     places = {source.name: str(source.path.resolve()) for source in plan.sources}
     names = ("file", "index", column)
     targets = table.column("target").to_pylist() if fields > 1 else [0] * len(table)
     rows = zip(*(table.column(name).to_pylist() for name in names), targets, strict=True)
     for file, index, value, target in rows:
         if value is None:
-            yield None, None
+            yield [], None
         else:
-            yield written_mark(job, places[file], index * fields + target, value), value
+            place, number = places[file], index * fields + target
+            yield [written_mark(job, place, number, value) for job in jobs], value
 
 
 def _marks(transform: Transform) -> RecordCache:
@@ -347,8 +349,8 @@ def _mark_written(transform: Transform, plan: Plan, written: Dataset) -> None:
     columns = ["file", "index", "completion", *_target_column(written)]
     rows = written.select_columns(columns).with_format("arrow")
     for table in passed_over(rows.iter(batch_size=MAP_ROWS)):
-        marks = _value_marks(table, "completion", transform, plan)
-        cache.mark_written(mark for mark, _ in marks if mark is not None)
+        found = _value_marks(table, "completion", transform, plan)
+        cache.mark_written(marks[0] for marks, _ in found if marks)
 
 
 def _export(written: Dataset, loaded: Loaded, plan: Plan, state: _State) -> list[Path]:
@@ -399,6 +401,8 @@ def _report(
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
         cost=stats.cost,
+        loading=stats.loading,
+        notes=stats.notes,
         failures_file=beside(plan.reports, FAILURES) if failed else None,
         report=beside(plan.reports, REPORT),
     )

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from fabe_ds.prompts.validate import build_check
 from fabe_ds.providers import (
     Endpoint,
     HttpProvider,
+    LocalProvider,
     Provider,
     Request,
     Sampling,
@@ -134,7 +136,32 @@ class Transform:
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._ahead: Iterator[Outcome] | None = None
         self._rank = 0
+        self._chat_template = self._read_template(config.chat_template)
         self.provider = self._build_provider()
+
+    def _read_template(self, name: str | None) -> str | None:
+        """The chat template: a file's text, or what a spec has of one already.
+
+        Raises: UsageError.
+        """
+        local = issubclass(self._provider_class, LocalProvider)
+        for flag in ("base_model", "chat_template", "thinking"):
+            if getattr(self.config, flag) is not None and not local:
+                raise UsageError(
+                    f"--{flag.replace('_', '-')} goes with a local model (hf, modelscope); "
+                    f"{self.config.provider} asks a server"
+                )
+        if name is None or "{" in name:
+            return name
+        try:
+            template = Path(name).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--chat-template {name}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"--chat-template {name}: not UTF-8") from None
+        if "{" not in template:
+            raise UsageError(f"--chat-template {name}: no template of Jinja2 in it")
+        return template
 
     def _base_url(self, config: TransformConfig) -> str | None:
         """The server's address, of the configuration or of the provider's own variables."""
@@ -176,6 +203,12 @@ class Transform:
             config.on_long_prompt,
             config.engine,
             len(devices),
+            base_model=config.base_model,
+            chat_template=self._chat_template,
+            thinking=None if config.thinking is None else config.thinking == "on",
+            chat=config.use_chat_template,
+            max_new_tokens=config.max_new_tokens,
+            cache_dir=config.cache_dir,
         )
         return build_provider(config.provider, endpoint, self.key())
 
@@ -201,21 +234,26 @@ class Transform:
             )
         }
         values["instruction"], _ = self.template
+        if self._chat_template is not None:
+            values["chat_template"] = self._chat_template
         values["strip_fences"] = values["auto_extract_code"] = self.config.strips_fences
         values["identity"] = self.provider.identity()
-        return json.dumps(values, sort_keys=True, ensure_ascii=False)
+        return _canonical(values)
 
     def digest(self) -> str:
         """Names what this transform makes of a record."""
-        return self._digest(TRANSFORM_VERSION)
+        return _named(TRANSFORM_VERSION, self.spec())
 
-    def job(self) -> str:
+    def jobs(self) -> list[str]:
         """Names what is asked for: values that this job wrote in place are known by it, whatever
-        later versions make of an answer."""
-        return self._digest(JOB_VERSION)
-
-    def _digest(self, version: int) -> str:
-        return hashlib.sha256(f"{version}\0{self.spec()}".encode()).hexdigest()[:32]
+        later versions make of an answer. The first name is this version's, another may be that
+        under which earlier ones knew it."""
+        spec = self.spec()
+        former = self.provider.former_identity()
+        specs = [spec]
+        if former is not None:
+            specs.append(_canonical({**json.loads(spec), "identity": former}))
+        return [_named(JOB_VERSION, each) for each in specs]
 
     def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
         if self._session is not None:
@@ -424,6 +462,14 @@ class Transform:
         return changed
 
 
+def _canonical(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, ensure_ascii=False)
+
+
+def _named(version: int, spec: str) -> str:
+    return hashlib.sha256(f"{version}\0{spec}".encode()).hexdigest()[:32]
+
+
 def _check_text(name: str, values: Iterable[Any]) -> None:
     """Raises: UsageError where there is no text among the values, but others."""
     there = (value for value in values if value is not None)
@@ -472,7 +518,7 @@ def _rebuild(spec: str, version: int) -> Transform:
     name = hashlib.sha256(spec.encode()).hexdigest()[:16]
     values = json.loads(spec)
     values.pop("identity")
-    values |= json.loads(os.environ.get(_RUNTIME + name, "{}"))
+    values = {**json.loads(os.environ.get(_RUNTIME + name, "{}")), **values}
     if _KEY + name in os.environ:
         values["api_key"] = os.environ[_KEY + name]
     return Transform(validated(TransformConfig, values, {}))

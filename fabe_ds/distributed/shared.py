@@ -68,8 +68,8 @@ class RemoteCache:
     def __init__(self, keeper: Any) -> None:
         self._keeper = keeper
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
-        found: dict[bytes, Completion] = _result(self._keeper.get.remote(keys))
+    def get(self, keys: Sequence[bytes], since: float = 0.0) -> dict[bytes, Completion]:
+        found: dict[bytes, Completion] = _result(self._keeper.get.remote(keys, since))
         return found
 
     def put(self, rows: Iterable[Row]) -> None:

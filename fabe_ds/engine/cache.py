@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS completions (
     key BLOB NOT NULL UNIQUE, text TEXT NOT NULL, finish_reason TEXT,
-    prompt_tokens INTEGER, completion_tokens INTEGER, created REAL NOT NULL);
+    prompt_tokens INTEGER, completion_tokens INTEGER, created REAL NOT NULL, reasoning TEXT);
 CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (run TEXT PRIMARY KEY, endpoint TEXT NOT NULL, batch TEXT);
 CREATE TABLE IF NOT EXISTS written (mark BLOB PRIMARY KEY) WITHOUT ROWID;
@@ -35,7 +35,9 @@ CREATE TABLE IF NOT EXISTS learned (
     endpoint TEXT, model TEXT, name TEXT, value TEXT, PRIMARY KEY (endpoint, model, name)
     ) WITHOUT ROWID;
 """
-_COLUMNS = "key, text, finish_reason, prompt_tokens, completion_tokens"
+_FORMER_COLUMNS = "key, text, finish_reason, prompt_tokens, completion_tokens"
+_COLUMNS = f"{_FORMER_COLUMNS}, reasoning"
+_STORE = f"INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?,?)"
 _IN = 500  # host parameters a statement; old builds of SQLite allow 999
 _BUSY_SECONDS = 30
 
@@ -55,7 +57,7 @@ class Row(NamedTuple):
 class Completions(Protocol):
     """What the engines ask of a record cache, wherever it is. `RecordCache` says what each does."""
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]: ...
+    def get(self, keys: Sequence[bytes], since: float = 0.0) -> dict[bytes, Completion]: ...
     def put(self, rows: Iterable[Row]) -> None: ...
     def other_limits(self, max_tokens: int) -> bool: ...
     def under_other_limits(
@@ -124,6 +126,9 @@ class RecordCache:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # a commit holds over a power cut
             connection.executescript(_SCHEMA)
+            columns = [row[1] for row in connection.execute("PRAGMA table_info(completions)")]
+            if "reasoning" not in columns:  # a cache that an earlier version made
+                connection.execute("ALTER TABLE completions ADD COLUMN reasoning TEXT")
         except sqlite3.Error:
             connection.close()
             raise
@@ -139,10 +144,7 @@ class RecordCache:
         rows = list(_readable(aside))
         if rows:
             fresh = self._connect()
-            statement = (
-                f"INSERT OR IGNORE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)"
-            )
-            fresh.executemany(statement, [(*row, time.time()) for row in rows])
+            fresh.executemany(f"INSERT OR IGNORE {_STORE}", [(*row, time.time()) for row in rows])
             fresh.close()
             log.warning("%d completions of it could be kept", len(rows))
 
@@ -160,8 +162,8 @@ class RecordCache:
                 self._connection = self._connect()
                 return work(self._connection)
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
-        """The completions that are there."""
+    def get(self, keys: Sequence[bytes], since: float = 0.0) -> dict[bytes, Completion]:
+        """The completions that are there, and were stored since a time (seconds since 1970)."""
 
         def read(connection: sqlite3.Connection) -> dict[bytes, Completion]:
             found = {}
@@ -169,7 +171,10 @@ class RecordCache:
                 part = keys[start : start + _IN]
                 marks = ",".join("?" * len(part))
                 query = f"SELECT {_COLUMNS} FROM completions WHERE key IN ({marks}) AND rowid > ?"
-                for key, *fields in connection.execute(query, [*part, self._after]):
+                values: list[object] = [*part, self._after]
+                if since:
+                    query, values = f"{query} AND created > ?", [*values, since]
+                for key, *fields in connection.execute(query, values):
                     found[key] = Completion(*fields)
             return found
 
@@ -184,10 +189,7 @@ class RecordCache:
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany(
-                f"INSERT OR REPLACE INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?)",
-                values,
-            )
+            connection.executemany(f"INSERT OR REPLACE {_STORE}", values)
             connection.executemany("INSERT INTO limits VALUES (?, ?, ?)", limits)
             new = {limit for _, _, limit in limits} - self._token_limits
             for limit in new:
@@ -362,4 +364,6 @@ def _readable(path: Path) -> Iterator[tuple[object, ...]]:
         contextlib.closing(sqlite3.connect(path)) as connection,
         contextlib.suppress(sqlite3.Error),
     ):
-        yield from connection.execute(f"SELECT {_COLUMNS} FROM completions")
+        there = [row[1] for row in connection.execute("PRAGMA table_info(completions)")]
+        columns = _COLUMNS if "reasoning" in there else f"{_FORMER_COLUMNS}, NULL"
+        yield from connection.execute(f"SELECT {columns} FROM completions")

@@ -64,6 +64,10 @@ class Stats:
     completion_tokens: int = 0
     state: str = ""
     """What holds the run up just now, for people; empty where nothing does."""
+    loading: float = 0.0
+    """Seconds in which a model was loaded and nothing could be answered."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how the records were answered, a line each."""
     latency: Counter[int] = field(default_factory=Counter)
     """Answers by the time they took: those of up to 2**(n/4) seconds under n."""
     failures: Counter[str] = field(default_factory=Counter)
@@ -76,7 +80,8 @@ class Stats:
         """All of it as plain values, to be sent elsewhere."""
         counts = {field.name: getattr(self, field.name) for field in fields(self)}
         # asdict spoils a Counter
-        return {**counts, "latency": dict(self.latency), "failures": dict(self.failures)}
+        counts |= {"latency": dict(self.latency), "failures": dict(self.failures)}
+        return {**counts, "notes": list(self.notes)}
 
     @property
     def settled(self) -> int:
@@ -104,6 +109,8 @@ def stored(
     """Answers that the cache has for requests, by their keys: to the very same request, or to one
     with another limit on tokens whose answer ended by itself and would have under this limit."""
     found = cache.get(list(requests))
+    missing = {key: request for key, request in requests.items() if key not in found}
+    found |= _under_former_keys(cache, provider, missing)
     lacking = [key for key in requests if key not in found and requests[key].sampling.repeats]
     limits = {requests[key].sampling.max_new_tokens for key in lacking}
     if not any(map(cache.other_limits, limits)):
@@ -115,6 +122,21 @@ def stored(
         for old_limit, answer in answers:
             if _serves(answer, old_limit, limit):
                 found[key] = answer
+    return found
+
+
+def _under_former_keys(
+    cache: Completions, provider: Provider, requests: Mapping[bytes, Request]
+) -> dict[bytes, Completion]:
+    """Answers that earlier versions stored under other keys and that this one would give too."""
+    named: dict[float, dict[bytes, bytes]] = {}
+    for key, request in requests.items():
+        if (former := provider.former_key(request)) is not None:
+            named.setdefault(former[1], {})[former[0]] = key
+    found: dict[bytes, Completion] = {}
+    for since, keys in named.items():
+        there = cache.get(list(keys), since)
+        found |= {keys[former]: completion for former, completion in there.items()}
     return found
 
 

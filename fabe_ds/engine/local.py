@@ -11,6 +11,7 @@ from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import Completion, LocalProvider, Request
 
 POLL_SECONDS = 0.5
+LOADING = "loading the model"
 
 
 def answer_window(
@@ -71,6 +72,17 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing is open."""
 
+    def _load(self) -> None:
+        """Loads the model: a phase of its own, outside the rate of answers."""
+        stats, started = self.intake.stats, time.monotonic()
+        stats.state = LOADING
+        try:
+            self.provider.preflight()
+        finally:
+            stats.state = ""
+            stats.loading += time.monotonic() - started
+        self._checked = True
+
     def _answer(self, slots: list[Slot]) -> None:
         while slots:
             slots = self._answer_once(slots)
@@ -78,12 +90,11 @@ class LocalEngine:
     def _answer_once(self, slots: list[Slot]) -> list[Slot]:
         """Gives those that are to be asked again."""
         if not self._checked:
-            self.provider.preflight()
-            self._checked = True
+            self._load()
         requests = [slot.request for slot in slots if slot.request is not None]
-        again = []
+        stats, again = self.intake.stats, []
         for batch in self.provider.stream(requests):
-            self.intake.stats.requests += len(batch)
+            stats.requests += len(batch)
             good = [(slots[i], a) for i, a in batch if isinstance(a, Completion)]
             self.intake.store(good)
             for index, answer in batch:
@@ -91,4 +102,5 @@ class LocalEngine:
                     self.intake.failed(slots[index], answer)
                 elif not self.intake.answered(slots[index], answer):
                     again.append(slots[index])
+        stats.notes = self.provider.told()
         return again

@@ -34,6 +34,10 @@ def add_up(left: Iterable[Mapping[str, Any]], into: Stats) -> None:
         values = [counts[field.name] for counts in left]
         if field.name == "state":
             into.state = next(filter(None, values), "")
+        elif field.name == "loading":  # at the same time in each
+            into.loading = max(values, default=0.0)
+        elif field.name == "notes":
+            into.notes = list(dict.fromkeys(note for notes in values for note in notes))
         elif field.name in ("latency", "failures"):
             total: Counter[Any] = Counter()
             for counts in values:  # the keys of a JSON object are text

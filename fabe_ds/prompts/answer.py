@@ -10,6 +10,7 @@ from fabe_ds.prompts.fences import Several, SeveralBlocks, unwrap_fence
 from fabe_ds.prompts.reasoning import strip_end_marks, strip_reasoning
 from fabe_ds.providers.finish import End, end_of
 
+_BROKEN = "\ufffd"  # what is left of a character that an answer was cut inside of
 _blank_start = re.compile(r"\A(?:[ \t]*\r?\n)+")
 
 
@@ -32,7 +33,9 @@ def clean_answer(
     not known to mean a whole answer), "server" (broken off), "tool call", "fences" or "empty".
     """
     if finish_reason not in good_ends:
-        _check_end(finish_reason, answer, on_truncated)
+        _check_end(finish_reason, answer, original, on_truncated)
+    if answer.endswith(_BROKEN) and end_of(finish_reason) in (End.CUT, End.CONTEXT):
+        answer = answer.rstrip(_BROKEN)
     if answer == original:
         return original
     text = strip_end_marks(strip_reasoning(answer, original), original)
@@ -50,10 +53,13 @@ def clean_answer(
     return _ended_like(text, original) if strip_fences else text
 
 
-def _check_end(reason: str | None, answer: str, on_truncated: str) -> None:
+def _check_end(reason: str | None, answer: str, original: str, on_truncated: str) -> None:
     end = end_of(reason)
     if end is End.CUT and on_truncated != "keep":
-        raise RecordFailed("truncated", "the answer was cut at the token limit (--max-new-tokens)")
+        thinking = "" if strip_reasoning(answer, original).strip() else ", still thinking"
+        raise RecordFailed(
+            "truncated", f"the answer was cut at the token limit (--max-new-tokens){thinking}"
+        )
     if end is End.CONTEXT and on_truncated != "keep":
         raise RecordFailed("truncated", f"the answer was cut at the model's context ({reason})")
     if end is End.REFUSED:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 _TAGS = r"(?:seed:|mm:)?(?:think|thinking|reasoning|thought)"
-_PAIRS = (  # opening and closing marks that are not tags
+PAIRS = (  # opening and closing marks that are not tags
     ("[THINK]", "[/THINK]"),  # Magistral
     ("◁think▷", "◁/think▷"),  # Kimi-VL
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
@@ -17,9 +17,9 @@ _PAIRS = (  # opening and closing marks that are not tags
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|channel>thought", "<channel|>"),  # Gemma 4
 )
-_CLOSER_OF = {opener.lower(): closer.lower() for opener, closer in _PAIRS}
-_openers = "|".join(re.escape(opener) for opener, _ in _PAIRS)
-_closers = "|".join(re.escape(closer) for _, closer in _PAIRS)
+_CLOSER_OF = {opener.lower(): closer.lower() for opener, closer in PAIRS}
+_openers = "|".join(re.escape(opener) for opener, _ in PAIRS)
+_closers = "|".join(re.escape(closer) for _, closer in PAIRS)
 _fence = r"^(?P<indent>[ \t]*)(?P<ticks>`{3,}|~{3,})[ \t]*(?P<info>[^\n]*?)[ \t\r]*$"
 _mark = re.compile(
     rf"^[ \t]*(?P<open><(?P<tag>{_TAGS})(?:>|(?=[ \n])[^>\n]*(?:>|$))|{_openers})"

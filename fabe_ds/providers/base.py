@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from fabe_ds.errors import FabeError, RecordFailed
@@ -54,6 +55,15 @@ class Endpoint:
     engine: str = "transformers"
     sharers: int = 1
     """Processes that share this machine's processor for one run."""
+    base_model: str | None = None
+    chat_template: str | None = None
+    """The text of a template that takes the place of the model's own."""
+    thinking: bool | None = None
+    chat: bool = True
+    """Whether records are asked about through the model's chat template."""
+    max_new_tokens: int | None = None
+    cache_dir: Path | None = None
+    """Where digests of large files are remembered."""
 
 
 class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass
@@ -92,12 +102,14 @@ class Request(NamedTuple):  # built for every record, so a tuple: a third of a f
 
 class Completion(NamedTuple):
     """What a model answered, as it came. `finish_reason`: the server's own word for how it ended
-    (providers/finish.py says what each means), or None."""
+    (providers/finish.py says what each means), or None. `reasoning`: what was told apart from the
+    answer before it became text."""
 
     text: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    reasoning: str | None = None
 
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
@@ -135,13 +147,26 @@ class Provider(ABC):
 
     def key(self, request: Request) -> bytes:
         """The cache key: SHA-256 over who is asked, what is sent, and which sample it is."""
-        sent = [self.name, self.identity(), self.body(request), request.sample]
+        return self._key_under(self.identity(), request)
+
+    def _key_under(self, identity: str, request: Request) -> bytes:
+        sent = [self.name, identity, self.body(request), request.sample]
         return hashlib.sha256(_canonical(sent).encode()).digest()
 
     def key_without_limit(self, request: Request) -> bytes:
         """The same for requests that differ in nothing but their limit on new tokens."""
         sampling = replace(request.sampling, max_new_tokens=0)
         return self.key(request._replace(sampling=sampling))
+
+    def former_key(self, request: Request) -> tuple[bytes, float] | None:
+        """The key under which earlier versions kept the very answer that this one would give, and
+        since when: an older answer may be another's. None where there is none such."""
+        return None
+
+    def former_identity(self) -> str | None:
+        """What earlier versions gave as the identity of the same model; None where it is this one,
+        or where they may have been answered otherwise."""
+        return None
 
     def lost_prompt(self, request: Request, completion: Completion) -> str | None:
         """What says that the model has not seen the whole prompt, or None."""
@@ -164,6 +189,10 @@ class Provider(ABC):
 
 class LocalProvider(Provider):
     """A model in this process."""
+
+    def told(self) -> list[str]:
+        """What a person should know of how the records were answered, a line each."""
+        return []
 
     @abstractmethod
     def complete(self, requests: Sequence[Request]) -> list[Completion | RecordFailed]:

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 ATTENTION = "fabe_ds"
 ALIGN = 16  # tokens; kernels read masks in blocks
 BLOCK = 16  # rows, on a CPU: fewer are less padding, more are fewer and larger products
+NOT_NUMBERS = -1  # instead of a token, where its scores are not
 ALIKE = 0.7  # a block's shortest row takes at least this much of what its longest takes
 
 
@@ -36,7 +37,8 @@ class Prompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """New token ids, the ending token left out. `reason`: stop or length."""
+    """New token ids, the ending token left out. `reason`: stop, length, or not numbers, where the
+    scores of its next token were none."""
 
     number: int
     tokens: list[int]
@@ -400,20 +402,23 @@ class Decoder:
 
     def _step(self, blocks: list[_Block]) -> None:
         """The next token of every row."""
+        rows = [row for block in blocks for row in block.rows]
+        self.work.steps += 1
+        self.work.row_steps += len(rows)
+        for row, token in zip(rows, self._choose(self._scores(blocks), rows), strict=True):
+            row.last = token
+
+    def _scores(self, blocks: list[_Block]) -> torch.Tensor:
+        """Scores of each row's token after its newest, [rows, vocabulary]."""
         shared = len(self._shared)
         self._attended.blocks, self._attended.first = blocks, None
         for block in blocks:
             lengths = [len(row.prompt.ids) - shared + len(row.new) for row in block.rows]
             block.places = torch.tensor(lengths, device=self.device).sub_(1)
             block.mask[torch.arange(len(lengths), device=self.device), block.places] = 0
-        rows = [row for block in blocks for row in block.rows]
         places = torch.cat([block.places for block in blocks if block.places is not None])
-        ids = torch.tensor([row.last for row in rows], device=self.device)
-        self.work.steps += 1
-        self.work.row_steps += len(rows)
-        scores = self._forward(ids[:, None], (places + shared)[:, None], 1)[:, -1]
-        for row, token in zip(rows, self._choose(scores, rows), strict=True):
-            row.last = token
+        ids = torch.tensor([row.last for block in blocks for row in block.rows], device=self.device)
+        return self._forward(ids[:, None], (places + shared)[:, None], 1)[:, -1]
 
     def _forward(self, ids: Any, positions: Any, logits_to_keep: Any) -> torch.Tensor:
         _Attended.active = self._attended
@@ -441,15 +446,18 @@ class Decoder:
                 ids = torch.cat([row.ids, torch.tensor(row.new, device=self.device).long()])
                 for process in plan.each:
                     scores[number : number + 1] = process(ids[None], scores[number : number + 1])
-        if not plan.samples:
-            return scores.argmax(-1).tolist()  # type: ignore[no-any-return]
-        for process in plan.all:
-            scores = process(None, scores)
-        chances = scores.softmax(-1)
-        return [
-            int(torch.multinomial(chances[number], 1, generator=row.generator))
-            for number, row in enumerate(rows)
-        ]
+        best, tokens = scores.max(-1)  # a score that is no number is the largest
+        chosen: list[int] = tokens.tolist()
+        wrong = best.isnan().tolist()
+        if plan.samples:
+            for process in plan.all:
+                scores = process(None, scores)
+            chances = scores.softmax(-1)
+            for number, row in enumerate(rows):
+                if not wrong[number]:
+                    token = torch.multinomial(chances[number], 1, generator=row.generator)
+                    chosen[number] = int(token)
+        return [NOT_NUMBERS if wrong[n] else token for n, token in enumerate(chosen)]
 
     def _leave(self, blocks: list[_Block]) -> list[Answer]:
         """Takes in the newest token of each row; rows that end by it leave."""
@@ -467,6 +475,8 @@ class Decoder:
         plan, number, token = self.plan, row.prompt.number, row.last
         if token in plan.ends:
             return Answer(number, row.new, "stop")
+        if token == NOT_NUMBERS:
+            return Answer(number, row.new, "not numbers")
         row.new.append(token)
         if plan.stopped is not None and (text := plan.stopped(row.new)) is not None:
             return Answer(number, row.new, "stop", text)
@@ -475,44 +485,25 @@ class Decoder:
         return None
 
 
-def agrees(model: Any, device: Any, pad: int) -> bool:
-    """Whether this loop gives what the model's own forward does; tried on a few tokens."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = [(7 * i * i + 3) % vocabulary for i in range(40)]
-    rows = [Prompt(0, [*ids[:12], *ids[20:39]]), Prompt(1, ids[:19])]
+def scores_of_two(
+    model: Any, device: Any, pad: int, ids: list[int], shared: int, short: int
+) -> list[torch.Tensor]:
+    """The loop's scores of two rows that begin alike, for a trial.
+
+    One row is the ids without those from `shared` to `short`, the other the first `short` of them,
+    each with one more as its first new token. Scores: of both prompts' next token, then of both
+    rows' token after the new one.
+    """
+    prompts = [Prompt(0, [*ids[:shared], *ids[short:-1]]), Prompt(1, ids[:short])]
     decoder = Decoder(model, Plan(1, frozenset()), Room(2, 1 << 20), pad, device)
-    ours = []
-    try:
-        with torch.inference_mode():
-            decoder._begin(ids[:12])
-            group = [_Row(prompt, decoder.plan, device) for prompt in rows]
-            block = _Block(group, 48, model.dtype, device)
-            first = decoder._prefill(block, 0, group)
-            group[0].new, group[1].new = [ids[39]], [ids[20]]
-            group[0].last, group[1].last = ids[39], ids[20]
-            chosen: list[torch.Tensor] = []
-            decoder._choose = lambda scores, _: chosen.append(scores) or [0, 0]  # type: ignore
-            decoder._step([block])
-            ours = [first, chosen[0]]
-            before = model.config._attn_implementation
-            model.set_attn_implementation("eager")
-            try:
-                for number, prompt in enumerate(rows):
-                    whole = torch.tensor([[*prompt.ids, *group[number].new]], device=device)
-                    logits = model(input_ids=whole, use_cache=False).logits[0]
-                    spread = logits.float().std()
-                    for mine, theirs in zip(ours, (logits[-2], logits[-1]), strict=True):
-                        far = (mine[number].float() - theirs.float()).abs().max()
-                        if not far <= spread * _TOLERANCE[logits.dtype]:
-                            return False
-            finally:
-                model.set_attn_implementation(before)
-    except (Unsupported, TypeError, ValueError, AttributeError, RuntimeError, IndexError):
-        return False
-    return True
-
-
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+    decoder._begin(ids[:shared])
+    rows = [_Row(prompt, decoder.plan, device) for prompt in prompts]
+    block = _Block(rows, len(ids) + ALIGN, model.dtype, device)
+    first = decoder._prefill(block, 0, rows)
+    for row, token in zip(rows, (ids[-1], ids[short]), strict=True):
+        row.new, row.last = [token], token
+    second = decoder._scores([block])
+    return [*first, *second]
 
 
 def seed_of(seed: int | None, sample: int, ids: Sequence[int]) -> int:

@@ -4,37 +4,66 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
-from fabe_ds.errors import RecordFailed
+from fabe_ds.errors import RecordFailed, RunStopped, first_line
 from fabe_ds.providers.base import Sampling
-from fabe_ds.providers.decode import ATTENTION, Answer, Decoder, Plan, Prompt, Room, Work, agrees
+from fabe_ds.providers.checkpoint import LEFT, LEFT_SAMPLING, context
+from fabe_ds.providers.decode import ATTENTION, Answer, Decoder, Plan, Prompt, Room, Work
+from fabe_ds.providers.stops import stop_texts, stop_tokens, stopper
+from fabe_ds.providers.trial import (
+    Limits,
+    Stretch,
+    Together,
+    free,
+    loop_agrees,
+    padded,
+    takes_together,
+)
 
 log = logging.getLogger(__name__)
 
 Given = tuple[int, Answer | RecordFailed]
 """The index of a prompt, and what became of it."""
 
-_OWN = ("repetition_penalty", "no_repeat_ngram_size")
-_OWN_SAMPLING = ("top_p", "top_k", "min_p")
+_NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "typical_p": 1.0, "guidance_scale": 1.0}
+_NEUTRAL |= {"top_p": 1.0, "temperature": 1.0, "encoder_repetition_penalty": 1.0}
+"""Values beside None, 0 and False that say the same as no value."""
+_LOOP = ("repetition_penalty", "no_repeat_ngram_size")
+_LOOP_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_OF_ALL_IDS = (*_LOOP, "min_length", "encoder_repetition_penalty")
+"""Settings that count what stands before the answer, padding too."""
 _MEMORY_SHARE = 0.5
 _LEAST_TOKENS = 4096
+_HOPELESS = 3  # records that fail in the model's own code before anything is answered
+
+
+def held(own: dict[str, Any], samples: bool) -> dict[str, Any]:
+    """Those of a model's own generation settings that hold here."""
+    names = (*_LOOP, *LEFT, *((*_LOOP_SAMPLING, *LEFT_SAMPLING) if samples else ()))
+    return {
+        name: own[name]
+        for name in names
+        if own.get(name) and own[name] != _NEUTRAL.get(name, object())
+    }
 
 
 @dataclass
 class Loaded:
     """A model and all that is needed to go on from token ids.
 
-    `own` holds the model's own generation settings; `plain` leaves the work to transformers'
-    generate; `most_tokens` limits the tokens of one batch, answers included.
+    `own` holds the model's own generation settings, `ends` the tokens that end an answer; `plain`
+    leaves the work to transformers' generate; `most_tokens` limits the tokens of one batch,
+    answers included.
     """
 
     model: Any
@@ -42,26 +71,19 @@ class Loaded:
     device: str
     own: dict[str, Any]
     rows: int
+    ends: frozenset[int]
     most_tokens: int | None = None
     plain: bool = False
 
-    @cached_property
-    def ends(self) -> list[int]:
-        """The tokens that end an answer: the model's own, else the tokenizer's."""
-        ends = self.own.get("eos_token_id")
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         """The generation settings: the user's, over the model's own."""
-        names = (*_OWN, *_OWN_SAMPLING) if sampling.samples else _OWN
-        settings = {name: self.own.get(name) for name in names}
+        settings = held(self.own, sampling.samples)
         if sampling.samples:
-            settings["temperature"] = sampling.temperature or None
+            if sampling.temperature:
+                settings["temperature"] = sampling.temperature
             if sampling.top_p is not None:
                 settings["top_p"] = sampling.top_p
-        return {name: value for name, value in settings.items() if value is not None}
+        return settings
 
 
 class Generation:
@@ -73,8 +95,11 @@ class Generation:
         self.room = Room(loaded.rows, loaded.most_tokens or _tokens_that_fit(loaded))
         if loaded.device.startswith("cuda"):
             self.room.prefill = 16384
+        self.limits = Limits.of(loaded.model.config)
         self._decoder: Decoder | None = None
-        self._length = _longest_attended(loaded.model.config)
+        self._together: dict[Stretch, Together] = {}
+        self._left: Counter[str] = Counter()
+        self._answered = self._broken = 0
 
     @cached_property
     def own_loop(self) -> bool:
@@ -87,68 +112,139 @@ class Generation:
         before = loaded.model.config._attn_implementation
         try:
             loaded.model.set_attn_implementation(ATTENTION)
-        except (ValueError, AttributeError, NotImplementedError):
-            return False
-        if agrees(loaded.model, loaded.device, loaded.tokenizer.pad_token_id):
-            return True
-        loaded.model.set_attn_implementation(before)
-        log.info("%s: decoded by transformers' generate", type(loaded.model).__name__)
+            longest = min(filter(None, (self.limits.first, context(config))), default=None)
+            if loop_agrees(loaded.model, loaded.device, loaded.tokenizer.pad_token_id, longest):
+                return True
+        except Exception as error:  # models' own code raises what it likes
+            log.debug("our own loop: %s: %s", type(error).__name__, error)
+        _restore(loaded.model, before)
         return False
 
     def answers(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[Given]]:
         """What became of each prompt, as it ends; longest first, so that a lack of memory shows
-        at once. Where memory is short, the batches become smaller, for good."""
+        at once. Where memory is short, the batches become smaller, for good.
+
+        Raises: RunStopped where the model gives no numbers, or fails at all that it is given.
+        """
         waiting = {p.number: p for p in sorted(prompts, key=lambda p: len(p.ids), reverse=True)}
         with torch.inference_mode():
             while waiting:
                 try:
-                    for given in self._run(list(waiting.values()), sampling):
-                        for answer in given:
+                    for answers in self._run(list(waiting.values()), sampling):
+                        for answer in answers:
                             del waiting[answer.number]
-                        yield [(answer.number, answer) for answer in given]
-                except RuntimeError as error:
-                    if not _out_of_memory(error):
-                        raise
-                    rows = self._rows_at_once(next(iter(waiting.values())), sampling)
-                    self._free_memory()
-                    if rows > 1:
-                        log.warning("out of memory with %d records at once; trying half", rows)
-                        self.room = replace(self.room, rows=rows // 2)
+                        yield [(answer.number, self._sound(answer)) for answer in answers]
+                except (RunStopped, RecordFailed):
+                    raise
+                except Exception as error:  # models' own code raises what it likes
+                    if _out_of_memory(error):
+                        self._free_memory()
+                        rows = self._rows_at_once(next(iter(waiting.values())), sampling)
+                        if rows > 1:
+                            log.warning("out of memory with %d records at once; trying half", rows)
+                            self.room = replace(self.room, rows=rows // 2)
+                            continue
+                        failure = RecordFailed("memory", "out of memory with this record alone")
+                    elif self._take_less():
+                        log.warning("decoding went wrong (%s); trying another way", _said(error))
                         continue
+                    else:
+                        failure = self._failed(error)
                     index = next(iter(waiting))
                     del waiting[index]
-                    yield [(index, RecordFailed("memory", "out of memory with this record alone"))]
+                    yield [(index, failure)]
+
+    def _sound(self, answer: Answer) -> Answer | RecordFailed:
+        """The answer, or what it failed of. Raises: RunStopped where nothing was ever sound."""
+        if answer.reason != "not numbers":
+            self._answered += 1
+            return answer
+        if not self._answered and not answer.tokens:
+            raise RunStopped("the model's scores are not numbers; try --dtype float32")
+        return RecordFailed(
+            "scores", "the model's scores are not numbers; --dtype float32 may help"
+        )
+
+    def _failed(self, error: Exception) -> RecordFailed:
+        self._broken += 1
+        if not self._answered and self._broken >= _HOPELESS:
+            raise RunStopped(f"the model fails at whatever it is asked: {_said(error)}")
+        return RecordFailed("model", f"the model failed: {_said(error)}")
+
+    def _take_less(self) -> bool:
+        """Goes to a simpler way of decoding: generate instead of our loop, then one at a time."""
+        loaded = self.loaded
+        if self.own_loop:
+            self._free_memory()
+            _restore(loaded.model, "sdpa")
+            self.own_loop = False
+            return True
+        if self.room.rows > 1:
+            self.room = replace(self.room, rows=1)
+            return True
+        return False
 
     def _rows_at_once(self, longest: Prompt, sampling: Sampling) -> int:
         fitting = self.room.tokens // (len(longest.ids) + sampling.max_new_tokens)
         return max(1, min(self.room.rows, fitting))
 
     def _run(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
-        if self.own_loop:
-            limit = self._length or max(len(p.ids) for p in prompts) + sampling.max_new_tokens
-            short = [p for p in prompts if len(p.ids) + sampling.max_new_tokens <= limit]
-            long = [p for p in prompts if len(p.ids) + sampling.max_new_tokens > limit]
+        stretches = {p.number: self._stretch(p, sampling) for p in prompts}
+        settings = self.loaded.settings(sampling)
+        left = [name for name in settings if name in (*LEFT, *LEFT_SAMPLING)]
+        loops = not left and self.own_loop
+        if loops:
+            short = [p for p in prompts if stretches[p.number].kind == "short"]
             if short:
                 yield from self._decoding(sampling).run(short)
-            prompts = long
+            prompts = [p for p in prompts if stretches[p.number].kind != "short"]
             if not prompts:
                 return
-            self.loaded.model.set_attn_implementation("sdpa")
-            try:
-                yield from self._padded(prompts, sampling)
-            finally:
+            self._tell(
+                len(prompts),
+                f"longer than {self.limits.first} tokens, where the model computes otherwise",
+            )
+        elif left:
+            self._tell(len(prompts), f"the model's own settings ({', '.join(left)}) ask for it")
+        elif not self.loaded.plain:
+            self._tell(
+                len(prompts), f"our own loop does not run {type(self.loaded.model).__name__}"
+            )
+        if loops:
+            _restore(self.loaded.model, "sdpa")
+        try:
+            # Stable, so the longest of each stretch is first still.
+            prompts.sort(key=lambda p: stretches[p.number])
+            for stretch, group in groupby(prompts, key=lambda p: stretches[p.number]):
+                yield from self._generated(list(group), sampling, stretch)
+        finally:
+            if loops and self.own_loop:
                 self.loaded.model.set_attn_implementation(ATTENTION)
-            return
-        yield from self._padded(prompts, sampling)
+
+    def _stretch(self, prompt: Prompt, sampling: Sampling) -> Stretch:
+        return self.limits.stretch(len(prompt.ids), sampling.max_new_tokens)
+
+    def _tell(self, records: int, why: str) -> None:
+        """Says once, for each reason, that transformers' generate answers; counts the records."""
+        if why not in self._left:
+            log.info("%d records answered by transformers' generate: %s", records, why)
+        self._left[why] += records
+
+    def told(self) -> list[str]:
+        """A line for each reason for which our own loop did not answer, with its records in all."""
+        return [
+            f"{count} records in all were answered by transformers' generate: {why}"
+            for why, count in self._left.items()
+        ]
 
     def _decoding(self, sampling: Sampling) -> Decoder:
         loaded = self.loaded
         plan = Plan(
             sampling.max_new_tokens,
-            frozenset(loaded.ends),
+            loaded.ends | stop_tokens(loaded.tokenizer, sampling.stop),
             sampling.samples,
             *_processors(loaded.settings(sampling)),
-            _stopper(loaded.tokenizer, sampling.stop) if sampling.stop else None,
+            stopper(loaded.tokenizer, sampling.stop),
         )
         if self._decoder is None:
             pad = loaded.tokenizer.pad_token_id
@@ -163,44 +259,78 @@ class Generation:
         if self.loaded.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    # Where our own loop does not serve: transformers' generate, one padded batch after another.
+    # Where our own loop does not serve: transformers' generate, one batch after another.
 
-    def _padded(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
+    def _generated(
+        self, prompts: list[Prompt], sampling: Sampling, stretch: Stretch
+    ) -> Iterator[list[Answer]]:
+        together = self._may_go_together(stretch, sampling)
         start = 0
         while start < len(prompts):
+            first = prompts[start]
             # generate() has one random state for all rows; a row of its own has its own seed.
-            size = 1 if sampling.samples else self._rows_at_once(prompts[start], sampling)
-            yield self.generate(prompts[start : start + size], sampling)
-            start += size
+            alone = sampling.samples or together == "alone"
+            size = 1 if alone else self._rows_at_once(first, sampling)
+            batch = prompts[start : start + size]
+            if together == "equal":
+                batch = [p for p in batch if len(p.ids) == len(first.ids)]
+            yield self.generate(batch, sampling)
+            start += len(batch)
+
+    def _may_go_together(self, stretch: Stretch, sampling: Sampling) -> Together:
+        if self.room.rows == 1 or sampling.samples or stretch.kind == "crossing":
+            return "equal"
+        if stretch not in self._together:
+            loaded = self.loaded
+            config = loaded.model.config.get_text_config()
+            longest = self.limits.first if stretch.kind == "short" else None
+            longest = min(filter(None, (longest, context(config))), default=1 << 30)
+            pad = loaded.tokenizer.pad_token_id
+            found = takes_together(loaded.model, loaded.device, pad, longest, stretch.limit)
+            self._together[stretch] = found
+            if found != "padded":
+                how = "one by one" if found == "alone" else "together where they are of one length"
+                log.info("padding changes this model's answers: records are answered %s", how)
+        found = self._together[stretch]
+        if found == "padded" and any(n in _OF_ALL_IDS for n in self.loaded.settings(sampling)):
+            return "equal"
+        return found
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> list[Answer]:
         """One batch, padded on the left."""
         loaded = self.loaded
         longest = max(len(prompt.ids) for prompt in prompts)
         pad = loaded.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])
+        ids, mask = padded([prompt.ids for prompt in prompts], pad)
+        ends = loaded.ends | stop_tokens(loaded.tokenizer, sampling.stop)
+        stopped = stopper(loaded.tokenizer, sampling.stop)
         extra: dict[str, Any] = {}
-        if sampling.stop:
-            extra = {"stop_strings": list(sampling.stop), "tokenizer": loaded.tokenizer}
+        if stopped is not None:
+            extra = {"stop_strings": stop_texts(loaded.tokenizer, sampling.stop)}
+            extra["tokenizer"] = loaded.tokenizer
         if sampling.samples:
             torch.manual_seed(prompts[0].seed)
-        settings = {"top_k": 0, **loaded.settings(sampling)} if sampling.samples else {}
+        settings = loaded.settings(sampling)
+        if sampling.samples:
+            settings = {"top_k": 0, **settings}
+        numbers = _Numbers()
         output = loaded.model.generate(
             input_ids=ids.to(loaded.device),
             attention_mask=mask.to(loaded.device),
             generation_config=GenerationConfig(
-                eos_token_id=loaded.ends or None,
+                eos_token_id=sorted(ends) or None,
                 pad_token_id=pad,
                 max_new_tokens=sampling.max_new_tokens,
                 do_sample=sampling.samples,
-                **(settings or loaded.settings(sampling)),
+                **settings,
             ),
+            logits_processor=LogitsProcessorList([numbers]),
             **extra,
         )
         new = output[:, longest:].tolist()
         answers = [
-            self._answer(p.number, row, sampling) for p, row in zip(prompts, new, strict=True)
+            _read(prompt.number, row, ends, stopped, numbers.wrong.get(place))
+            for place, (prompt, row) in enumerate(zip(prompts, new, strict=True))
         ]
         self.work.prompt += int(mask.sum())
         self.work.padding += mask.numel() - int(mask.sum())
@@ -209,23 +339,49 @@ class Generation:
         self.work.row_steps += len(new[0]) * len(new)
         return answers
 
-    def _answer(self, index: int, fresh: list[int], sampling: Sampling) -> Answer:
-        ends = set(self.loaded.ends)
-        stop = next((place for place, token in enumerate(fresh) if token in ends), None)
-        tokens = fresh if stop is None else fresh[:stop]
-        if sampling.stop:
-            text = _stopper(self.loaded.tokenizer, sampling.stop)(tokens)
-            if text is not None:
-                return Answer(index, tokens, "stop", text)
-        return Answer(index, tokens, "length" if stop is None else "stop")
+
+class _Numbers(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+    """Remembers which rows' scores were no numbers, and at which new token first."""
+
+    def __init__(self) -> None:
+        self.wrong: dict[int, int] = {}
+        self._tokens = 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wrong = scores.max(-1).values.isnan()
+        if wrong.any():
+            for row in wrong.nonzero()[:, 0].tolist():
+                self.wrong.setdefault(row, self._tokens)
+            scores = torch.where(wrong[:, None], torch.zeros_like(scores), scores)
+        self._tokens += 1
+        return scores
+
+
+def _read(
+    number: int,
+    fresh: list[int],
+    ends: frozenset[int],
+    stopped: Callable[[list[int]], str | None] | None,
+    wrong: int | None,
+) -> Answer:
+    """What a row of generate's new tokens says; `wrong`: the first whose scores are no numbers."""
+    stop = next((place for place, token in enumerate(fresh) if token in ends), None)
+    tokens = fresh if stop is None else fresh[:stop]
+    if wrong is not None and wrong <= len(tokens):
+        return Answer(number, tokens[:wrong], "not numbers")
+    if stopped is not None:
+        for count in range(1, len(tokens) + 1):  # what follows, the row's neighbours went on for
+            if (text := stopped(tokens[:count])) is not None:
+                return Answer(number, tokens[:count], "stop", text)
+    return Answer(number, tokens, "length" if stop is None else "stop")
 
 
 def _processors(settings: dict[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """transformers' own logits processors: those that look at one row's ids, and the others."""
     each = LogitsProcessorList()
-    if settings.get("repetition_penalty", 1.0) != 1.0:
+    if settings.get("repetition_penalty"):
         each.append(logits_process.RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
-    if settings.get("no_repeat_ngram_size", 0) > 0:
+    if settings.get("no_repeat_ngram_size"):
         each.append(logits_process.NoRepeatNGramLogitsProcessor(settings["no_repeat_ngram_size"]))
     every = LogitsProcessorList()
     if settings.get("temperature", 1.0) != 1.0:
@@ -239,33 +395,44 @@ def _processors(settings: dict[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]
     return each, every
 
 
-def _stopper(tokenizer: Any, stops: Sequence[str]) -> Callable[[list[int]], str | None]:
-    def stopped(tokens: list[int]) -> str | None:
-        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
-        places = [place for stop in stops if (place := text.find(stop)) >= 0]
-        return text[: min(places)] if places else None
-
-    return stopped
-
-
-def _longest_attended(config: Any) -> int | None:
-    """Tokens up to which a sliding window is no window yet; None where there is none."""
-    return getattr(config.get_text_config(), "sliding_window", None)
+def _restore(model: Any, attention: str) -> None:
+    """Gives a model an attention of transformers' own: sdpa where it has none of that name."""
+    for name in (attention, "sdpa", "eager"):
+        try:
+            model.set_attn_implementation(name)
+        except Exception as error:  # models' own code raises what it likes
+            log.debug("attention %s: %s", name, error)
+        else:
+            return
 
 
 def _tokens_that_fit(loaded: Loaded) -> int:
     """Tokens whose keys and values take half of the memory that is free now."""
     config = loaded.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * heads * width * loaded.model.dtype.itemsize
-    if loaded.device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(loaded.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(_LEAST_TOKENS, int(_MEMORY_SHARE * free / size))
+
+    def number(*names: str, otherwise: int) -> int:
+        for name in names:
+            value = getattr(config, name, None)
+            value = max(value, default=None) if isinstance(value, list) else value
+            if type(value) is int and value > 0:
+                return value
+        return otherwise
+
+    heads = number("num_attention_heads", "n_head", otherwise=1)  # state-space models have none
+    width = number("head_dim", otherwise=number("hidden_size", "n_embd", otherwise=4096) // heads)
+    layers = number("num_hidden_layers", "n_layer", otherwise=64)
+    keys = number("num_key_value_heads", otherwise=heads)
+    size = 2 * layers * keys * max(1, width) * loaded.model.dtype.itemsize
+    return max(_LEAST_TOKENS, int(_MEMORY_SHARE * free(loaded.device) / size))
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -6,23 +6,32 @@ from pathlib import Path
 
 from fabe_ds.errors import first_line
 from fabe_ds.providers.base import Requirement
+from fabe_ds.providers.checkpoint import wanted_files
 from fabe_ds.providers.local import TransformersProvider
 
 
 class HFProvider(TransformersProvider):
     name = "hf"
 
-    def fetch(self) -> Path:
-        model = self.endpoint.model
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    def fetch(self, model: str, one: str | None = None) -> Path:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
+        local = self.endpoint.local_files_only
         try:
-            return Path(snapshot_download(model, local_files_only=self.endpoint.local_files_only))
+            if local:
+                return Path(snapshot_download(model, local_files_only=True))
+            # Of a repository that holds a model in several formats, one is fetched.
+            files = HfApi().list_repo_files(model)
+            return Path(snapshot_download(model, allow_patterns=wanted_files(files, model, one)))
         except HFValidationError:
             raise Requirement(f"--model {model}: neither a folder nor a hub id") from None
-        except FileNotFoundError as error:  # LocalEntryNotFoundError is one
-            if not self.endpoint.local_files_only:
+        except LocalEntryNotFoundError as error:
+            if not local:
                 raise Requirement(
                     f"--model {model}: neither here nor to be had from the Hub: {first_line(error)}"
                 ) from None

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError
+from fabe_ds.providers import checkpoint as checkpoints
 from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
+from fabe_ds.providers.checkpoint import Checkpoint, Digests
+from fabe_ds.providers.stops import text_before
+from fabe_ds.providers.turns import Marks, turn_ends
 
 if TYPE_CHECKING:
+    from fabe_ds.providers.chat import Chat
     from fabe_ds.providers.decode import Answer
     from fabe_ds.providers.generation import Generation
     from fabe_ds.providers.vllm import VllmGeneration
 
 log = logging.getLogger(__name__)
-
-_SAMPLED_BYTES = 1 << 20
-_SMALL_FILE = 64 << 20
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 
 
 class TransformersProvider(LocalProvider):
@@ -49,8 +48,9 @@ class TransformersProvider(LocalProvider):
         return None
 
     @abstractmethod
-    def fetch(self) -> Path:
-        """The folder of a model that is given by its name in a hub.
+    def fetch(self, model: str, one: str | None = None) -> Path:
+        """The folder of a model that is given by its name in a hub. `one`: the file of it that is
+        asked for.
 
         Raises: Requirement where it is not on this machine and may not be fetched.
         """
@@ -58,56 +58,153 @@ class TransformersProvider(LocalProvider):
     @cached_property
     def path(self) -> Path:
         """The folder or .gguf file that holds the model. Raises: Requirement."""
-        model = self.endpoint.model
-        path = Path(model).expanduser()
-        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-            return path
-        if path.exists() or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+        return self._path_of(self.endpoint.model, Path())
+
+    def _path_of(self, model: str, beside: Path) -> Path:
+        """Where a model is that is given by its path, from here or from `beside`, or its name."""
+        for path in (Path(model).expanduser(), beside / Path(model).expanduser()):
+            if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+                return path
+            if path.exists():
+                raise Requirement(f"--model {model}: not a model folder or a .gguf file")
+        if model.startswith((".", "/", "~")):
             raise Requirement(f"--model {model}: no such model folder or .gguf file")
-        return self.fetch()
+        if model.endswith(".gguf"):
+            owner, _, rest = model.partition("/")
+            name, _, file = rest.partition("/")
+            if not file:
+                raise Requirement(f"--model {model}: no such model folder or .gguf file")
+            return self.fetch(f"{owner}/{name}", file) / file
+        return self.fetch(model)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """What --model names: a model, or an adapter. Raises: Requirement, RunStopped."""
+        found = checkpoints.at(self.path, self.endpoint.model)
+        if self.endpoint.base_model and not found.is_adapter:
+            raise UsageError(
+                f"--base-model: {self.endpoint.model} is a model and no adapter of one"
+            )
+        return found
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The model itself: that which the adapter is for, where --model names one.
+
+        Raises: Requirement, RunStopped.
+        """
+        adapter = self.checkpoint
+        if not adapter.is_adapter:
+            return adapter
+        if self.endpoint.engine == "vllm":
+            raise Requirement(
+                f"--model {adapter.name}: an adapter, which --engine vllm does not load; merge it"
+            )
+        name = self.endpoint.base_model or adapter.base
+        if not name:
+            raise Requirement(
+                f"--model {adapter.name}: an adapter that does not name its model; give it with "
+                "--base-model"
+            )
+        try:
+            return checkpoints.at(self._path_of(name, adapter.folder), name)
+        except Requirement as error:
+            raise Requirement(
+                f"--model {adapter.name}: an adapter of {name}, which is not here "
+                f"({str(error).partition(': ')[2]}); give its folder with --base-model"
+            ) from None
+
+    # Identity.
 
     def identity(self) -> str:
-        return self._digest
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        """Names the model by its contents, and by what this version makes of them otherwise than
+        earlier ones did."""
+        digest = self._digest
+        if self._amended:
+            digest = hashlib.sha256(f"{digest} {self._amended}".encode()).hexdigest()
+        self._digests.save()
+        return digest
+
+    @cached_property
+    def _digests(self) -> Digests:
+        return Digests.below(self.endpoint.cache_dir)
 
     @cached_property
     def _digest(self) -> str:
-        """A digest of the model's files, so that a moved folder is the same model and a changed
-        one is not. Weights count by size, beginning and end."""
-        total = hashlib.sha256()
-        folder = self.path if self.path.is_dir() else self.path.parent
-        files = sorted(folder.rglob("*")) if self.path.is_dir() else [self.path]
-        for file in files:
-            if not file.is_file() or file.name.startswith(".") or file.suffix == ".md":
-                continue
-            size = file.stat().st_size
-            total.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-            with file.open("rb") as data:
-                if file.suffix in _WEIGHTS or size > _SMALL_FILE:
-                    total.update(data.read(_SAMPLED_BYTES))
-                    data.seek(max(0, size - _SAMPLED_BYTES))
-                total.update(data.read())
-        return total.hexdigest()
+        digest = self.checkpoint.digest(self._digests)
+        if self.base is not self.checkpoint:
+            digest = f"{self.base.digest(self._digests)} with {digest}"
+        return digest
+
+    @cached_property
+    def _amended(self) -> list[str]:
+        return checkpoints.amended(self.base, self._speaking, self._digests)
+
+    @property
+    def _speaking(self) -> Checkpoint:
+        """Where tokenizer and chat template are taken from: the adapter, where it has them."""
+        has_tokenizer = (self.checkpoint.folder / "tokenizer_config.json").is_file()
+        return self.checkpoint if has_tokenizer else self.base
+
+    def former_key(self, request: Request) -> tuple[bytes, float] | None:
+        if self._amended or self.base is not self.checkpoint or self._former_digest is None:
+            return None
+        if "cut" in self.body(request):
+            return None
+        return self._key_under(self._former_digest, request), self.checkpoint.changed
+
+    @cached_property
+    def _former_digest(self) -> str | None:
+        former = self.checkpoint.former_digest()
+        return None if former == self._identity else former
+
+    def former_identity(self) -> str | None:
+        """How earlier versions named this very model, where they gave it the same answers."""
+        return None if self._amended or self.checkpoint.is_adapter else self._former_digest
 
     def body(self, request: Request) -> dict[str, Any]:
-        sampling = request.sampling
+        endpoint, sampling = self.endpoint, request.sampling
         body: dict[str, Any] = (
             {"messages": request.messages} if request.chat else {"prompt": request.plain}
         )
-        body |= {"max_new_tokens": sampling.max_new_tokens, "dtype": self.endpoint.dtype}
+        body |= {"max_new_tokens": sampling.max_new_tokens, "dtype": endpoint.dtype}
         body["do_sample"] = sampling.samples
         if sampling.samples:
-            body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            own = self._own_settings.get("temperature", 0.0)
+            body |= {"temperature": sampling.temperature or own, "top_p": sampling.top_p}
             body["seed"] = sampling.seed
         if sampling.stop:
             body["stop"] = list(sampling.stop)
-        if self.endpoint.engine != "transformers":
-            body["engine"] = self.endpoint.engine
-        if self.endpoint.on_long_prompt != "fail":
-            body["on_long_prompt"] = self.endpoint.on_long_prompt
+        if endpoint.engine != "transformers":
+            body["engine"] = endpoint.engine
+        if endpoint.on_long_prompt != "fail":
+            body["on_long_prompt"] = endpoint.on_long_prompt
+            if self._is_cut(request):
+                body["cut"] = "value"
+        if request.chat and endpoint.chat_template is not None:
+            body["chat_template"] = endpoint.chat_template
+        if request.chat and endpoint.thinking is not None:
+            body["thinking"] = endpoint.thinking
         return body
 
+    def _is_cut(self, request: Request) -> bool:
+        """Whether a prompt is longer than the model takes. A token is a byte at least, so most
+        prompts are known to fit without counting."""
+        room = self._context
+        if not room or len(request.plain.encode()) + 512 + request.sampling.max_new_tokens <= room:
+            return False
+        return self._over(self.prompt_ids(request), request) > 0
+
+    # Loading.
+
     def preflight(self) -> None:
+        self._check_room()
         _ = self.generation
+        self._digests.save()
 
     def prompt_tokens(self, request: Request) -> int | None:
         return len(self.prompt_ids(request))
@@ -116,49 +213,61 @@ class TransformersProvider(LocalProvider):
         settings = {
             name: value
             for name, value in self.body(request).items()
-            if name not in ("messages", "prompt")
+            if name not in ("messages", "prompt", "chat_template")
         }
-        own = f"\nthe model's own: {self._own_settings}" if self._own_settings else ""
-        return f"{self.tokenizer.decode(self.prompt_ids(request))}\n{settings}{own}"
+        own = self._shown_settings(request)
+        shown = f"\nthe model's own: {own}" if own else ""
+        return f"{self.tokenizer.decode(self.prompt_ids(request))}\n{settings}{shown}"
+
+    def _shown_settings(self, request: Request) -> dict[str, Any]:
+        """Those of the model's own settings that hold for a request."""
+        from fabe_ds.providers.generation import held
+
+        sampling, own = request.sampling, held(self._own_settings, request.sampling.samples)
+        if sampling.top_p is not None:
+            own.pop("top_p", None)
+        if sampling.temperature:
+            own.pop("temperature", None)
+        if ends := sorted(self._ends(self._own_settings)):
+            own["eos_token_id"] = ends
+        return own
 
     @cached_property
     def _own_settings(self) -> dict[str, Any]:
         """The generation settings that came with the model's folder."""
-        from transformers import GenerationConfig
-
-        if not (self.path / "generation_config.json").is_file():
-            return {}
-        settings: dict[str, Any] = GenerationConfig.from_pretrained(str(self.path)).to_diff_dict()
-        settings.pop("transformers_version", None)
-        return settings
+        return self.base.json("generation_config.json")
 
     @cached_property
     def _source(self) -> dict[str, Any]:
-        """Arguments that both tokenizer and model are loaded with."""
+        """Arguments that the model is loaded with."""
+        return self._source_of(self.base)
+
+    def _source_of(self, found: Checkpoint) -> dict[str, Any]:
         flags = {"local_files_only": True, "trust_remote_code": self.endpoint.trust_remote_code}
-        if self.path.is_file():
-            return {
-                "pretrained_model_name_or_path": str(self.path.parent),
-                "gguf_file": self.path.name,
-                **flags,
-            }
-        return {"pretrained_model_name_or_path": str(self.path), **flags}
+        source = {"pretrained_model_name_or_path": str(found.folder), **flags}
+        return source if found.gguf is None else {**source, "gguf_file": found.gguf.name}
 
     @cached_property
-    def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+    def chat(self) -> Chat:
+        """What writes the prompts. Raises: RunStopped, Requirement, UsageError."""
+        from fabe_ds.providers import loading
+        from fabe_ds.providers.chat import Chat
 
-        _quieten()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**self._source)
-        except (OSError, ValueError, ImportError) as error:
-            raise RunStopped(
-                f"--model {self.endpoint.model}: no tokenizer: {first_line(error)}"
-            ) from None
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token_id is None:  # masked out wherever it stands, so any token serves
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        return tokenizer
+        loading.check_version()
+        loading.quieten()
+        _ = self.config  # what is no language model is said first
+        name, endpoint = self.endpoint.model, self.endpoint
+        tokenizer = loading.load_tokenizer(self._source_of(self._speaking), name)
+        return Chat(tokenizer, name, endpoint.chat_template, endpoint.thinking)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
+
+    def _check(self) -> None:
+        """Raises: RunStopped where the model's files are not whole."""
+        for found in {self.checkpoint, self.base}:
+            found.check()
 
     @cached_property
     def device(self) -> str:
@@ -189,41 +298,63 @@ class TransformersProvider(LocalProvider):
         return dtype
 
     @cached_property
+    def config(self) -> Any:
+        """The model's configuration. Raises: RunStopped."""
+        from fabe_ds.providers import loading
+
+        loading.quieten()
+        name = self.endpoint.model
+        if not self.base.has_config():
+            self._check()
+        config = loading.load_config(self._source, name)
+        loading.refuse_other_kinds(config, name)
+        self._check()
+        return config
+
+    @cached_property
     def model(self) -> Any:
         """The model, loaded when first asked for.
 
         Raises: RunStopped where it cannot be, or is not a causal language model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        _quieten()
-        name, endpoint = self.endpoint.model, self.endpoint
-        _use_allowed_threads(endpoint.sharers)
+        from fabe_ds.providers import loading, threads
+
+        loading.check_version()
+        name, endpoint, config = self.endpoint.model, self.endpoint, self.config
+        used = threads.use_granted(endpoint.sharers)
         options: dict[str, Any] = {"dtype": self.dtype}
         if endpoint.attn_implementation != "auto":
             options["attn_implementation"] = endpoint.attn_implementation
-        try:
-            config = AutoConfig.from_pretrained(**self._source)
-            if getattr(config, "is_encoder_decoder", False):
-                raise RunStopped(
-                    f"--model {name}: an encoder-decoder model ({config.model_type}); "
-                    "a causal language model is needed"
-                )
-            spread = endpoint.device == "auto" and self.device == "cuda"
-            if spread or getattr(config, "quantization_config", None) is not None:
-                options["device_map"] = "auto" if spread else self.device
-            model = AutoModelForCausalLM.from_pretrained(**self._source, **options)
+        spread = endpoint.device == "auto" and self.device == "cuda"
+        if spread or getattr(config, "quantization_config", None) is not None:
+            options["device_map"] = "auto" if spread else self.device
+        model = loading.load_model(self.base, self._source, config, options)
+        if self.checkpoint.adapter is not None:
+            model = loading.load_adapter(model, self.checkpoint)
+        with loading.one_line(name, "cannot be used"):
             if "device_map" not in options:
                 model = model.to(self.device)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-            raise RunStopped(f"--model {name}: cannot be loaded: {first_line(error)}") from None
-        log.info("%s on %s as %s", name, self.device, self.dtype)
+            loading.check_vocabulary(self.tokenizer, model, name)
+            model.eval()
+            loading.refuse_what_looks_ahead(model, self.device, name)
+        on = f"{self.device}, {used} threads" if self.device == "cpu" else self.device
+        log.info("%s on %s as %s", name, on, str(self.dtype).removeprefix("torch."))
         self._loaded_settings = model.generation_config.to_dict()
         # What generate() finds unset it takes from here, sampling included; so nothing is here.
         model.generation_config = GenerationConfig()
         if endpoint.compile:
             model.compile(dynamic=True)
-        return model.eval()
+        loading.forget_headers()
+        return model
+
+    def _ends(self, own: dict[str, Any]) -> frozenset[int]:
+        """The tokens that end an answer: those of the model's settings, of its tokenizer, and of
+        its chat template. Folders of fine-tuned models name different ones in each."""
+        ends = checkpoints.as_list(own.get("eos_token_id"))
+        ends += checkpoints.as_list(self.tokenizer.eos_token_id)
+        return frozenset(ends) | turn_ends(self.chat.added, self.chat.template)
 
     @cached_property
     def generation(self) -> Generation | VllmGeneration:
@@ -231,56 +362,36 @@ class TransformersProvider(LocalProvider):
 
         Raises: RunStopped, Requirement.
         """
+        if self.endpoint.chat:
+            self.chat.check()
         if self.endpoint.engine == "vllm":
             from fabe_ds.providers.vllm import VllmGeneration
 
-            return VllmGeneration(self.path, self.endpoint)
+            return VllmGeneration(
+                self.path, self.endpoint, self.tokenizer, self._ends(self._own_settings)
+            )
         from fabe_ds.providers.generation import Generation, Loaded
 
         model = self.model
+        own = self._loaded_settings
         return Generation(
             Loaded(
                 model,
                 self.tokenizer,
                 self.device,
-                self._loaded_settings,
+                own,
                 self.endpoint.batch_size,
+                self._ends(own),
                 self.endpoint.max_batch_tokens,
                 plain=self.endpoint.attn_implementation != "auto",
             )
         )
 
-    @cached_property
-    def _system_is_refused(self) -> bool:
-        """Whether the chat template raises on a system turn, or leaves it out."""
-        probe = "Which system?"
-        turns = [{"role": "system", "content": probe}, {"role": "user", "content": "Hello"}]
-        try:
-            return probe not in self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:  # templates raise what they like
-            return True
+    # Answering.
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The prompt's tokens. Record text never becomes a control token.
-
-        Raises: RecordFailed where the chat template does not take it.
-        """
-        if not request.chat or not self.tokenizer.chat_template:
-            return self.tokenizer(request.plain)["input_ids"]  # type: ignore[no-any-return]
-        turns = request.messages
-        if request.system_prompt and self._system_is_refused:
-            turns = [{"role": "user", "content": request.plain}]
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                turns,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                sanitize_control_tokens=True,
-            )
-        except Exception as error:  # templates raise what they like
-            raise RecordFailed("prompt", f"chat template: {first_line(error)}") from None
-        return encoded["input_ids"]  # type: ignore[no-any-return]
+        """The prompt's tokens. Raises: RecordFailed where the chat template does not take it."""
+        return self.chat.ids(request)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion | RecordFailed]:
         answers = {index: answer for batch in self.stream(requests) for index, answer in batch}
@@ -306,53 +417,90 @@ class TransformersProvider(LocalProvider):
             yield failed
         if not prompts:
             return
-        lengths = {prompt.number: len(prompt.ids) for prompt in prompts}
+        ids_of = {prompt.number: prompt.ids for prompt in prompts}
         for given in self.generation.answers(prompts, requests[0].sampling):
             yield [
-                (i, a if isinstance(a, RecordFailed) else self._completion(lengths[i], a))
+                (
+                    i,
+                    a
+                    if isinstance(a, RecordFailed)
+                    else self._completion(requests[i], ids_of[i], a),
+                )
                 for i, a in given
             ]
 
     @cached_property
     def _context(self) -> int | None:
         """The most tokens that a prompt and its answer may have together."""
-        if self.endpoint.engine == "vllm":
-            from transformers import AutoConfig
+        return checkpoints.context(self.config.get_text_config())
 
-            config = AutoConfig.from_pretrained(**self._source)
-        else:
-            config = self.model.config
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
+    def _check_room(self) -> None:
+        """Raises: RunStopped where an answer alone may fill the model's context."""
+        room, new = self._context, self.endpoint.max_new_tokens
+        if room and new is not None and new >= room:
+            raise RunStopped(
+                f"--max-new-tokens {new}: the context of {self.endpoint.model} is {room} tokens, "
+                "prompt and answer together; take fewer"
+            )
+
+    def _over(self, ids: list[int], request: Request) -> int:
+        """By how many tokens a prompt is too long."""
+        room = self._context
+        return len(ids) + request.sampling.max_new_tokens - room if room else 0
 
     def _fitting(self, request: Request) -> list[int]:
         ids = self.prompt_ids(request)
         if not ids:
             raise RecordFailed("prompt", "the prompt has no tokens")
-        room, new = self._context, request.sampling.max_new_tokens
-        if not room or len(ids) + new <= room:
+        if self._over(ids, request) <= 0:
             return ids
-        if self.endpoint.on_long_prompt == "truncate-left" and new < room:
-            return ids[new - room :]
-        raise RecordFailed(
-            "context",
-            f"the prompt has {len(ids)} tokens, which with {new} new ones is more than the "
-            f"model's {room}",
+        room, new = self._context or 0, request.sampling.max_new_tokens
+        why = (
+            f"the prompt has {len(ids)} tokens, which with {new} new ones (--max-new-tokens) is "
+            f"more than the model's {room}"
         )
+        if self.endpoint.on_long_prompt == "truncate-left":
+            cut = self.chat.fitting(request, room - new)
+            if cut is not None:
+                return cut
+            why += ", and cutting the value does not help"
+        raise RecordFailed("context", why)
 
-    def _completion(self, prompt_tokens: int, answer: Answer) -> Completion:
-        text = answer.text
+    def _completion(self, request: Request, prompt: list[int], answer: Answer) -> Completion:
+        """The answer as text, and its reasoning apart where the model writes its marks as special
+        tokens, or the prompt has opened it."""
+        tokens, text, reasoning = answer.tokens, answer.text, None
+        awaited = self.chat.awaited(prompt) if request.chat else None
+        closer = self._specials.get(awaited) if awaited else None
+        if self._marks or closer is not None:
+            tokens, thought = self._marks.split(tokens, closer, self._decoded)
+            if thought:
+                reasoning = self._decoded(thought)
+                text = text and (text_before(self.tokenizer, tokens, request.sampling.stop) or "")
         if text is None:
-            text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            text = self._decoded(tokens)
+        if awaited is not None and closer is None:
+            thoughts, found, rest = text.partition(awaited)
+            text, reasoning = (rest.lstrip("\r\n"), thoughts) if found else ("", text)
         # The token that ended it was computed too.
         count = len(answer.tokens) + (answer.reason == "stop" and answer.text is None)
-        return Completion(text, answer.reason, prompt_tokens, count)
+        return Completion(text, answer.reason, len(prompt), count, reasoning)
 
+    @cached_property
+    def _marks(self) -> Marks:
+        return Marks.of(self.chat.added)
 
-def _quieten() -> None:
-    import transformers
+    @cached_property
+    def _specials(self) -> dict[str, int]:
+        return {text: token.number for text, token in self.chat.added.items() if token.special}
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        """The text of tokens without special ones."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def told(self) -> list[str]:
+        generation = self.__dict__.get("generation")
+        return generation.told() if generation is not None else []
 
 
 def _cpu_has_bf16() -> bool:
@@ -360,16 +508,3 @@ def _cpu_has_bf16() -> bool:
 
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check and check())
-
-
-def _use_allowed_threads(sharers: int) -> None:
-    """No more threads than this process's share of what the container is given."""
-    import torch
-
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    allowed: float = torch.get_num_threads()
-    with contextlib.suppress(OSError, ValueError):  # there is no such limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        allowed = min(allowed, int(quota) / int(period))
-    torch.set_num_threads(max(1, round(allowed / sharers)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fabe_ds.errors import first_line
 from fabe_ds.providers.base import Requirement
+from fabe_ds.providers.checkpoint import wanted_files
 from fabe_ds.providers.local import TransformersProvider
 
 
@@ -16,8 +17,7 @@ class ModelScopeProvider(TransformersProvider):
         "torch, transformers, modelscope: pip install 'fabe-ds[modelscope]'; a folder or model id"
     )
 
-    def fetch(self) -> Path:
-        model = self.endpoint.model
+    def fetch(self, model: str, one: str | None = None) -> Path:
         if not importlib.util.find_spec("modelscope"):
             raise Requirement(
                 "modelscope not installed, which fetches models by name; "
@@ -27,7 +27,16 @@ class ModelScopeProvider(TransformersProvider):
 
         local = self.endpoint.local_files_only
         try:
-            return Path(snapshot_download(model, local_files_only=local))
+            if local:
+                return Path(snapshot_download(model, local_files_only=True))
+            from modelscope.hub.api import HubApi
+
+            found = HubApi().get_model_files(model, recursive=True)
+            files = [str(file["Path"]) for file in found if file.get("Type") != "tree"]
+            wanted = wanted_files(files, model, one)
+            return Path(snapshot_download(model, allow_patterns=wanted))
+        except Requirement:
+            raise
         except Exception as error:  # the client's exceptions share no base
             advice = "; download it, or allow it with --no-local-files-only" if local else ""
             raise Requirement(

@@ -5,23 +5,26 @@ Prompts go in as token ids, made as for transformers; what comes out is read by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fabe_ds.errors import RecordFailed, RunStopped, first_line
 from fabe_ds.providers.base import Endpoint, Sampling
 from fabe_ds.providers.decode import Answer, Prompt
+from fabe_ds.providers.stops import stop_tokens
 
 
-def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
-    """The arguments of vllm.SamplingParams for one prompt."""
+def sampling_arguments(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[str, Any]:
+    """The arguments of vllm.SamplingParams for one prompt. `ends`: tokens that end an answer."""
     arguments: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": 0.0}
     if sampling.samples:
         arguments["temperature"] = sampling.temperature or 1.0
         arguments["seed"] = seed
         if sampling.top_p is not None:
             arguments["top_p"] = sampling.top_p
+    if ends:
+        arguments["stop_token_ids"] = sorted(ends)
     if sampling.stop:
         arguments["stop"] = list(sampling.stop)
     return arguments
@@ -56,10 +59,12 @@ def engine_arguments(path: Path, endpoint: Endpoint) -> Mapping[str, Any]:
 class VllmGeneration:
     """Answers prompts; vLLM plans its batches itself."""
 
-    def __init__(self, path: Path, endpoint: Endpoint) -> None:
+    def __init__(
+        self, path: Path, endpoint: Endpoint, tokenizer: Any, ends: Collection[int]
+    ) -> None:
         from vllm import LLM, SamplingParams
 
-        self._params = SamplingParams
+        self._params, self._tokenizer, self._ends = SamplingParams, tokenizer, ends
         try:
             self._engine = LLM(**engine_arguments(path, endpoint)).llm_engine
         except (ValueError, RuntimeError, OSError) as error:
@@ -67,14 +72,18 @@ class VllmGeneration:
                 f"--model {endpoint.model}: vLLM cannot load it: {first_line(error)}"
             ) from None
 
+    def told(self) -> list[str]:
+        return []
+
     def answers(
         self, prompts: Sequence[Prompt], sampling: Sampling
     ) -> Iterator[list[tuple[int, Answer | RecordFailed]]]:
+        ends = {*self._ends, *stop_tokens(self._tokenizer, sampling.stop)}
         for prompt in prompts:
             self._engine.add_request(
                 str(prompt.number),
                 {"prompt_token_ids": prompt.ids},
-                self._params(**sampling_arguments(sampling, prompt.seed)),
+                self._params(**sampling_arguments(sampling, prompt.seed, ends)),
             )
         while self._engine.has_unfinished_requests():
             ended = [read_output(output) for output in self._engine.step() if output.finished]

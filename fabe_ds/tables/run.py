@@ -178,6 +178,8 @@ def _result(
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
         cost=stats.cost,
+        loading=stats.loading,
+        notes=stats.notes,
         failures_file=beside(output, FAILURES) if state.get("failed") else None,
         report=beside(output, REPORT),
     )

@@ -1,0 +1,52 @@
+"""Stop strings, looked for in what a local model has written so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_SPARE = 8  # tokens looked at beyond those that a stop string takes at most
+
+
+def stop_tokens(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
+    """The stop strings that are one added token each, as ids: they end an answer as its own end
+    does."""
+    added = tokenizer.get_added_vocab() if stops else {}
+    return frozenset(added[stop] for stop in stops if stop in added)
+
+
+def stop_texts(tokenizer: Any, stops: Sequence[str]) -> list[str]:
+    """The other stop strings, which are looked for in the text."""
+    added = tokenizer.get_added_vocab() if stops else {}
+    return [stop for stop in stops if stop not in added]
+
+
+def stopper(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], str | None] | None:
+    """What gives, of new tokens, the text before the first stop string, and None where they hold
+    none. Special tokens are looked at as text and left out of it. None without stop strings."""
+    texts = stop_texts(tokenizer, stops)
+    if not texts:
+        return None
+    tail = max(len(text.encode()) for text in texts) + _SPARE  # a token is a byte at least
+
+    def stopped(tokens: Sequence[int]) -> str | None:
+        end = tokenizer.decode(tokens[-tail:], skip_special_tokens=False)
+        if not any(text in end for text in texts):
+            return None
+        return text_before(tokenizer, tokens, texts)
+
+    return stopped
+
+
+def text_before(tokenizer: Any, tokens: Sequence[int], stops: Sequence[str]) -> str | None:
+    """The text of tokens before the first of the stop strings, without special tokens; None where
+    there is none of them."""
+    whole = str(tokenizer.decode(tokens, skip_special_tokens=False))
+    places = [place for stop in stops if (place := whole.find(stop)) >= 0]
+    if not places:
+        return None
+    text = whole[: min(places)]
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special and number in tokens:
+            text = text.replace(token.content, "")
+    return text

@@ -1,0 +1,144 @@
+"""Where a model's turn ends and which part of it is reasoning, in token ids.
+
+Models that write these marks as special tokens lose them when an answer is decoded, so they are
+looked for before. Sources: the chat templates and tokenizers of the families that
+`fabe_ds.prompts.reasoning` names; https://github.com/openai/harmony for channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fabe_ds.prompts.reasoning import END_MARKS, PAIRS
+
+TAGS = [
+    (f"<{prefix}{tag}>", f"</{prefix}{tag}>")
+    for prefix in ("", "seed:", "mm:")
+    for tag in ("think", "thinking", "reasoning", "thought")
+]
+_ALL_PAIRS = [*TAGS, *PAIRS, ("<|channel>", "<channel|>")]
+_CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
+_CHANNEL_ENDS = ("<|end|>", "<|start|>", "<|return|>", "<|call|>")
+_WRITTEN = "add_generation_prompt"  # the part of a template that opens the model's turn
+
+
+class AddedToken(NamedTuple):
+    """A token that a tokenizer has beside its vocabulary; a special one is left out of text."""
+
+    number: int
+    special: bool
+
+
+Added = Mapping[str, AddedToken]
+"""A tokenizer's added tokens, by their text."""
+
+
+def turn_ends(added: Added, template: str | None) -> set[int]:
+    """The special tokens by which the chat template ends a turn."""
+    if not template:
+        return set()
+    ends = {
+        text for text in END_MARKS if text in added and added[text].special and text in template
+    }
+    if _CHANNEL in template:  # it ends a message there, and more may follow
+        ends -= {"<|end|>"}
+    return {added[text].number for text in ends}
+
+
+def opens_reasoning(template: str | None) -> bool:
+    """Whether a chat template opens the model's reasoning, so that the model only ends it."""
+    written = (template or "").rpartition(_WRITTEN)[2]
+    opener = "|".join(re.escape(opener) for opener, _ in _ALL_PAIRS)
+    closer = "|".join(re.escape(closer) for _, closer in _ALL_PAIRS)
+    return bool(re.search(rf"(?:{opener})(?!(?:\s|\\n)*(?:{closer}))", written))
+
+
+def closer_awaited(prompt: str) -> str | None:
+    """The mark that ends the reasoning which the end of a prompt has opened."""
+    end = prompt.rstrip()
+    return next((closer for opener, closer in _ALL_PAIRS if end.endswith(opener)), None)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The special tokens of one tokenizer that set reasoning apart.
+
+    `closers`: the closing token of each opening one. `channel`, `message` and `channel_ends` are
+    those of OpenAI's harmony format; `channel` is None where the tokenizer has none.
+    """
+
+    closers: Mapping[int, int]
+    channel: int | None = None
+    message: int | None = None
+    channel_ends: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, added: Added) -> Marks:
+        special = {text: token.number for text, token in added.items() if token.special}
+        closers = {
+            special[opener]: special[closer]
+            for opener, closer in _ALL_PAIRS
+            if opener in special and closer in special
+        }
+        if _CHANNEL not in special or _MESSAGE not in special:
+            return cls(closers)
+        ends = frozenset(special[text] for text in _CHANNEL_ENDS if text in special)
+        return cls(closers, special[_CHANNEL], special[_MESSAGE], ends)
+
+    def __bool__(self) -> bool:
+        return bool(self.closers) or self.channel is not None
+
+    def split(
+        self, tokens: Sequence[int], awaited: int | None, decode: Callable[[list[int]], str]
+    ) -> tuple[list[int], list[int]]:
+        """An answer's tokens without those of its reasoning, and those of the reasoning.
+
+        `awaited`: the token that ends the reasoning which the prompt has opened. `decode` gives
+        the text of tokens: the name of a channel is written in ordinary ones.
+        """
+        if self.channel is not None and self.channel in tokens:
+            return self._final_channel(tokens, decode)
+        answer: list[int] = []
+        thought: list[int] = []
+        closing = set(self.closers.values())
+        for token in tokens:
+            if awaited is not None:
+                if token == awaited:
+                    awaited = None
+                else:
+                    thought.append(token)
+            elif token in self.closers:
+                awaited = self.closers[token]
+            elif token in closing:  # what the template has opened, in words of its own
+                thought, answer = [*thought, *answer], []
+            else:
+                answer.append(token)
+        return answer, thought
+
+    def _final_channel(
+        self, tokens: Sequence[int], decode: Callable[[list[int]], str]
+    ) -> tuple[list[int], list[int]]:
+        """What the last message of the channel named final holds, and what all others hold."""
+        answer: list[int] = []
+        thought: list[int] = []
+        name: list[int] = []
+        message: list[int] = []
+        place = "text"
+        for token in [*tokens, None]:  # None: the end of the last message
+            if token is None or token == self.channel or token in self.channel_ends:
+                if place == "message" and decode(name).strip().startswith("final"):
+                    thought, answer = [*thought, *answer], message
+                elif place == "message":
+                    thought += message
+                place = "text" if token is None or token in self.channel_ends else "name"
+                name, message = [], []
+            elif token == self.message:
+                place = "message"
+            elif place == "name":
+                name.append(token)
+            elif place == "message":
+                message.append(token)
+        return answer, thought
