@@ -24,6 +24,7 @@ from fabe_ds.providers.trial import (
     Limits,
     Stretch,
     Together,
+    attention_of,
     free,
     loop_agrees,
     padded,
@@ -109,9 +110,11 @@ class Generation:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if loaded.plain or not kinds <= {"full_attention", "sliding_attention"}:
             return False
-        before = loaded.model.config._attn_implementation
+        before = attention_of(loaded.model)
         try:
             loaded.model.set_attn_implementation(ATTENTION)
+            if attention_of(loaded.model) != ATTENTION:
+                return False
             longest = min(filter(None, (self.limits.first, context(config))), default=None)
             if loop_agrees(loaded.model, loaded.device, loaded.tokenizer.pad_token_id, longest):
                 return True
@@ -278,7 +281,7 @@ class Generation:
             start += len(batch)
 
     def _may_go_together(self, stretch: Stretch, sampling: Sampling) -> Together:
-        if self.room.rows == 1 or sampling.samples or stretch.kind == "crossing":
+        if self.room.rows == 1 or sampling.samples or stretch.kind == "apart":
             return "equal"
         if stretch not in self._together:
             loaded = self.loaded
@@ -412,7 +415,10 @@ def _tokens_that_fit(loaded: Loaded) -> int:
 
     def number(*names: str, otherwise: int) -> int:
         for name in names:
-            value = getattr(config, name, None)
+            try:
+                value = getattr(config, name, None)
+            except Exception:  # transformers', where layers differ in it
+                value = None
             value = max(value, default=None) if isinstance(value, list) else value
             if type(value) is int and value > 0:
                 return value

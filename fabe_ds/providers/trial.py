@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ Together = Literal["padded", "equal", "alone"]
 """Which prompts transformers' generate takes at once: any, padded; those of one length; one."""
 
 _WINDOW = re.compile(
-    r"(window|window_size|chunk_size|index_topk|block_size|sparse_topk|local_size)$"
+    r"(window|window_size|chunk_size|block_size|local_size|compress_rate|compress_ratio)$"
 )
+_CHOICE = re.compile(r"(index_topk|sparse_topk|index_topk_blocks|topk_blocks)$")
 _FAR = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 """How far two computations may be apart, as a share of the scores' standard deviation."""
 _NOISY = 0.5
@@ -41,56 +42,65 @@ _LONGEST = 4200
 class Limits:
     """Numbers of tokens at which a model begins to compute otherwise.
 
-    `windows`: attention reaches no further back, or sees a choice of tokens. `ropes`: all rotary
-    positions of a step change their scale with the largest of them.
+    `windows`: attention reaches no further back. `choices`: it sees so many tokens that score
+    best, where the least rounding may change the choice. `ropes`: all rotary positions of a step
+    change their scale with the largest of them.
     """
 
     windows: tuple[int, ...] = ()
+    choices: tuple[int, ...] = ()
     ropes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> Limits:
         text = config.get_text_config()
-        windows = set()
-        for name, value in text.to_dict().items():
-            values = value if isinstance(value, list) else [value]
-            if _WINDOW.search(name):
-                windows |= {v for v in values if type(v) is int and v > 1}
-        ropes = set()
+        settings = text.to_dict()
+        windows, choices = _numbers(settings, _WINDOW), _numbers(settings, _CHOICE)
+        ropes = _numbers(settings, re.compile("original_max_position_embeddings$"))
         for rope in _ropes(getattr(text, "rope_parameters", None)):
             kind = str(rope.get("rope_type") or rope.get("type") or "")
-            begin = rope.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None
-            )
+            begin = rope.get("original_max_position_embeddings")
             if kind == "longrope" and begin:
                 ropes.add(int(begin))
             elif "dynamic" in kind:
-                ropes.add(int(begin or text.max_position_embeddings))
-        return cls(tuple(sorted(windows)), tuple(sorted(ropes)))
+                ropes.add(int(begin or settings["max_position_embeddings"]))
+        return cls(tuple(sorted(windows)), tuple(sorted(choices)), tuple(sorted(ropes)))
 
     @property
     def first(self) -> int | None:
         """Tokens up to which nothing of this happens; None where there is no such limit."""
-        return min((*self.windows, *self.ropes), default=None)
+        return min((*self.windows, *self.choices, *self.ropes), default=None)
 
     def stretch(self, prompt: int, new: int) -> Stretch:
         """Where a prompt of so many tokens, with so many new ones, stands to the limits."""
         whole = prompt + new
         if self.first is None or whole <= self.first:
             return Stretch("short", 0)
-        if any(prompt <= rope < whole for rope in self.ropes):
-            return Stretch("crossing", 0)
+        apart = any(whole > limit for limit in self.choices)
+        if apart or any(prompt <= rope < whole for rope in self.ropes):
+            return Stretch("apart", 0)
         passed = [limit for limit in (*self.windows, *self.ropes) if whole > limit]
         return Stretch("long", max(passed))
 
 
 @dataclass(frozen=True, order=True)
 class Stretch:
-    """`kind`: "short" of all limits, "long" beyond `limit`, or "crossing" one of a rotary scale on
-    the way."""
+    """`kind`: "short" of all limits; "long", beyond `limit`; "apart", where what stands beside a
+    prompt may change what it gets: beyond a choice of tokens, or crossing a limit of rotary scale.
+    """
 
-    kind: Literal["short", "crossing", "long"]
+    kind: Literal["short", "long", "apart"]
     limit: int
+
+
+def _numbers(settings: Mapping[str, Any], name: re.Pattern[str]) -> set[int]:
+    """The numbers above 1 of those settings that are called so."""
+    found: set[int] = set()
+    for key, value in settings.items():
+        if name.search(key):
+            values = value if isinstance(value, list) else [value]
+            found |= {v for v in values if type(v) is int and v > 1}
+    return found
 
 
 def _ropes(parameters: Any) -> Iterator[dict[str, Any]]:
@@ -127,15 +137,12 @@ def loop_agrees(model: Any, device: Any, pad: int, longest: int | None = None) -
     with _in_float32(model, device) as exactly, torch.inference_mode():
         try:
             ours = scores_of_two(model, device, pad, ids, shared, short)
-            before = model.config._attn_implementation
-            model.set_attn_implementation("eager")
-            try:
+            with _attention(model, "eager"):
                 theirs = _whole(model, device, ids, shared, short)
-                noise = 0.0
-                if not exactly and _takes(model, "sdpa"):
+            noise = 0.0
+            if not exactly:
+                with contextlib.suppress(ValueError), _attention(model, "sdpa"):
                     noise = _distance(_whole(model, device, ids, shared, short), theirs)
-            finally:
-                model.set_attn_implementation(before)
         except Exception as error:  # it does not run this way, whatever it raises
             log.debug("our own loop: %s: %s", type(error).__name__, error)
             return False
@@ -246,12 +253,21 @@ def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().num_embeddings)
 
 
-def _takes(model: Any, attention: str) -> bool:
+@contextlib.contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    """The model with another attention while the block runs. Raises: ValueError where it has no
+    such."""
+    before = attention_of(model)
+    model.set_attn_implementation(name)
     try:
-        model.set_attn_implementation(attention)
-    except Exception:  # it has no such attention
-        return False
-    return True
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def attention_of(model: Any) -> str:
+    """The attention of the part that reads text: parts that see may have another."""
+    return str(model.config.get_text_config()._attn_implementation)
 
 
 @contextlib.contextmanager
