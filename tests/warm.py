@@ -1,7 +1,7 @@
 """The command line, forked from one process that has imported everything: the same front door
 (arguments, environment, folder, pipes, signals, exit code) without the start of an interpreter.
 
-    python tests/warm.py SOCKET      the process that is forked; `WarmCommand` asks it
+    python tests/warm.py SOCKET [models]     the process that is forked; `WarmCommand` asks it
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+LOCAL = ("hf", "modelscope")
+"""Providers whose models run in the command's own process."""
 MESSAGE = 1 << 20
 _FD = array.array("i").itemsize
 
@@ -33,7 +35,7 @@ class WarmCommand(subprocess.Popen[str]):
         pipes = more[9:15]
         child_in, _, _, child_out, _, child_err = pipes
         self._link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._link.connect(_server())
+        self._link.connect(_server(models=any(name in args for name in LOCAL)))
         asked = {"args": list(args), "cwd": str(cwd), "env": dict(env)}
         given = array.array("i", [child_in, child_out, child_err])
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)]
@@ -57,25 +59,26 @@ class WarmCommand(subprocess.Popen[str]):
         return self.returncode
 
 
-_address: str | None = None
+_addresses: dict[bool, str] = {}
 
 
-def _server() -> str:
-    """The address of this process's warm one, which is started when it is first asked for."""
-    global _address
-    if _address is None:
+def _server(models: bool) -> str:
+    """The address of this process's warm one, which is started when it is first asked for: one
+    that has imported what local models need too, or one that has not."""
+    if models not in _addresses:
         folder = tempfile.mkdtemp(prefix="warm-")
         address = str(Path(folder) / "socket")
         environment = {**os.environ, "HF_HOME": folder}
-        command = [sys.executable, __file__, address]  # -m would show in the command's own name
+        # -m would show in the command's own name
+        command = [sys.executable, __file__, address, *(["models"] if models else [])]
         process = subprocess.Popen(
             command, cwd=Path(__file__).parents[1], env=environment, stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         atexit.register(process.kill)
-        _address = address
-    return _address
+        _addresses[models] = address
+    return _addresses[models]
 
 
 def serve(address: str) -> list[str]:
@@ -158,5 +161,17 @@ if __name__ == "__main__":
     import fabe_ds.tables
 
     _ = (aiohttp, datasets, jinja2, pyarrow, requests, rich)
+    if "models" in sys.argv[2:]:
+        import torch
+        import transformers.models.llama.modeling_llama
+
+        import fabe_ds.providers.chat
+        import fabe_ds.providers.generation
+        import fabe_ds.providers.hf
+        import fabe_ds.providers.loading
+        import fabe_ds.providers.modelscope
+
+        torch.set_num_threads(1)  # others would not survive a fork
+        _ = transformers
     sys.argv = ["fabe-ds", *serve(sys.argv[1])]
     fabe_ds.cli.main()

@@ -41,6 +41,7 @@ class Chat:
             tokenizer.chat_template = template
         self.template = _default(tokenizer.chat_template)
         self._parameters = self._switched(thinking)
+        self.notes: list[str] = []
 
     def _switched(self, thinking: bool | None) -> dict[str, Any]:
         if thinking is None:
@@ -99,11 +100,12 @@ class Chat:
     def check(self) -> None:
         """Warns where there is no template. Raises: RunStopped where it cannot be used at all."""
         if not self.template:
-            log.warning(
-                "%s has no chat template: records are asked about as plain text; give one with "
-                "--chat-template FILE, or --no-use-chat-template if that is meant",
-                self._name,
+            note = (
+                f"{self._name} has no chat template: records are asked about as plain text; give "
+                "one with --chat-template FILE, or --no-use-chat-template if that is meant"
             )
+            self.notes.append(note)
+            log.warning("%s", note)
             return
         request = Request(_PROBE, _PROBE, None, Sampling())
         try:

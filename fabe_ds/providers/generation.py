@@ -43,6 +43,8 @@ _LOOP = ("repetition_penalty", "no_repeat_ngram_size")
 _LOOP_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _OF_ALL_IDS = (*_LOOP, "min_length", "encoder_repetition_penalty")
 """Settings that count what stands before the answer, padding too."""
+_EQUAL = "padding changes this model's answers: prompts of one length are answered together"
+_ALONE = "what stands beside changes this model's answers: prompts are answered one by one"
 _MEMORY_SHARE = 0.5
 _LEAST_TOKENS = 4096
 _HOPELESS = 3  # records that fail in the model's own code before anything is answered
@@ -100,6 +102,7 @@ class Generation:
         self._decoder: Decoder | None = None
         self._together: dict[Stretch, Together] = {}
         self._left: Counter[str] = Counter()
+        self._notes: list[str] = []
         self._answered = self._broken = 0
 
     @cached_property
@@ -233,12 +236,19 @@ class Generation:
             log.info("%d records answered by transformers' generate: %s", records, why)
         self._left[why] += records
 
+    def _note(self, line: str) -> None:
+        if line not in self._notes:
+            self._notes.append(line)
+            log.info("%s", line)
+
     def told(self) -> list[str]:
-        """A line for each reason for which our own loop did not answer, with its records in all."""
-        return [
-            f"{count} records in all were answered by transformers' generate: {why}"
+        """A line for each reason for which records were not answered by our own loop, with how
+        many there were, or not many at once."""
+        left = [
+            f"{count} records were answered by transformers' generate: {why}"
             for why, count in self._left.items()
         ]
+        return [*left, *self._notes]
 
     def _decoding(self, sampling: Sampling) -> Decoder:
         loaded = self.loaded
@@ -281,7 +291,10 @@ class Generation:
             start += len(batch)
 
     def _may_go_together(self, stretch: Stretch, sampling: Sampling) -> Together:
-        if self.room.rows == 1 or sampling.samples or stretch.kind == "apart":
+        if self.room.rows == 1 or sampling.samples:
+            return "alone"
+        if stretch.kind == "apart":
+            self._note(_EQUAL)
             return "equal"
         if stretch not in self._together:
             loaded = self.loaded
@@ -292,8 +305,7 @@ class Generation:
             found = takes_together(loaded.model, loaded.device, pad, longest, stretch.limit)
             self._together[stretch] = found
             if found != "padded":
-                how = "one by one" if found == "alone" else "together where they are of one length"
-                log.info("padding changes this model's answers: records are answered %s", how)
+                self._note(_EQUAL if found == "equal" else _ALONE)
         found = self._together[stretch]
         if found == "padded" and any(n in _OF_ALL_IDS for n in self.loaded.settings(sampling)):
             return "equal"
@@ -316,6 +328,8 @@ class Generation:
         settings = loaded.settings(sampling)
         if sampling.samples:
             settings = {"top_k": 0, **settings}
+        if least := settings.pop("min_length", None):  # prompt and answer; all prompts are as long
+            settings["min_new_tokens"] = max(least - longest, settings.get("min_new_tokens") or 0)
         numbers = _Numbers()
         output = loaded.model.generate(
             input_ids=ids.to(loaded.device),

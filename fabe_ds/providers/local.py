@@ -341,7 +341,7 @@ class TransformersProvider(LocalProvider):
             loading.refuse_what_looks_ahead(model, self.device, name)
         on = f"{self.device}, {used} threads" if self.device == "cpu" else self.device
         log.info("%s on %s as %s", name, on, str(self.dtype).removeprefix("torch."))
-        self._loaded_settings = model.generation_config.to_dict()
+        self._loaded_settings = dict(vars(model.generation_config))
         # What generate() finds unset it takes from here, sampling included; so nothing is here.
         model.generation_config = GenerationConfig()
         if endpoint.compile:
@@ -435,10 +435,10 @@ class TransformersProvider(LocalProvider):
         return checkpoints.context(self.config.get_text_config())
 
     def _check_room(self) -> None:
-        """Raises: RunStopped where an answer alone may fill the model's context."""
+        """Raises: UsageError where an answer alone may fill the model's context."""
         room, new = self._context, self.endpoint.max_new_tokens
         if room and new is not None and new >= room:
-            raise RunStopped(
+            raise UsageError(
                 f"--max-new-tokens {new}: the context of {self.endpoint.model} is {room} tokens, "
                 "prompt and answer together; take fewer"
             )
@@ -499,8 +499,8 @@ class TransformersProvider(LocalProvider):
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def told(self) -> list[str]:
-        generation = self.__dict__.get("generation")
-        return generation.told() if generation is not None else []
+        loaded: Generation | VllmGeneration | None = self.__dict__.get("generation")
+        return [*self.chat.notes, *loaded.told()] if loaded is not None else []
 
 
 def _cpu_has_bf16() -> bool:
