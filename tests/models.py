@@ -122,6 +122,7 @@ def scripted_model(
     specials: Sequence[str] = (),
     ends: int | list[int] | None = 2,
     longest: int = 512,
+    width: int = 4,
     **settings: Any,
 ) -> Path:
     """A model that writes one answer, whatever it is asked: `answer` is its tokens, no two alike.
@@ -138,7 +139,7 @@ def scripted_model(
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=320,
-        intermediate_size=4,
+        intermediate_size=width,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=1,

@@ -140,14 +140,7 @@ class Checkpoint:
     def check(self) -> None:
         """Raises: RunStopped where a file is missing, cut off, or a pointer to what it should be;
         the message says what to do."""
-        if not self.weights:
-            raise RunStopped(f"--model {self.name}: {self._without_weights()}")
-        missing = [path.name for path in self.weights if not path.is_file()]
-        if missing:
-            raise RunStopped(
-                f"--model {self.name}: not complete: {len(missing)} of {len(self.weights)} files "
-                f"of weights are not there ({few(missing)}); download it again"
-            )
+        self._check_weights()
         for path in self.files:
             if why := _why(path):
                 raise RunStopped(f"--model {self.name}: {path.name}: {why}")
@@ -157,6 +150,16 @@ class Checkpoint:
             and not (self.folder / "config.json").is_file()
         ):
             raise RunStopped(f"--model {self.name}: no config.json beside the weights")
+
+    def _check_weights(self) -> None:
+        if not self.weights:
+            raise RunStopped(f"--model {self.name}: {self._without_weights()}")
+        missing = [path.name for path in self.weights if not path.is_file()]
+        if missing:
+            raise RunStopped(
+                f"--model {self.name}: not complete: {len(missing)} of {len(self.weights)} files "
+                f"of weights are not there ({few(missing)}); download it again"
+            )
 
     def _without_weights(self) -> str:
         names = sorted(path.name for path in self.folder.iterdir())
@@ -175,7 +178,17 @@ class Checkpoint:
 
     def digest(self, known: Digests) -> str:
         """A digest of all that can change an answer: a moved folder is the same model, a changed
-        one is not. Hidden files and what else lies about do not count."""
+        one is not. Hidden files and what else lies about do not count.
+
+        Raises: RunStopped where a file is missing or cannot be read.
+        """
+        self._check_weights()
+        try:
+            return self._digest_of_files(known)
+        except OSError as error:
+            raise RunStopped(f"--model {self.name}: {error.filename}: {error.strerror}") from None
+
+    def _digest_of_files(self, known: Digests) -> str:
         total = hashlib.sha256()
         for path in self.files:
             size = path.stat().st_size

@@ -280,7 +280,7 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
 @dataclass
 class Decoder:
     """Runs one model. Kept from one stream of prompts to the next: `shared`, the ids of the
-    beginning that was computed last, and `work`."""
+    beginning that was computed last, `work` and `sound`."""
 
     model: Any
     plan: Plan
@@ -288,6 +288,8 @@ class Decoder:
     pad: int
     device: Any
     work: Work = field(default_factory=Work)
+    sound: bool = False
+    """Whether any row's scores were numbers yet."""
     _attended: _Attended = field(default_factory=_Attended)
     _shared: list[int] = field(default_factory=list)
     _cache_name: str = ""  # of forward's parameter
@@ -449,6 +451,7 @@ class Decoder:
         best, tokens = scores.max(-1)  # a score that is no number is the largest
         chosen: list[int] = tokens.tolist()
         wrong = best.isnan().tolist()
+        self.sound = self.sound or not all(wrong)
         if plan.samples:
             for process in plan.all:
                 scores = process(None, scores)

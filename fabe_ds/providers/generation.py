@@ -21,6 +21,7 @@ from fabe_ds.providers.checkpoint import LEFT, LEFT_SAMPLING, context
 from fabe_ds.providers.decode import ATTENTION, Answer, Decoder, Plan, Prompt, Room, Work
 from fabe_ds.providers.stops import stop_texts, stop_tokens, stopper
 from fabe_ds.providers.trial import (
+    NO_NUMBERS,
     Limits,
     Stretch,
     Together,
@@ -161,12 +162,14 @@ class Generation:
                     yield [(index, failure)]
 
     def _sound(self, answer: Answer) -> Answer | RecordFailed:
-        """The answer, or what it failed of. Raises: RunStopped where nothing was ever sound."""
+        """The answer, or what it failed of. Raises: RunStopped where no scores were numbers yet."""
         if answer.reason != "not numbers":
             self._answered += 1
             return answer
-        if not self._answered and not answer.tokens:
-            raise RunStopped("the model's scores are not numbers; try --dtype float32")
+        self._broken += 1
+        sound = self._answered or answer.tokens or (self._decoder and self._decoder.sound)
+        if not sound and self._broken >= _HOPELESS:
+            raise RunStopped(NO_NUMBERS)
         return RecordFailed(
             "scores", "the model's scores are not numbers; --dtype float32 may help"
         )
@@ -330,6 +333,8 @@ class Generation:
             settings = {"top_k": 0, **settings}
         if least := settings.pop("min_length", None):  # prompt and answer; all prompts are as long
             settings["min_new_tokens"] = max(least - longest, settings.get("min_new_tokens") or 0)
+        if settings.get("min_new_tokens", 0) > sampling.max_new_tokens:
+            settings["min_new_tokens"] = sampling.max_new_tokens
         numbers = _Numbers()
         output = loaded.model.generate(
             input_ids=ids.to(loaded.device),

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.errors import RecordFailed, RunStopped, UsageError
+from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.providers import checkpoint as checkpoints
 from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
 from fabe_ds.providers.checkpoint import Checkpoint, Digests

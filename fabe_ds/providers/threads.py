@@ -38,7 +38,7 @@ def granted(root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")) -> int:
 def _groups(root: Path, own: Path) -> list[Path]:
     """The folders of this process's control groups and of all around them."""
     folders = [root, root / "cpu", root / "cpu,cpuacct"]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):

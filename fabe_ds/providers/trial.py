@@ -18,9 +18,12 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from fabe_ds.errors import RunStopped
 from fabe_ds.providers.decode import scores_of_two
 
 log = logging.getLogger(__name__)
+
+NO_NUMBERS = "the model's scores are not numbers; try --dtype float32"
 
 Together = Literal["padded", "equal", "alone"]
 """Which prompts transformers' generate takes at once: any, padded; those of one length; one."""
@@ -115,7 +118,10 @@ def _ropes(parameters: Any) -> Iterator[dict[str, Any]]:
 
 
 def is_causal(model: Any, device: Any) -> bool:
-    """Whether a token's scores do not depend on the tokens behind it."""
+    """Whether a token's scores do not depend on the tokens behind it.
+
+    Raises: RunStopped where they are no numbers.
+    """
     ids = _ids(model, 12)
     other = [*ids[:-1], (ids[-1] + 1) % _vocabulary(model)]
     with torch.inference_mode():
@@ -123,6 +129,8 @@ def is_causal(model: Any, device: Any) -> bool:
             model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, :-1]
             for row in (ids, other)
         )
+    if one.isnan().any():
+        raise RunStopped(NO_NUMBERS)
     return _near(one, two, _FAR.get(one.dtype, 0.2))
 
 
@@ -239,8 +247,10 @@ def _distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> f
     numbers."""
     worst = 0.0
     for one, two in zip(ours, theirs, strict=True):
-        apart = (one.float() - two.float()).abs().max() / two.float().std().clamp_min(1e-9)
-        worst = max(worst, float(apart) if torch.isfinite(apart) else float("inf"))
+        one, two = one.float(), two.float()
+        apart = torch.where(one == two, 0.0, (one - two).abs()).max()  # both may be infinite
+        apart /= two[two.isfinite()].std().clamp_min(1e-9)
+        worst = max(worst, float(apart) if apart.isfinite() else float("inf"))
     return worst
 
 

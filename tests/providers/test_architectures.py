@@ -48,7 +48,7 @@ def alone(name: str, folder: Path, tokenizer: Any) -> list[str]:
         with torch.inference_mode():
             new = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
         answer = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
-        if len(new[0]) == ids.shape[1] + NEW:  # a character that is cut is left out
+        if len(new[0]) == ids.shape[1] + NEW and new[0, -1] != 2:  # what is cut of a character
             answer = answer.rstrip("\ufffd")
         answers.append(answer if answer.strip() else text)  # an empty one fails
     return answers
