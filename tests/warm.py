@@ -163,7 +163,9 @@ if __name__ == "__main__":
     _ = (aiohttp, datasets, jinja2, pyarrow, requests, rich)
     if "models" in sys.argv[2:]:
         import torch
+        import transformers.models.auto.modeling_auto
         import transformers.models.llama.modeling_llama
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         import fabe_ds.providers.chat
         import fabe_ds.providers.generation
@@ -171,6 +173,7 @@ if __name__ == "__main__":
         import fabe_ds.providers.loading
         import fabe_ds.providers.modelscope
 
+        get_checkpoint_conversion_mapping("llama")  # makes those of all
         torch.set_num_threads(1)  # others would not survive a fork
         _ = transformers
     sys.argv = ["fabe-ds", *serve(sys.argv[1])]

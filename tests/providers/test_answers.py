@@ -185,7 +185,7 @@ HELD = {
     "suppress_tokens": {"suppress_tokens": [300]},
     "bad_words_ids": {"bad_words_ids": [[300]]},
     "min_new_tokens": {"min_new_tokens": 6},
-    "min_length": {"min_length": 18},
+    "min_length": {"min_length": 16},
     "forced_eos_token_id": {"forced_eos_token_id": 2},
     "sequence_bias": {"sequence_bias": [[[300], -5.0]]},
 }
