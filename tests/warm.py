@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,8 @@ def serve(address: str) -> list[str]:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(address)
     listening.listen(64)
+    gc.collect()
+    gc.freeze()  # or each child's first collection copies all that was imported
     print("ready", flush=True)
     links: dict[int, socket.socket] = {}
     while True:
@@ -162,6 +166,7 @@ if __name__ == "__main__":
 
     _ = (aiohttp, datasets, jinja2, pyarrow, requests, rich)
     if "models" in sys.argv[2:]:
+        import gguf
         import torch
         import transformers.models.auto.modeling_auto
         import transformers.models.llama.modeling_llama
@@ -175,6 +180,16 @@ if __name__ == "__main__":
 
         get_checkpoint_conversion_mapping("llama")  # makes those of all
         torch.set_num_threads(1)  # others would not survive a fork
-        _ = transformers
+        _ = (gguf, transformers)
+    models = "models" in sys.argv[2:]
     sys.argv = ["fabe-ds", *serve(sys.argv[1])]
-    fabe_ds.cli.main()
+    try:
+        fabe_ds.cli.main()
+    except SystemExit as ended:
+        if models and isinstance(ended.code, int):  # taking torch apart takes half a second
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code)
+        raise
