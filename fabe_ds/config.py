@@ -201,16 +201,17 @@ class TransformConfig(BaseModel):
         "Model", "Ask through the model's chat template, where it has one.", True, changes=True
     )
     concurrency: Annotated[int, Field(gt=0)] | Literal["auto"] = _setting(
-        "Execution", "Requests in flight at once; auto finds out what the server takes.", 4
+        "Execution",
+        "Requests in flight at once; auto finds out what the server takes. For a local model: "
+        "batches that it holds at once.",
+        4,
     )
     batch_api: bool = _setting(
         "Execution", "Send through the server's batch API: cheaper, and done within a day.", False
     )
     rpm: float | None = _setting("Execution", "Most requests a minute.", gt=0)
     tpm: float | None = _setting("Execution", "Most tokens a minute, prompts and answers.", gt=0)
-    batch_size: int = _setting(
-        "Execution", "Records a local model takes at once, at most.", 8, gt=0
-    )
+    batch_size: int = _setting("Execution", "Records of one batch of a local model.", 8, gt=0)
     max_batch_tokens: int | None = _setting(
         "Execution",
         "Tokens a local model holds at once, at most; by default what half the free memory holds.",

@@ -203,6 +203,7 @@ class Transform:
             config.on_long_prompt,
             config.engine,
             len(devices),
+            batches=4 if config.concurrency == "auto" else config.concurrency,
             base_model=config.base_model,
             chat_template=self._chat_template,
             thinking=None if config.thinking is None else config.thinking == "on",

@@ -1,4 +1,4 @@
-"""A dataset Hub over real sockets: what huggingface_hub's client asks of one.
+"""A Hub of datasets and models over real sockets: what huggingface_hub's client asks of one.
 
 Written from the client's published behaviour: create, preupload, LFS upload, commit, branches,
 tree, resolve, card check. It keeps commits in memory, by branch.
@@ -59,6 +59,11 @@ class Hub(Serving):
         app.router.add_post("/datasets/{owner}/{name}.git/info/lfs/objects/batch", self._batch)
         app.router.add_put("/store/{oid}", self._store)
         app.router.add_get("/datasets/{owner}/{name}/resolve/{revision}/{path:.+}", self._resolve)
+        model = "/api/models/{owner}/{name}"
+        app.router.add_get(model, self._info)
+        app.router.add_get(model + "/revision/{revision:.+}", self._info)
+        app.router.add_get(model + "/tree/{revision}", self._tree)
+        app.router.add_get("/{owner}/{name}/resolve/{revision}/{path:.+}", self._resolve)
         await self._listen(app)
 
     @web.middleware

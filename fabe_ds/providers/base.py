@@ -48,6 +48,7 @@ class Endpoint:
     local_files_only: bool = True
     trust_remote_code: bool = False
     batch_size: int = 8
+    """Records of one batch; a local model holds `batches` of them at once."""
     max_batch_tokens: int | None = None
     attn_implementation: str = "auto"
     compile: bool = False
@@ -55,6 +56,7 @@ class Endpoint:
     engine: str = "transformers"
     sharers: int = 1
     """Processes that share this machine's processor for one run."""
+    batches: int = 1
     base_model: str | None = None
     chat_template: str | None = None
     """The text of a template that takes the place of the model's own."""

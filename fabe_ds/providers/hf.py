@@ -31,6 +31,9 @@ class HFProvider(TransformersProvider):
         except HFValidationError:
             raise Requirement(f"--model {model}: neither a folder nor a hub id") from None
         except LocalEntryNotFoundError as error:
+            # Of what was fetched by name or pattern, what is there may be all that is needed.
+            if partly := getattr(error, "snapshot_path", None):
+                return Path(partly)
             if not local:
                 raise Requirement(
                     f"--model {model}: neither here nor to be had from the Hub: {first_line(error)}"

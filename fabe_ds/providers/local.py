@@ -380,7 +380,7 @@ class TransformersProvider(LocalProvider):
                 self.tokenizer,
                 self.device,
                 own,
-                self.endpoint.batch_size,
+                self.endpoint.batch_size * self.endpoint.batches,
                 self._ends(own),
                 self.endpoint.max_batch_tokens,
                 plain=self.endpoint.attn_implementation != "auto",

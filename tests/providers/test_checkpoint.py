@@ -19,6 +19,7 @@ from fabe_ds.providers import Endpoint, Request, Requirement, Sampling
 from fabe_ds.providers.checkpoint import Digests, at, wanted_files
 from fabe_ds.providers.hf import HFProvider
 from fabe_ds.providers.threads import granted
+from tests.hub import Hub, Repo
 from tests.models import CHAT, scripted_model, tiny_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -28,11 +29,12 @@ def provider(path, **options) -> HFProvider:
     return HFProvider(Endpoint(str(path), **{"dtype": "float32", **options}))
 
 
-def run(box, model, *more, provider="hf"):
+def run(box, model, *more, provider="hf", **environment):
     box.lines("data.jsonl", [{"code": "x = 1"}])
     return box.fabe(
         *("run", "--input", "data.jsonl", "--instruction", "Do", "--provider", provider),
         *("--model", model, "--dtype", "float32", "--max-new-tokens", 8, *more),
+        **environment,
     )
 
 
@@ -608,6 +610,49 @@ def test_of_several_gguf_files_one_is_to_be_named():
         wanted_files(files, "org/m", "m.Q5.gguf")
     with pytest.raises(Requirement, match="no weights"):
         wanted_files(["README.md", "rust_model.ot"], "org/m")
+
+
+@pytest.fixture
+def hub():
+    with Hub() as running:
+        yield running
+
+
+def put(hub: Hub, name: str, folder: Path, *others: str) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    tree = files | dict.fromkeys(others, b"x" * 10)
+    hub.repos[name] = Repo(False, {"main": tree}, ["0" * 40])
+
+
+def from_hub(box, hub, model):
+    return run(box, model, "--no-local-files-only", "--on-truncated", "keep", **hub.environment)
+
+
+@pytest.mark.slow
+def test_a_model_is_fetched_without_its_other_formats(box, hub, tiny):
+    put(hub, "org/tiny", tiny, *OTHERS)
+    ended = from_hub(box, hub, "org/tiny")
+    assert ended.code == 0, ended
+    fetched = {path.rpartition("/")[2] for _, path, _ in hub.asked if "/resolve/" in path}
+    assert "model.safetensors" in fetched
+    assert not fetched & {other.rpartition("/")[2] for other in OTHERS}
+    offline = run(box, "org/tiny", "--output", "again", **hub.environment)
+    assert "0 rewritten, 1 from cache" in offline.out
+
+
+@pytest.mark.slow
+def test_a_repository_of_one_gguf_file_is_taken_and_one_of_several_is_named(box, hub, smollm):
+    data = smollm.read_bytes()
+    tree = {"a.Q4.gguf": data, "README.md": b"x", "config.json": b"{}"}
+    hub.repos["org/one"] = Repo(False, {"main": tree}, ["0" * 40])
+    hub.repos["org/two"] = Repo(False, {"main": {**tree, "a.Q8.gguf": data}}, ["1" * 40])
+    ended = from_hub(box, hub, "org/one")
+    assert ended.code == 0, ended
+    ended = from_hub(box, hub, "org/two")
+    assert ended.code == 2
+    assert "give one of them: org/two/a.Q4.gguf, org/two/a.Q8.gguf" in ended.err
+    ended = from_hub(box, hub, "org/two/a.Q8.gguf")
+    assert ended.code == 0, ended
 
 
 # G18: threads.
