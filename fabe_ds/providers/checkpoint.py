@@ -422,7 +422,7 @@ def amended(base: Checkpoint, speaking: Checkpoint, known: Digests) -> list[str]
             there = _amended(base, *_gguf_words(speaking.gguf))
             known.keep(speaking.gguf, "amended", there)
         return there
-    return _amended(base, *_words(speaking))
+    return _amended(base, *_words(speaking, known))
 
 
 def _amended(base: Checkpoint, added: Added, end: str | None, template: str | None) -> list[str]:
@@ -457,12 +457,18 @@ LEFT_SAMPLING = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 """The same where tokens are sampled."""
 
 
-def _words(found: Checkpoint) -> tuple[Added, str | None, str | None]:
+def _words(found: Checkpoint, known: Digests) -> tuple[Added, str | None, str | None]:
     """A folder's added tokens, the text of its end token, and its chat template."""
     settings = found.json("tokenizer_config.json")
     added: dict[str, AddedToken] = {}
-    for entry in found.json("tokenizer.json").get("added_tokens") or []:
-        added[entry["content"]] = AddedToken(entry["id"], bool(entry.get("special")))
+    file = found.folder / "tokenizer.json"
+    if file.is_file():  # tens of megabytes, so what is wanted of it is remembered
+        there = known.of(file).get("added")
+        if not isinstance(there, list):
+            entries = found.json(file.name).get("added_tokens") or []
+            there = [[e["content"], e["id"], bool(e.get("special"))] for e in entries]
+            known.keep(file, "added", there)
+        added = {text: AddedToken(number, special) for text, number, special in there}
     for number, entry in (settings.get("added_tokens_decoder") or {}).items():
         added[entry["content"]] = AddedToken(int(number), bool(entry.get("special")))
     end = settings.get("eos_token")

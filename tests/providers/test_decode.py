@@ -257,6 +257,52 @@ def test_other_architectures(kind, tiny, tmp_path):
     assert answers == generated(path, model, asked)
 
 
+def test_prompts_beyond_a_window_are_told_with_their_number(box, tiny, tmp_path):
+    """L19: what our own loop leaves to generate."""
+    path = saved(*KINDS["mistral, window of 64"][:2], tiny, tmp_path / "m")
+    texts = ["fox", "the fox", " ".join(WORDS * 4), " ".join(WORDS * 5)]
+    box.lines("data.jsonl", [{"code": text} for text in texts])
+    ended = box.fabe(
+        *("run", "--input", "data.jsonl", "--instruction", "Say it", "--provider", "hf"),
+        *("--model", path, "--dtype", "float32", "--on-truncated", "keep", "--max-new-tokens", 8),
+        *("--system-prompt", ""),
+    )
+    assert ended.code == 0, ended
+    said = "2 records were answered by transformers' generate: longer than 64 tokens"
+    assert said in ended.out
+    assert any(note.startswith(said) for note in box.report()["notes"])
+    assert box.fabe("report", "outputs.run.json").code == 0
+    assert "Note: 2 records" in (box.path / "outputs.html").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_trial_in_float32_leaves_the_model_as_it_was(tiny, dtype):
+    """L16: in half precision the model's own implementations may differ by more than a fault."""
+    model = HFProvider(Endpoint(str(tiny), dtype=dtype, batch_size=4))
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    assert model.generation.own_loop
+    after = model.model.state_dict()
+    assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert model.model.dtype == getattr(torch, dtype)
+    texts_of(model.complete(requests(prompts(6))))
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_parsed_once(smollm, monkeypatch):
+    """L18: config, tokenizer and weights, each by a parse of its own, took 16 seconds."""
+    import gguf
+
+    parsed = []
+    build = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(
+        gguf.GGUFReader, "_build_fields", lambda *a: (parsed.append(1), build(*a))[1]
+    )
+    model = HFProvider(Endpoint(str(smollm), dtype="float32"))
+    _ = model.generation
+    assert len(parsed) == 1
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_transformers_own_attention_can_be_had(tiny, attention):
     asked = requests(prompts(12))
