@@ -134,32 +134,36 @@ class Generation:
         Raises: RunStopped where the model gives no numbers, or fails at all that it is given.
         """
         waiting = {p.number: p for p in sorted(prompts, key=lambda p: len(p.ids), reverse=True)}
+        alone = False
         with torch.inference_mode():
             while waiting:
+                first = next(iter(waiting.values()))
                 try:
-                    for answers in self._run(list(waiting.values()), sampling):
+                    for answers in self._run([first] if alone else [*waiting.values()], sampling):
                         for answer in answers:
                             del waiting[answer.number]
                         yield [(answer.number, self._sound(answer)) for answer in answers]
-                except (RunStopped, RecordFailed):
+                except RunStopped:
                     raise
                 except Exception as error:  # models' own code raises what it likes
+                    first = next(iter(waiting.values()))
                     if _out_of_memory(error):
                         self._free_memory()
-                        rows = self._rows_at_once(next(iter(waiting.values())), sampling)
+                        rows = self._rows_at_once(first, sampling)
                         if rows > 1:
                             log.warning("out of memory with %d records at once; trying half", rows)
                             self.room = replace(self.room, rows=rows // 2)
                             continue
                         failure = RecordFailed("memory", "out of memory with this record alone")
-                    elif self._take_less():
-                        log.warning("decoding went wrong (%s); trying another way", _said(error))
+                    elif not alone and len(waiting) > 1:
+                        log.warning("decoding went wrong (%s); trying one by one", _said(error))
+                        alone = True
+                        self._free_memory()
                         continue
                     else:
                         failure = self._failed(error)
-                    index = next(iter(waiting))
-                    del waiting[index]
-                    yield [(index, failure)]
+                    del waiting[first.number]
+                    yield [(first.number, failure)]
 
     def _sound(self, answer: Answer) -> Answer | RecordFailed:
         """The answer, or what it failed of. Raises: RunStopped where no scores were numbers yet."""
@@ -179,19 +183,6 @@ class Generation:
         if not self._answered and self._broken >= _HOPELESS:
             raise RunStopped(f"the model fails at whatever it is asked: {_said(error)}")
         return RecordFailed("model", f"the model failed: {_said(error)}")
-
-    def _take_less(self) -> bool:
-        """Goes to a simpler way of decoding: generate instead of our loop, then one at a time."""
-        loaded = self.loaded
-        if self.own_loop:
-            self._free_memory()
-            _restore(loaded.model, "sdpa")
-            self.own_loop = False
-            return True
-        if self.room.rows > 1:
-            self.room = replace(self.room, rows=1)
-            return True
-        return False
 
     def _rows_at_once(self, longest: Prompt, sampling: Sampling) -> int:
         fitting = self.room.tokens // (len(longest.ids) + sampling.max_new_tokens)

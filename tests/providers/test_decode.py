@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import random
@@ -392,3 +393,25 @@ def test_several_devices_have_a_process_each(box, talkative):
         2,
         "fabe-ds: --inplace goes with one device; write to --output\n",
     )
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_a_record_that_the_model_fails_at_fails_alone(tiny, monkeypatch, attention):
+    """Whatever a model's own code raises."""
+    model = provider(tiny, attn_implementation=attention)
+    asked = requests([*prompts(3), "the ~ fox", *prompts(3, seed=1)])
+    expected = model.complete(asked)
+    forward = type(model.model).forward
+    bad = model.tokenizer("~")["input_ids"][0]
+
+    def failing(self, input_ids=None, **more):
+        if input_ids.shape[1] > 1 and (input_ids == bad).any():
+            raise IndexError("index out of range in self")
+        return forward(self, input_ids=input_ids, **more)
+
+    failing.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(type(model.model), "forward", failing)
+    again = model.complete(asked)
+    assert isinstance(again[3], RecordFailed)
+    assert "IndexError" in str(again[3])
+    assert [*again[:3], *again[4:]] == [*expected[:3], *expected[4:]]
