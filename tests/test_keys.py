@@ -10,6 +10,8 @@ import pytest
 
 from fabe_ds.providers import Endpoint, Request, Sampling
 from fabe_ds.providers.echo import EchoProvider
+from fabe_ds.providers.hf import HFProvider
+from fabe_ds.providers.modelscope import ModelScopeProvider
 from fabe_ds.providers.ollama import OllamaProvider
 from fabe_ds.providers.openai import OpenAIProvider
 
@@ -95,3 +97,48 @@ def test_a_cache_folder_of_an_earlier_version_answers(box, name):
     assert ended.code == 0, ended
     assert box.read("outputs/data.jsonl") == run["records"]
     assert box.report()["requests"] == 0
+
+
+# A local model is named by its files; these are made of fixed bytes, and never loaded.
+
+
+def model_folder(folder: Path, weights: int) -> Path:
+    folder.mkdir()
+    files = {
+        "config.json": '{"model_type": "llama", "eos_token_id": 2}',
+        "generation_config.json": '{"eos_token_id": 2, "temperature": 0.6}',
+        "tokenizer.json": '{"added_tokens": [{"id": 2, "content": "</s>", "special": true}]}',
+        "tokenizer_config.json": '{"eos_token": "</s>", "chat_template": "{{ messages }}</s>"}',
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    data = (b"0123456789" * (weights // 10 + 1))[:weights]
+    (folder / "model.safetensors").write_bytes(data)
+    return folder
+
+
+LOCAL = {
+    "hf": (HFProvider, asked(), 1_000),
+    "hf, sampled": (HFProvider, asked(SAMPLED), 1_000),
+    "hf, plain": (HFProvider, asked(chat=False), 1_500_000),
+    "modelscope": (ModelScopeProvider, asked(), 1_000),
+    "hf, large": (HFProvider, asked(), 5_000_000),
+}
+LOCAL_KEYS = {
+    "hf": "c8e03d301ed36f9c4b91501830b3ee47042d7b70760e29099dc815645e2207a0",
+    "hf, sampled": "66046a236d10c6b8c83d591d0e6a197f8fe6de7b067cd46d00a2f970d762d71f",
+    "hf, plain": "d7b2ba7a4cc8f062efc4f73b55a5f60ad5feb81d9da4f3d4a609f50eb3ac31a9",
+    "modelscope": "8fe92a50357b934e6a5271ad1c5bfb01a311378305be7c45d048c40bba1f6511",
+    "hf, large": "adb4f08fc75705b7c1b51a7f2a130fe43edd49d08ab9c10fabd40ed448451d40",
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_keys_of_local_models_are_unchanged_or_known(name, tmp_path):
+    """Large weights are read whole now; what was stored under their former key still serves."""
+    kind, request, size = LOCAL[name]
+    provider = kind(Endpoint(str(model_folder(tmp_path / "m", size))))
+    former = provider.former_key(request)
+    key = provider.key(request) if former is None else former[0]
+    assert key.hex() == LOCAL_KEYS[name]
+    assert (former is None) == (size < 2_000_000)

@@ -22,7 +22,7 @@ from typing import Any
 
 from fabe_ds.errors import RunStopped
 from fabe_ds.providers.base import Requirement
-from fabe_ds.providers.turns import Added, AddedToken, Marks, opens_reasoning, turn_ends
+from fabe_ds.providers.turns import Added, AddedToken, Marks, all_ends, opens_reasoning
 
 _POINTER = b"version https://git-lfs"
 _SETTINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -430,7 +430,7 @@ def _amended(base: Checkpoint, added: Added, end: str | None, template: str | No
     configured = own.get("eos_token_id", base.json("config.json").get("eos_token_id"))
     theirs = {added[end].number} if end is not None and end in added else set()
     before = set(as_list(configured)) or theirs
-    ends = before | theirs | turn_ends(added, template)
+    ends = all_ends(before | theirs, added, template)
     why = []
     if ends != before:
         why.append(f"ends {sorted(ends)}")

@@ -39,10 +39,14 @@ _OTHER_KINDS = {  # what a class that is no language model ends in, and what tha
     "RewardModel": "a reward model",
     "ForRewardModel": "a reward model",
 }
-_UNUSED = re.compile(  # tensors that a model for text has no place for, and needs none
+_OTHER_SENSES = re.compile(  # tensors that no text goes through
+    r"(^|\.)(vision|visual|vit|image|audio|speech|video|mm_|multi_modal|connector|aligner|sam_)"
+    r"|vision_|audio_|projector",
+    re.IGNORECASE,
+)
+_UNUSED = re.compile(  # tensors that a model needs no place for: buffers, heads of training, drafts
     r"rotary_emb|rotary_pos_emb|inv_freq|masked_bias|attn\.bias$|attention\.bias$|position_ids$"
-    r"|(^|\.)(vision|visual|vit|image|audio|speech|video|mm_|multi_modal|connector|aligner|sam_)"
-    r"|vision_|audio_|projector|(^|\.)mtp|nextn|eagle",
+    r"|(^|\.)[kv]_scale$|(^|\.)(v_head|mtp|nextn|eagle)",
     re.IGNORECASE,
 )
 _VISION = "serve it (vLLM, llama.cpp, Ollama) and use --provider openai or ollama"
@@ -169,8 +173,12 @@ def load_model(
 
 def _judge(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raises: RunStopped where tensors are missing, of another shape, or left over."""
-    missing = sorted(info["missing_keys"])
-    left_over = sorted(key for key in info["unexpected_keys"] if not _UNUSED.search(key))
+    missing = sorted(key for key in info["missing_keys"] if not _OTHER_SENSES.search(key))
+    left_over = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if not _UNUSED.search(key) and not _OTHER_SENSES.search(key)
+    )
     if missing:
         wrapped = any(key.startswith("base_model.model.") for key in left_over)
         hint = (
@@ -313,9 +321,10 @@ def load_tokenizer(source: Mapping[str, Any], name: str) -> Any:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, model: Any, name: str) -> None:
+def check_vocabulary(tokenizer: Any, model: Any, name: str, template: str) -> None:
     """Sees to it that the tokenizer writes no token that the model has no embedding for, and that
-    there is a token to pad with.
+    there is a token to pad with. Special tokens that the chat template does not write are never
+    written.
 
     Raises: RunStopped.
     """
@@ -325,13 +334,12 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str) -> None:
         end = tokenizer.eos_token_id
         serves = end if isinstance(end, int) and end < most else 0
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(serves)
-        beyond_pad = pad
-    else:
-        beyond_pad = None
+    added = tokenizer.added_tokens_decoder
     beyond = {
         text: number
         for text, number in tokenizer.get_vocab().items()
-        if number >= most and number != beyond_pad
+        if number >= most
+        and not (number in added and added[number].special and text not in template)
     }
     if beyond:
         worst = max(beyond, key=lambda text: beyond[text])

@@ -16,7 +16,7 @@ from fabe_ds.providers import checkpoint as checkpoints
 from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
 from fabe_ds.providers.checkpoint import Checkpoint, Digests
 from fabe_ds.providers.stops import text_before
-from fabe_ds.providers.turns import Marks, turn_ends
+from fabe_ds.providers.turns import Marks, all_ends
 
 if TYPE_CHECKING:
     from fabe_ds.providers.chat import Chat
@@ -336,7 +336,7 @@ class TransformersProvider(LocalProvider):
         with loading.one_line(name, "cannot be used"):
             if "device_map" not in options:
                 model = model.to(self.device)
-            loading.check_vocabulary(self.tokenizer, model, name)
+            loading.check_vocabulary(self.tokenizer, model, name, self.chat.template or "")
             model.eval()
             loading.refuse_what_looks_ahead(model, self.device, name)
         on = f"{self.device}, {used} threads" if self.device == "cpu" else self.device
@@ -354,7 +354,7 @@ class TransformersProvider(LocalProvider):
         its chat template. Folders of fine-tuned models name different ones in each."""
         ends = checkpoints.as_list(own.get("eos_token_id"))
         ends += checkpoints.as_list(self.tokenizer.eos_token_id)
-        return frozenset(ends) | turn_ends(self.chat.added, self.chat.template)
+        return all_ends(ends, self.chat.added, self.chat.template)
 
     @cached_property
     def generation(self) -> Generation | VllmGeneration:

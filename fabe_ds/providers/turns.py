@@ -8,7 +8,7 @@ looked for before. Sources: the chat templates and tokenizers of the families th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,16 +36,15 @@ Added = Mapping[str, AddedToken]
 """A tokenizer's added tokens, by their text."""
 
 
-def turn_ends(added: Added, template: str | None) -> set[int]:
-    """The special tokens by which the chat template ends a turn."""
-    if not template:
-        return set()
-    ends = {
-        text for text in END_MARKS if text in added and added[text].special and text in template
-    }
-    if _CHANNEL in template:  # it ends a message there, and more may follow
-        ends -= {"<|end|>"}
-    return {added[text].number for text in ends}
+def all_ends(known: Collection[int], added: Added, template: str | None) -> frozenset[int]:
+    """The tokens that end an answer: those known of the model and of its tokenizer. Where the chat
+    template writes none of these, so that the model was taught another, also those by which the
+    template ends a turn."""
+    special = {text: token.number for text, token in added.items() if token.special}
+    if not template or any(n in known and text in template for text, n in special.items()):
+        return frozenset(known)
+    ends = {special[text] for text in END_MARKS if text in special and text in template}
+    return frozenset(known) | ends
 
 
 def opens_reasoning(template: str | None) -> bool:
