@@ -425,6 +425,12 @@ def amended(base: Checkpoint, speaking: Checkpoint, known: Digests) -> list[str]
     return _amended(base, *_words(speaking, known))
 
 
+def added_tokens(found: Checkpoint, known: Digests) -> Added:
+    """The added tokens of the tokenizer in a folder or a .gguf file."""
+    added, _, _ = _words(found, known) if found.gguf is None else _gguf_words(found.gguf)
+    return added
+
+
 def _amended(base: Checkpoint, added: Added, end: str | None, template: str | None) -> list[str]:
     own = base.json("generation_config.json")
     configured = own.get("eos_token_id", base.json("config.json").get("eos_token_id"))
@@ -442,7 +448,17 @@ def _amended(base: Checkpoint, added: Added, end: str | None, template: str | No
         why.append("reasoning opened by the template")
     if base.adapter is not None and not base.is_adapter:
         why.append("adapter")
+    if _MIXED.search(json.dumps(base.json("config.json"))):
+        why.append("rows apart")
     return why
+
+
+_MIXED = re.compile(
+    r'"(rope_)?type": "(longrope|su|dynamic)"|"(index_topk|keep_window_size)": \d'
+    r'|"model_type": "(minimax|deepseek_v4|recurrent_gemma|llama4|blt|xlstm|rwkv|reformer)'
+)
+"""In config.json, what says that earlier versions may have let prompts beside one another change
+each other's answers."""
 
 
 LEFT = (

@@ -16,7 +16,7 @@ from fabe_ds.providers import checkpoint as checkpoints
 from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
 from fabe_ds.providers.checkpoint import Checkpoint, Digests
 from fabe_ds.providers.stops import text_before
-from fabe_ds.providers.turns import Marks, all_ends
+from fabe_ds.providers.turns import Added, Marks, all_ends
 
 if TYPE_CHECKING:
     from fabe_ds.providers.chat import Chat
@@ -151,20 +151,33 @@ class TransformersProvider(LocalProvider):
         return self.checkpoint if has_tokenizer else self.base
 
     def former_key(self, request: Request) -> tuple[bytes, float] | None:
-        if self._amended or self.base is not self.checkpoint or self._former_digest is None:
+        former = self.former_identity()
+        if former is None or "cut" in self.body(request):
             return None
-        if "cut" in self.body(request):
+        # Text that names control tokens became such, and stop strings that are some did not stop.
+        added = self._added
+        if any(name in request.text or name in request.sampling.stop for name in added):
             return None
-        return self._key_under(self._former_digest, request), self.checkpoint.changed
+        return self._key_under(former, request), self._changed
 
     @cached_property
-    def _former_digest(self) -> str | None:
-        former = self.checkpoint.former_digest()
-        return None if former == self._identity else former
+    def _added(self) -> Added:
+        return checkpoints.added_tokens(self._speaking, self._digests)
+
+    @cached_property
+    def _changed(self) -> float:
+        return self.checkpoint.changed
 
     def former_identity(self) -> str | None:
         """How earlier versions named this very model, where they gave it the same answers."""
-        return None if self._amended or self.checkpoint.is_adapter else self._former_digest
+        return self._former_identity
+
+    @cached_property
+    def _former_identity(self) -> str | None:
+        if self._amended or self.checkpoint.is_adapter:
+            return None
+        former = self.checkpoint.former_digest()
+        return None if former == self._identity else former
 
     def body(self, request: Request) -> dict[str, Any]:
         endpoint, sampling = self.endpoint, request.sampling
