@@ -208,6 +208,9 @@ class Transform:
             chat_template=self._chat_template,
             thinking=None if config.thinking is None else config.thinking == "on",
             chat=config.use_chat_template,
+            instruction="\n".join(
+                [self.template[0], config.system_prompt or "", *config.template_vars.values()]
+            ),
             max_new_tokens=config.max_new_tokens,
             cache_dir=config.cache_dir,
         )

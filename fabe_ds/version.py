@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-TRANSFORM_VERSION = 3
+TRANSFORM_VERSION = 4
 """Part of every fingerprint; raised when the same configuration would give other results."""
 
 JOB_VERSION = 2

@@ -137,6 +137,7 @@ def _under_former_keys(
     for since, keys in named.items():
         there = cache.get(list(keys), since)
         found |= {keys[former]: completion for former, completion in there.items()}
+    provider.former_answers += len(found)
     return found
 
 

@@ -50,6 +50,9 @@ class LocalEngine:
             if self.intake.cache is None:
                 yield from self._straight(window)
                 continue
+            asked = any(isinstance(item, Request) for item in window)
+            if asked and not self._checked and not self.intake.offline:
+                self._check_once()
             yield from answer_window(self.intake, window, self._answer)
 
     def _straight(self, items: list[Item]) -> Iterator[Outcome]:
@@ -72,6 +75,12 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing is open."""
 
+    def _check_once(self) -> None:
+        """Loads a model that is not vouched for: an earlier version may have stored the answers of
+        one that this version refuses."""
+        if not self.provider.vouched():
+            self._load()
+
     def _load(self) -> None:
         """Loads the model: a phase of its own, outside the rate of answers."""
         stats, started = self.intake.stats, time.monotonic()
@@ -86,6 +95,7 @@ class LocalEngine:
     def _answer(self, slots: list[Slot]) -> None:
         while slots:
             slots = self._answer_once(slots)
+        self.intake.stats.notes = self.provider.told()
 
     def _answer_once(self, slots: list[Slot]) -> list[Slot]:
         """Gives those that are to be asked again."""
@@ -102,5 +112,4 @@ class LocalEngine:
                     self.intake.failed(slots[index], answer)
                 elif not self.intake.answered(slots[index], answer):
                     again.append(slots[index])
-        stats.notes = self.provider.told()
         return again

@@ -63,6 +63,8 @@ class Endpoint:
     thinking: bool | None = None
     chat: bool = True
     """Whether records are asked about through the model's chat template."""
+    instruction: str | None = None
+    """The user's own words of every prompt: the control tokens in it are meant as such."""
     max_new_tokens: int | None = None
     cache_dir: Path | None = None
     """Where digests of large files are remembered."""
@@ -133,6 +135,7 @@ class Provider(ABC):
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        self.former_answers = 0  # that were found under the keys of earlier versions
 
     @classmethod
     def missing(cls) -> str | None:
@@ -191,6 +194,11 @@ class Provider(ABC):
 
 class LocalProvider(Provider):
     """A model in this process."""
+
+    def vouched(self) -> bool:
+        """Whether it is known that the model can be loaded as it is, so that what is stored of its
+        answers may be trusted before it is."""
+        return True
 
     def told(self) -> list[str]:
         """What a person should know of how the records were answered, a line each."""

@@ -6,13 +6,18 @@ What a record says never becomes a control token, whatever it holds.
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import jinja2
+import jinja2.meta
+
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
 from fabe_ds.providers.base import Request, Sampling
-from fabe_ds.providers.turns import AddedToken, closer_awaited
+from fabe_ds.providers.turns import AddedToken, any_of, closer_awaited
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +27,13 @@ _THINKING = {  # variables by which templates switch reasoning, and what turns i
     "reasoning_effort": ("medium", "none"),
 }
 _PROBE = "What is seven and five?"
-_SPARE = 8  # tokens that a cut value may come out longer by, where it is joined to the rest
 
 
 class Chat:
     """Writes prompts for one tokenizer. `thinking`: whether the model is to reason; None leaves it
-    to the model. `template`: one that takes the place of the model's own."""
+    to the model. `template`: one that takes the place of the model's own. `instruction`: the
+    user's own words of every prompt, whose control tokens are meant as such; None takes all but a
+    record's value for them."""
 
     def __init__(
         self,
@@ -35,8 +41,9 @@ class Chat:
         name: str,
         template: str | None = None,
         thinking: bool | None = None,
+        instruction: str | None = None,
     ) -> None:
-        self.tokenizer, self._name = tokenizer, name
+        self.tokenizer, self._name, self._instruction = tokenizer, name, instruction
         if template is not None:
             tokenizer.chat_template = template
         self.template = _default(tokenizer.chat_template)
@@ -47,8 +54,9 @@ class Chat:
         if thinking is None:
             return {}
         said = "on" if thinking else "off"
+        asked = _variables(self.template or "")
         for variable, (on, off) in _THINKING.items():
-            if self.template and variable in self.template:
+            if variable in asked:
                 return {variable: on if thinking else off}
         raise UsageError(
             f"--thinking {said}: the chat template of {self._name} has no switch for it"
@@ -115,7 +123,7 @@ class Chat:
                 f"--model {self._name}: its {error}; --chat-template FILE gives another, "
                 "--no-use-chat-template none"
             ) from None
-        if _PROBE not in self.tokenizer.decode(ids):
+        if not ids or _PROBE not in self._written(_part(_PROBE) if self._as_parts else _PROBE):
             raise RunStopped(
                 f"--model {self._name}: its chat template leaves out what it is asked; "
                 "--chat-template FILE gives another, --no-use-chat-template none"
@@ -144,15 +152,29 @@ class Chat:
     def _plain(self, prompt: str, text: str) -> list[int]:
         """A plain prompt's tokens: those that the instruction names are taken as such, those that
         the record's text names are not."""
-        if not any(name in text for name in self.added):
+        found = set(self._controls.findall(prompt))
+        own = prompt.split(text) if text else [prompt]
+        meant = self._instruction if self._instruction is not None else "".join(own)
+        meant_ones = {name for name in found if name in meant}
+        if found == meant_ones and not any(name in text for name in found):
             return list(self.tokenizer(prompt)["input_ids"])
-        own = prompt.split(text)
-        if not any(name in part for part in own for name in self.added):
+        if not meant_ones:
             return list(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
+        outside = Counter(self._controls.findall("".join(own)))
+        if any(count > meant.count(name) for name, count in outside.items()):
+            raise RecordFailed(
+                "prompt",
+                f"the record holds {', '.join(sorted(meant_ones))}, a control token "
+                "that the instruction uses too: they cannot be told apart",
+            )
         ids = list(self.tokenizer(own[0])["input_ids"])
         for part in own[1:]:
             ids += self._more(text, split=True) + self._more(part, split=False)
         return ids
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        return any_of([text for text, token in self.added.items() if token.special])
 
     def _more(self, text: str, split: bool) -> list[int]:
         """The tokens of a text in the middle of others."""
@@ -168,21 +190,32 @@ class Chat:
         text = request.text
         if not text or text not in request.prompt:
             return None
-        over = len(self.ids(request)) - room
+        over, copies = len(self.ids(request)) - room, request.prompt.count(text)
         tokens = self._more(text, split=True)
-        while 0 < over < len(tokens):
-            tokens = tokens[over:]
+        while 0 < over < len(tokens) * copies:
+            tokens = tokens[-(-over // copies) :]
             kept = self.tokenizer.decode(tokens, skip_special_tokens=False).lstrip("\ufffd")
             cut = request._replace(text=kept, prompt=request.prompt.replace(text, kept))
             ids = self.ids(cut)
             if len(ids) <= room:
                 return ids
-            over = min(len(ids) - room + 1, _SPARE)
+            over = len(ids) - room
         return None
 
     def awaited(self, ids: Sequence[int]) -> str | None:
         """The mark that ends the reasoning which the end of a prompt has opened, or None."""
         return closer_awaited(self.tokenizer.decode(ids[-16:], skip_special_tokens=False))
+
+
+def _variables(template: str) -> set[str]:
+    """The variables that a chat template asks for."""
+    environment = jinja2.Environment(  # noqa: S701 - it is read, not rendered
+        extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]
+    )
+    try:
+        return jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateError:  # tags of transformers' own
+        return set(re.findall(r"\w+", template))
 
 
 def _default(template: Any) -> str | None:

@@ -25,13 +25,12 @@ from fabe_ds.providers.base import Requirement
 from fabe_ds.providers.turns import Added, AddedToken, Marks, all_ends, opens_reasoning
 
 _POINTER = b"version https://git-lfs"
-_SETTINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-"""Suffixes of what a model is made of beside its weights."""
-_NOT_THE_MODEL = re.compile(
-    r"(trainer_state|training_args|all_results|train_results|eval_results|.*_log|.*history)\."
-    r"|(license|readme|requirements|notice)\b|optimizer|scheduler|rng_state|latest",
-    re.IGNORECASE,
+_SETTING = re.compile(
+    r"(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map"
+    r"|added_tokens|vocab|vocabulary|tekken|chat_template|.+\.index)\.json"
+    r"|.+\.(jinja|model|tiktoken|bpe|spm)|vocab\.\w+|merges\.txt|bpe\.codes"
 )
+"""The files that a model is made of beside its weights."""
 _SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.\w+$")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _ONE_FILE = ("model.safetensors", "pytorch_model.bin")
@@ -127,6 +126,8 @@ class Checkpoint:
         if templates.is_dir():
             beside += [path for path in templates.iterdir() if path.is_file()]
         settings = {path for path in beside if _is_setting(path.name)}
+        if "auto_map" in self.json("config.json"):  # it comes with code of its own
+            settings |= {path for path in beside if path.suffix == ".py"}
         adapter = self.adapter
         if adapter is not None:
             settings |= {path for name in _ADAPTER if (path := self.folder / name).is_file()}
@@ -238,8 +239,7 @@ class Checkpoint:
 
 
 def _is_setting(name: str) -> bool:
-    hidden = name.startswith(".")
-    return not hidden and name.endswith(_SETTINGS) and not _NOT_THE_MODEL.match(name)
+    return not name.startswith(".") and bool(_SETTING.fullmatch(name))
 
 
 def at(path: Path, name: str) -> Checkpoint:
@@ -292,7 +292,7 @@ def wanted_files(files: Collection[str], model: str, one: str | None = None) -> 
                 f"--model {model}: it has no {one}; it has {few(ggufs) or 'no .gguf'}"
             )
         return [one]
-    settings = [name for name in top if _is_setting(name)]
+    settings = [name for name in top if _is_setting(name) or name.endswith(".py")]
     settings += [name for name in files if name.startswith("additional_chat_templates/")]
     adapter = [name for name in _ADAPTER if name in top][:1]
     for suffix, beginning in ((".safetensors", "model"), (".bin", "pytorch_model")):
@@ -317,7 +317,7 @@ def wanted_files(files: Collection[str], model: str, one: str | None = None) -> 
 def _why(path: Path) -> str:
     """What is wrong with a file; empty where nothing shows."""
     size = path.stat().st_size
-    if not size and path.suffix != ".txt":
+    if not size and path.suffix not in (".txt", ".py"):
         return "an empty file; download it again"
     with path.open("rb") as data:
         start = data.read(len(_POINTER))
@@ -425,6 +425,13 @@ def amended(base: Checkpoint, speaking: Checkpoint, known: Digests) -> list[str]
     return _amended(base, *_words(speaking, known))
 
 
+def own_settings(base: Checkpoint) -> dict[str, Any]:
+    """The generation settings that a model's folder holds: in older ones, config.json has them."""
+    file = "generation_config.json"
+    there = base.gguf is None and (base.folder / file).is_file()
+    return base.json(file if there else "config.json")
+
+
 def added_tokens(found: Checkpoint, known: Digests) -> Added:
     """The added tokens of the tokenizer in a folder or a .gguf file."""
     added, _, _ = _words(found, known) if found.gguf is None else _gguf_words(found.gguf)
@@ -432,7 +439,7 @@ def added_tokens(found: Checkpoint, known: Digests) -> Added:
 
 
 def _amended(base: Checkpoint, added: Added, end: str | None, template: str | None) -> list[str]:
-    own = base.json("generation_config.json")
+    own = own_settings(base)
     configured = own.get("eos_token_id", base.json("config.json").get("eos_token_id"))
     theirs = {added[end].number} if end is not None and end in added else set()
     before = set(as_list(configured)) or theirs
@@ -440,7 +447,9 @@ def _amended(base: Checkpoint, added: Added, end: str | None, template: str | No
     why = []
     if ends != before:
         why.append(f"ends {sorted(ends)}")
-    if settings := sorted(name for name in (*LEFT, *LEFT_SAMPLING) if own.get(name)):
+    if settings := sorted(
+        name for name in (*LEFT, *LEFT_SAMPLING, "stop_strings") if own.get(name)
+    ):
         why.append(f"settings {settings}")
     if Marks.of(added):
         why.append("reasoning in special tokens")
@@ -471,6 +480,9 @@ LEFT = (
 generate. Earlier versions passed them over."""
 LEFT_SAMPLING = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 """The same where tokens are sampled."""
+PASSED_OVER = ("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers")
+"""Settings that a model may come with and that do not hold: the user asks for one greedy answer, or
+for sampled ones."""
 
 
 def _words(found: Checkpoint, known: Digests) -> tuple[Added, str | None, str | None]:

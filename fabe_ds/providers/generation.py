@@ -19,7 +19,7 @@ from fabe_ds.errors import RecordFailed, RunStopped, first_line
 from fabe_ds.providers.base import Sampling
 from fabe_ds.providers.checkpoint import LEFT, LEFT_SAMPLING, context
 from fabe_ds.providers.decode import ATTENTION, Answer, Decoder, Plan, Prompt, Room, Work
-from fabe_ds.providers.stops import stop_texts, stop_tokens, stopper
+from fabe_ds.providers.stops import stop_tokens, stopper
 from fabe_ds.providers.trial import (
     NO_NUMBERS,
     Limits,
@@ -315,7 +315,7 @@ class Generation:
         stopped = stopper(loaded.tokenizer, sampling.stop)
         extra: dict[str, Any] = {}
         if stopped is not None:
-            extra = {"stop_strings": stop_texts(loaded.tokenizer, sampling.stop)}
+            extra = {"stop_strings": list(sampling.stop)}
             extra["tokenizer"] = loaded.tokenizer
         if sampling.samples:
             torch.manual_seed(prompts[0].seed)

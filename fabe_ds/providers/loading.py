@@ -46,8 +46,16 @@ _OTHER_SENSES = re.compile(  # tensors that no text goes through
 )
 _UNUSED = re.compile(  # tensors that a model needs no place for: buffers, heads of training, drafts
     r"rotary_emb|rotary_pos_emb|inv_freq|masked_bias|attn\.bias$|attention\.bias$|position_ids$"
-    r"|(^|\.)[kv]_scale$|(^|\.)(v_head|mtp|nextn|eagle)",
+    r"|(^|\.)[kv]_scale$|(^|\.)(v_head|mtp|nextn|eagle)|decoder\.version$"
+    r"|embed_positions\.weights$",
     re.IGNORECASE,
+)
+_ADAPTERS = re.compile("lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|modules_to_save|trainable_tokens")
+"""What names of an adapter's tensors hold."""
+_TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
+"""Modules that were trained whole are written under several names."""
+_EMBEDDING = re.compile(
+    r"\.(embed_tokens|wte|word_embeddings|embed_in)(\.modules_to_save)?\.weight$"
 )
 _VISION = "serve it (vLLM, llama.cpp, Ollama) and use --provider openai or ollama"
 
@@ -275,26 +283,23 @@ def load_adapter(model: Any, adapter: Checkpoint) -> Any:
         _resize(model, weights)
         wrapped = peft.get_peft_model(model, config)
         result: Any = peft.set_peft_model_state_dict(wrapped, weights)
-        ours = {key for key, _ in wrapped.named_parameters() if _is_adapters(key)}
+        ours = {key for key, _ in wrapped.named_parameters() if _ADAPTERS.search(key)}
         lacking = sorted(ours & set(result.missing_keys))
-        if lacking or result.unexpected_keys:
+        left_over = sorted(key for key in result.unexpected_keys if not _TWICE.search(key))
+        if lacking or left_over:
             what = (
                 f"it lacks {len(lacking)} tensors ({few(lacking)})"
                 if lacking
-                else f"the model has no place for {few(sorted(result.unexpected_keys))}"
+                else f"the model has no place for {few(left_over)}"
             )
             raise RunStopped(f"--model {name}: the adapter does not fit {adapter.base}: {what}")
         return wrapped.merge_and_unload(safe_merge=True)
 
 
-def _is_adapters(key: str) -> bool:
-    return "lora_" in key or "modules_to_save" in key or "ia3_" in key or "vera_" in key
-
-
 def _resize(model: Any, weights: Mapping[str, Any]) -> None:
     """Gives the model as many embeddings as the adapter was trained with, where it brings them."""
     for key, value in weights.items():
-        if "embed_tokens" in key and "lora" not in key and value.dim() == 2:
+        if _EMBEDDING.search(key):
             if len(value) != model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(value), mean_resizing=False)
             return

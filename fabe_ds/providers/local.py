@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.providers import checkpoint as checkpoints
 from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
-from fabe_ds.providers.checkpoint import Checkpoint, Digests
-from fabe_ds.providers.stops import text_before
-from fabe_ds.providers.turns import Added, Marks, all_ends
+from fabe_ds.providers.checkpoint import PASSED_OVER, Checkpoint, Digests
+from fabe_ds.providers.turns import Added, Marks, Piece, all_ends, any_of
 
 if TYPE_CHECKING:
     from fabe_ds.providers.chat import Chat
@@ -62,7 +64,7 @@ class TransformersProvider(LocalProvider):
 
     def _path_of(self, model: str, beside: Path) -> Path:
         """Where a model is that is given by its path, from here or from `beside`, or its name."""
-        for path in (Path(model).expanduser(), beside / Path(model).expanduser()):
+        for path in (_expanded(model), beside / _expanded(model)):
             if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
                 return path
             if path.exists():
@@ -152,29 +154,44 @@ class TransformersProvider(LocalProvider):
 
     def former_key(self, request: Request) -> tuple[bytes, float] | None:
         former = self.former_identity()
-        if former is None or "cut" in self.body(request):
+        if former is None or self._amended or not {"cut", "control"}.isdisjoint(self.body(request)):
             return None
-        # Text that names control tokens became such, and stop strings that are some did not stop.
-        added = self._added
-        if any(name in request.text or name in request.sampling.stop for name in added):
-            return None
+        if self._control_pattern.search(request.prompt):
+            return None  # with transformers before 5.20, it became a control token
         return self._key_under(former, request), self._changed
 
     @cached_property
-    def _added(self) -> Added:
-        return checkpoints.added_tokens(self._speaking, self._digests)
+    def _controls(self) -> Added:
+        """The special tokens of the tokenizer, of its files."""
+        added = checkpoints.added_tokens(self._speaking, self._digests)
+        return {text: token for text, token in added.items() if token.special}
+
+    def _record_names_controls(self, request: Request) -> bool:
+        """Whether a record's text names control tokens, as far as it can be told from the user's
+        own words."""
+        found = set(self._control_pattern.findall(request.plain))
+        if not found:
+            return False
+        meant = self.endpoint.instruction
+        if meant is None:
+            meant = request.plain.replace(request.text, "")
+        return any(name not in meant or name in request.text for name in found)
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return any_of(self._controls)
 
     @cached_property
     def _changed(self) -> float:
         return self.checkpoint.changed
 
     def former_identity(self) -> str | None:
-        """How earlier versions named this very model, where they gave it the same answers."""
+        """How earlier versions named this very model."""
         return self._former_identity
 
     @cached_property
     def _former_identity(self) -> str | None:
-        if self._amended or self.checkpoint.is_adapter:
+        if self.checkpoint.is_adapter:
             return None
         former = self.checkpoint.former_digest()
         return None if former == self._identity else former
@@ -192,6 +209,10 @@ class TransformersProvider(LocalProvider):
             body["seed"] = sampling.seed
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+            if not self._controls.keys().isdisjoint(sampling.stop):
+                body["control"] = "stops"  # earlier versions passed them over
+        if not request.chat and self._record_names_controls(request):
+            body["control"] = "text"  # which earlier versions took for control tokens
         if endpoint.engine != "transformers":
             body["engine"] = endpoint.engine
         if endpoint.on_long_prompt != "fail":
@@ -217,7 +238,15 @@ class TransformersProvider(LocalProvider):
     def preflight(self) -> None:
         self._check_room()
         _ = self.generation
+        for found in {self.checkpoint, self.base}:
+            self._digests.keep(found.weights[0], "loaded", self._identity)
         self._digests.save()
+
+    def vouched(self) -> bool:
+        return all(
+            self._digests.of(found.weights[0]).get("loaded") == self._identity
+            for found in {self.checkpoint, self.base}
+        )
 
     def prompt_tokens(self, request: Request) -> int | None:
         return len(self.prompt_ids(request))
@@ -230,6 +259,7 @@ class TransformersProvider(LocalProvider):
         }
         own = self._shown_settings(request)
         shown = f"\nthe model's own: {own}" if own else ""
+        shown += "".join(f"\n{line}" for line in self._passed_over)
         return f"{self.tokenizer.decode(self.prompt_ids(request))}\n{settings}{shown}"
 
     def _shown_settings(self, request: Request) -> dict[str, Any]:
@@ -241,6 +271,8 @@ class TransformersProvider(LocalProvider):
             own.pop("top_p", None)
         if sampling.temperature:
             own.pop("temperature", None)
+        if stops := self._own_settings.get("stop_strings"):
+            own["stop_strings"] = stops
         if ends := sorted(self._ends(self._own_settings)):
             own["eos_token_id"] = ends
         return own
@@ -248,7 +280,15 @@ class TransformersProvider(LocalProvider):
     @cached_property
     def _own_settings(self) -> dict[str, Any]:
         """The generation settings that came with the model's folder."""
-        return self.base.json("generation_config.json")
+        return checkpoints.own_settings(self.base)
+
+    @property
+    def _passed_over(self) -> list[str]:
+        """Which of them hold here not, in a line."""
+        names = [name for name in PASSED_OVER if (self._own_settings.get(name) or 0) not in (0, 1)]
+        return (
+            [f"the model's own {', '.join(names)} is not used: answers are greedy"] if names else []
+        )
 
     @cached_property
     def _source(self) -> dict[str, Any]:
@@ -271,7 +311,9 @@ class TransformersProvider(LocalProvider):
         _ = self.config  # what is no language model is said first
         name, endpoint = self.endpoint.model, self.endpoint
         tokenizer = loading.load_tokenizer(self._source_of(self._speaking), name)
-        return Chat(tokenizer, name, endpoint.chat_template, endpoint.thinking)
+        return Chat(
+            tokenizer, name, endpoint.chat_template, endpoint.thinking, endpoint.instruction
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -431,7 +473,8 @@ class TransformersProvider(LocalProvider):
         if not prompts:
             return
         ids_of = {prompt.number: prompt.ids for prompt in prompts}
-        for given in self.generation.answers(prompts, requests[0].sampling):
+        sampling = replace(requests[0].sampling, stop=self._stops(requests[0]))
+        for given in self.generation.answers(prompts, sampling):
             yield [
                 (
                     i,
@@ -482,22 +525,39 @@ class TransformersProvider(LocalProvider):
     def _completion(self, request: Request, prompt: list[int], answer: Answer) -> Completion:
         """The answer as text, and its reasoning apart where the model writes its marks as special
         tokens, or the prompt has opened it."""
-        tokens, text, reasoning = answer.tokens, answer.text, None
-        awaited = self.chat.awaited(prompt) if request.chat else None
+        text, reasoning = answer.text, None
+        awaited = self.chat.awaited(prompt) if request.chat and self.chat.template else None
         closer = self._specials.get(awaited) if awaited else None
         if self._marks or closer is not None:
-            tokens, thought = self._marks.split(tokens, closer, self._decoded)
-            if thought:
-                reasoning = self._decoded(thought)
-                text = text and (text_before(self.tokenizer, tokens, request.sampling.stop) or "")
+            pieces, thought = self._marks.split(answer.tokens, closer, self._decoded, request.text)
+            if thought or text is None:
+                reasoning = self._decoded(thought) if thought else None
+                text = self._up_to_stop("".join(self._joined(pieces)), request)
         if text is None:
-            text = self._decoded(tokens)
+            text = self._decoded(answer.tokens)
         if awaited is not None and closer is None:
             thoughts, found, rest = text.partition(awaited)
             text, reasoning = (rest.lstrip("\r\n"), thoughts) if found else ("", text)
         # The token that ended it was computed too.
         count = len(answer.tokens) + (answer.reason == "stop" and answer.text is None)
         return Completion(text, answer.reason, len(prompt), count, reasoning)
+
+    def _joined(self, pieces: Sequence[Piece]) -> Iterator[str]:
+        """The texts of an answer's tokens, and the marks between them."""
+        for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+            if is_text:
+                yield from (str(mark) for mark in group)
+            else:
+                yield self._decoded([piece for piece in group if isinstance(piece, int)])
+
+    def _stops(self, request: Request) -> tuple[str, ...]:
+        """The stop strings of the user and those of the model's own settings."""
+        own = self._own_settings.get("stop_strings") or ()
+        return (*request.sampling.stop, *((own,) if isinstance(own, str) else own))
+
+    def _up_to_stop(self, text: str, request: Request) -> str:
+        places = [place for stop in self._stops(request) if (place := text.find(stop)) >= 0]
+        return text[: min(places, default=len(text))]
 
     @cached_property
     def _marks(self) -> Marks:
@@ -512,8 +572,23 @@ class TransformersProvider(LocalProvider):
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def told(self) -> list[str]:
+        notes = []
+        if self.former_answers:
+            notes.append(
+                f"{self.former_answers} answers are of an earlier fabe-ds, which knew weights by "
+                "their beginning and end (--no-resume asks again)"
+            )
         loaded: Generation | VllmGeneration | None = self.__dict__.get("generation")
-        return [*self.chat.notes, *loaded.told()] if loaded is not None else []
+        if loaded is None:
+            return notes
+        return [*notes, *self.chat.notes, *self._passed_over, *loaded.told()]
+
+
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # the home of a user that is not there
+        return Path(model)
 
 
 def _cpu_has_bf16() -> bool:

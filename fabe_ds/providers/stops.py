@@ -15,25 +15,18 @@ def stop_tokens(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
     return frozenset(added[stop] for stop in stops if stop in added)
 
 
-def stop_texts(tokenizer: Any, stops: Sequence[str]) -> list[str]:
-    """The other stop strings, which are looked for in the text."""
-    added = tokenizer.get_added_vocab() if stops else {}
-    return [stop for stop in stops if stop not in added]
-
-
 def stopper(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], str | None] | None:
     """What gives, of new tokens, the text before the first stop string, and None where they hold
     none. Special tokens are looked at as text and left out of it. None without stop strings."""
-    texts = stop_texts(tokenizer, stops)
-    if not texts:
+    if not stops:
         return None
-    tail = max(len(text.encode()) for text in texts) + _SPARE  # a token is a byte at least
+    tail = max(len(text.encode()) for text in stops) + _SPARE  # a token is a byte at least
 
     def stopped(tokens: Sequence[int]) -> str | None:
         end = tokenizer.decode(tokens[-tail:], skip_special_tokens=False)
-        if not any(text in end for text in texts):
+        if not any(text in end for text in stops):
             return None
-        return text_before(tokenizer, tokens, texts)
+        return text_before(tokenizer, tokens, stops)
 
     return stopped
 

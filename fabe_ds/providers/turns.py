@@ -36,6 +36,11 @@ Added = Mapping[str, AddedToken]
 """A tokenizer's added tokens, by their text."""
 
 
+def any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """What finds any of these texts; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
 def all_ends(known: Collection[int], added: Added, template: str | None) -> frozenset[int]:
     """The tokens that end an answer: those known of the model and of its tokenizer. Where the chat
     template writes none of these, so that the model was taught another, also those by which the
@@ -61,15 +66,20 @@ def closer_awaited(prompt: str) -> str | None:
     return next((closer for opener, closer in _ALL_PAIRS if end.endswith(opener)), None)
 
 
+Piece = int | str
+"""A token of an answer, or a mark of reasoning that is part of its text."""
+
+
 @dataclass(frozen=True)
 class Marks:
-    """The special tokens of one tokenizer that set reasoning apart.
+    """The special tokens of one tokenizer that set reasoning apart, each with its text.
 
     `closers`: the closing token of each opening one. `channel`, `message` and `channel_ends` are
     those of OpenAI's harmony format; `channel` is None where the tokenizer has none.
     """
 
     closers: Mapping[int, int]
+    texts: Mapping[int, str]
     channel: int | None = None
     message: int | None = None
     channel_ends: frozenset[int] = frozenset()
@@ -82,44 +92,69 @@ class Marks:
             for opener, closer in _ALL_PAIRS
             if opener in special and closer in special
         }
+        texts = {number: text for text, number in special.items()}
         if _CHANNEL not in special or _MESSAGE not in special:
-            return cls(closers)
+            return cls(closers, texts)
         ends = frozenset(special[text] for text in _CHANNEL_ENDS if text in special)
-        return cls(closers, special[_CHANNEL], special[_MESSAGE], ends)
+        return cls(closers, texts, special[_CHANNEL], special[_MESSAGE], ends)
 
     def __bool__(self) -> bool:
         return bool(self.closers) or self.channel is not None
 
     def split(
-        self, tokens: Sequence[int], awaited: int | None, decode: Callable[[list[int]], str]
-    ) -> tuple[list[int], list[int]]:
-        """An answer's tokens without those of its reasoning, and those of the reasoning.
+        self,
+        tokens: Sequence[int],
+        awaited: int | None,
+        decode: Callable[[Sequence[int]], str],
+        original: str,
+    ) -> tuple[list[Piece], list[int]]:
+        """An answer without its reasoning, and the tokens of the reasoning.
 
         `awaited`: the token that ends the reasoning which the prompt has opened. `decode` gives
-        the text of tokens: the name of a channel is written in ordinary ones.
+        the text of tokens. A mark that `original` holds is part of the answer's text, and so is
+        one that opens behind an answer and never closes.
         """
         if self.channel is not None and self.channel in tokens:
             return self._final_channel(tokens, decode)
-        answer: list[int] = []
+        answer: list[Piece] = []
         thought: list[int] = []
         closing = set(self.closers.values())
-        for token in tokens:
+        for place, token in enumerate(tokens):
             if awaited is not None:
                 if token == awaited:
                     awaited = None
                 else:
                     thought.append(token)
-            elif token in self.closers:
-                awaited = self.closers[token]
-            elif token in closing:  # what the template has opened, in words of its own
-                thought, answer = [*thought, *answer], []
-            else:
+            elif token not in self.closers and token not in closing:
                 answer.append(token)
+            elif self._is_text(token, tokens[place:], decode, answer, original):
+                answer.append(self.texts[token])
+            elif token in closing:  # what the template has opened, in words of its own
+                thought, answer = [*thought, *(t for t in answer if isinstance(t, int))], []
+            else:
+                awaited = self.closers[token]
         return answer, thought
 
+    def _is_text(
+        self,
+        mark: int,
+        rest: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+        answer: list[Piece],
+        original: str,
+    ) -> bool:
+        """Whether a mark with the tokens from it on belongs to the text of the answer before it."""
+        written = (
+            any(isinstance(t, str) for t in answer)
+            or decode([t for t in answer if isinstance(t, int)]).strip()
+        )
+        if mark not in self.closers:
+            return self.texts[mark] in original
+        return bool(written) and (self.texts[mark] in original or self.closers[mark] not in rest)
+
     def _final_channel(
-        self, tokens: Sequence[int], decode: Callable[[list[int]], str]
-    ) -> tuple[list[int], list[int]]:
+        self, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]
+    ) -> tuple[list[Piece], list[int]]:
         """What the last message of the channel named final holds, and what all others hold."""
         answer: list[int] = []
         thought: list[int] = []
@@ -140,4 +175,4 @@ class Marks:
                 name.append(token)
             elif place == "message":
                 message.append(token)
-        return answer, thought
+        return [*answer], thought

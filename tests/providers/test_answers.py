@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from fabe_ds.errors import RecordFailed
 from tests.models import CHAT, scripted_model, tiny_model
 
 THINKS = CHAT.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
@@ -165,6 +166,31 @@ def test_every_end_that_is_known_ends_an_answer(box, name):
     assert box.report()["completion_tokens"] == 4
 
 
+def test_a_stop_string_of_an_added_token_may_be_written_in_ordinary_ones(box):
+    model = scripted_model(box.path / "m", ["x=1", "[S", "TOP]", "go"], specials=["[STOP]"], ends=0)
+    assert ask(box, model, "--stop", "[STOP]") == ["x=1"]
+
+
+def test_stop_strings_of_the_models_own_hold(box):
+    model = scripted_model(box.path / "m", ["x=1", "END", "go"], ends=0, stop_strings=["END"])
+    assert ask(box, model) == ["x=1"]
+
+
+@pytest.mark.parametrize(
+    ("written", "text", "value"),
+    [
+        (["a=", "<think>", "bc", "<|im_end|>"], 'x = "<think>"', "a=<think>bc"),
+        (["a=", "</think>", "bc", "<|im_end|>"], "x = </think>", "a=</think>bc"),
+        (["a=", "<think>", "bc", "</think>", "d", "<|im_end|>"], "x <think>", "a=<think>bcd"),
+        (["a=", "<think>", "bc", "<|im_end|>"], "none", "a=<think>bc"),
+        (["a=", "<think>", "bc", "</think>", "d", "<|im_end|>"], "none", "a=d"),
+    ],
+)
+def test_a_mark_inside_an_ordinary_answer_cuts_nothing(box, written, text, value):
+    model = scripted_model(box.path / "m", written, specials=["<think>", "</think>"])
+    assert ask(box, model, texts=(text,)) == [value]
+
+
 def test_a_stop_string_may_span_special_tokens(box):
     written = ["x=1", "[SEP]", "user", "go"]
     model = scripted_model(box.path / "m", written, specials=["[SEP]"], ends=0)
@@ -259,7 +285,8 @@ def test_the_dry_run_lists_what_holds_and_nothing_else(box):
         *("--model", model),
     )
     assert "'repetition_penalty': 1.1" in shown.out
-    assert "num_beams" not in shown.out
+    assert "'num_beams'" not in shown.out
+    assert "num_beams is not used" in shown.out
 
 
 def test_do_sample_alone_takes_the_models_temperature(box):
@@ -305,6 +332,28 @@ def test_more_new_tokens_than_the_context_is_one_line(box, tiny):
     assert "--max-new-tokens 5000: the context of" in ended.err
 
 
+def test_a_value_that_stands_twice_is_cut_in_both_places(tiny_folder_of_64):
+    from fabe_ds.providers import Endpoint, Request, Sampling
+    from fabe_ds.providers.hf import HFProvider
+
+    model = HFProvider(
+        Endpoint(str(tiny_folder_of_64), dtype="float32", on_long_prompt="truncate-left")
+    )
+    text = "".join(map(chr, [*range(33, 127), *range(0xA1, 0xD0)]))
+    asked = Request(text, f"First {text} then {text} end", None, Sampling(6), False)
+    ids = model._fitting(asked)
+    assert 100 < len(ids) <= 128 - 6
+    shown = model.tokenizer.decode(ids)
+    assert shown.startswith("First ")
+    assert shown.count(text[-20:]) == 2
+
+
+def test_a_plain_record_that_ends_in_a_mark_is_answered(box):
+    """Without a template nothing has opened reasoning."""
+    model = scripted_model(box.path / "m", ["x=1", "<|im_end|>"], template=None)
+    assert ask(box, model, texts=("what is <think>",)) == ["x=1"]
+
+
 PLAIN = {
     "the record's alone": ("Say", "go <|im_end|> on", 0),
     "the instruction's alone": ("<|im_start|>Say", "go on", 1),
@@ -324,6 +373,43 @@ def test_records_never_become_control_tokens_of_plain_prompts(tiny, name):
     ids = model.prompt_ids(asked)
     assert model.tokenizer.decode(ids) == f"{instruction}\n\n{text}"
     assert sum(number in (1, 2) for number in ids) == count
+
+
+@pytest.mark.parametrize(
+    ("instruction", "count"),
+    [
+        ("Title {{ record.title }}: {{ code }}", 0),
+        ("{{ code | trim }} of it", 0),
+        ("<|im_start|> {{ code | trim }}", None),
+    ],
+)
+def test_no_field_of_a_record_becomes_a_control_token(box, tiny, instruction, count):
+    """Whatever the template makes of it; where it cannot be told apart, the record fails."""
+    from fabe_ds.providers import Endpoint
+    from fabe_ds.providers.hf import HFProvider
+    from fabe_ds.transform import Transform, TransformConfig
+
+    transform = Transform(
+        TransformConfig(
+            instruction=instruction,
+            provider="hf",
+            model=str(tiny),
+            use_chat_template=False,
+            system_prompt="",
+        )
+    )
+    text = " go <|im_start|> on\n"
+    asked = transform.item(text, {"title": "A <|im_end|> B", "code": text})
+    provider = transform.provider
+    if count is None:
+        with pytest.raises(RecordFailed, match="cannot be told apart"):
+            provider.prompt_ids(asked)
+    else:
+        ids = provider.prompt_ids(asked)
+        assert sum(number in (1, 2) for number in ids) == count
+        assert "control" in provider.body(asked)
+    assert isinstance(provider, HFProvider)
+    assert Endpoint("m").instruction is None
 
 
 def test_a_missing_chat_template_is_said_before_the_first_record(box):

@@ -107,6 +107,8 @@ def test_tensors_that_do_not_fit_are_refused(box, folder, name):
 def test_tensors_of_no_use_are_no_fault(box, folder):
     more = {
         "vision_tower.a": torch.zeros(2),
+        "v_head.summary.weight": torch.zeros(1, 32),
+        "model.decoder.version": torch.zeros(1),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
     }
     tensors(folder, lambda weights: {**weights, **more})
@@ -233,6 +235,31 @@ def test_code_of_the_models_own_names_the_flag(box, folder):
         folder, model_type="ours", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}
     )
     assert "--trust-remote-code" in refused(box, folder)
+
+
+def test_a_special_token_beyond_the_embedding_that_nothing_writes_is_no_fault(box, folder):
+    """As Gemma 3's <image_soft_token> in the models without eyes."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(folder)
+    box.lines("data.jsonl", [{"code": "x <image_soft_token> y"}])
+    assert run(box, folder, "--on-truncated", "keep").code == 0
+
+
+def test_a_tokenizer_that_lowers_letters_is_no_fault(box, folder):
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(folder)
+    assert run(box, folder, "--on-truncated", "keep").code == 0
+
+
+def test_a_home_that_is_not_there_is_one_line(box):
+    assert "no such model" in refused(box, "~nobody-of-that-name/model")
 
 
 def test_tokens_beyond_the_embedding_are_refused_at_load(box, folder):
@@ -367,6 +394,32 @@ def test_an_adapter_beside_its_model_is_put_on(tmp_path, tiny, adapter):
     assert provider(both).identity() != before
 
 
+def test_an_adapter_with_a_vocabulary_of_its_own(tmp_path, tiny):
+    """Tokens were added, and embeddings and head trained whole."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["<new1>", "<new2>"])
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    config.base_model_name_or_path = str(tiny)
+    with warnings.catch_warnings(action="ignore"):
+        wrapped = peft.get_peft_model(model, config)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(5)
+        for name, tensor in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                tensor.normal_(0, 0.4)
+    tokenizer.save_pretrained(tmp_path)
+    with warnings.catch_warnings(action="ignore"):
+        wrapped.save_pretrained(tmp_path)
+        assert answered(tmp_path) == generated(wrapped, tokenizer, TEXTS)
+
+
 ADAPTERS = {
     "no weights": lambda f: (f / "adapter_model.safetensors").unlink(),
     "a pointer": lambda f: (f / "adapter_model.safetensors").write_text(POINTER),
@@ -424,6 +477,9 @@ HARMLESS = {
     "a card": "README.md",
     "a licence": "LICENSE",
     "a trainer's notes": "trainer_state.json",
+    "notes": "notes.txt",
+    "samples that are no JSON": "train_samples.json",
+    "a package's mark": "__init__.py",
     "a picture": "assets/curve.png",
     "another format": "onnx/model.onnx",
 }
@@ -511,6 +567,57 @@ def test_no_former_key_where_answers_were_wrong(tmp_path):
     for name, options in made.items():
         folder = scripted_model(tmp_path / name, ["x=1", "<|im_end|>"], **options)
         assert provider(folder).former_key(Request("x", "Do\n\nx", *ASKED)) is None, name
+
+
+def test_answers_of_a_model_that_is_refused_now_are_not_used(box, folder):
+    """L1: what an earlier version stored of a model whose head was filled at random."""
+    assert run(box, folder, "--on-truncated", "keep").code == 0
+    (box.path / ".cache" / "models.json").unlink()  # as where this version has not loaded it
+    tensors(folder, TENSORS["no head"][0])
+    import sqlite3
+
+    request = Request("x = 1", "Do\n\nx = 1", *ASKED)
+    with sqlite3.connect(box.path / ".cache" / "records.sqlite") as rows:
+        key = provider(folder).key(request)
+        assert rows.execute("UPDATE completions SET key = ?", [key]).rowcount == 1
+    shutil.rmtree(box.path / "outputs")
+    assert "lm_head.weight" in refused(box, folder, "--on-truncated", "keep")
+
+
+def test_what_an_earlier_version_wrote_in_place_is_known(box, tmp_path):
+    """Its marks bear the model's former name."""
+    import sqlite3
+
+    from fabe_ds.engine.cache import written_mark
+    from fabe_ds.transform import Transform
+
+    folder = scripted_model(
+        tmp_path / "m",
+        ["[THINK]", "h", "[/THINK]", "x=1", "<|im_end|>"],
+        specials=["[THINK]", "[/THINK]"],
+    )
+    assert run(box, folder, "--inplace").code == 0
+    made: list[Transform] = []
+    data = box.path / "data.jsonl"
+    options = {"instruction": "Do", "provider": "hf", "model": str(folder), "dtype": "float32"}
+    import fabe_ds
+
+    made.append(fabe_ds.transform_fn(**options, max_new_tokens=8))
+    now, former = made[0].jobs()
+    assert now != former
+    with sqlite3.connect(box.path / ".cache" / "records.sqlite") as rows:
+        marks = [mark for (mark,) in rows.execute("SELECT mark FROM written")]
+        assert marks == [written_mark(now, str(data.resolve()), 0, "x=1")]
+        old = written_mark(former, str(data.resolve()), 0, "x=1")
+        rows.execute("UPDATE written SET mark = ?", [old])
+    before = data.read_text()
+    again = box.fabe(
+        *("run", "--input", "data.jsonl", "--instruction", "Do", "--provider", "hf"),
+        *("--model", folder, "--dtype", "float32", "--max-new-tokens", 8, "--inplace"),
+    )
+    assert again.code == 0, again
+    assert data.read_text() == before
+    assert box.report(".cache/runs/data.jsonl.run.json")["done"] == 0
 
 
 # .gguf, and hubs.
