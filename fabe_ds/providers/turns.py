@@ -144,13 +144,12 @@ class Marks:
         original: str,
     ) -> bool:
         """Whether a mark with the tokens from it on belongs to the text of the answer before it."""
-        written = (
-            any(isinstance(t, str) for t in answer)
-            or decode([t for t in answer if isinstance(t, int)]).strip()
-        )
+        kept = any(isinstance(piece, str) for piece in answer)
         if mark not in self.closers:
-            return self.texts[mark] in original
-        return bool(written) and (self.texts[mark] in original or self.closers[mark] not in rest)
+            return kept or self.texts[mark] in original
+        if not kept and not decode([t for t in answer if isinstance(t, int)]).strip():
+            return False
+        return self.texts[mark] in original or self.closers[mark] not in rest
 
     def _final_channel(
         self, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]
