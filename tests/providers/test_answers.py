@@ -181,7 +181,11 @@ def test_stop_strings_of_the_models_own_hold(box):
     [
         (["a=", "<think>", "bc", "<|im_end|>"], 'x = "<think>"', "a=<think>bc"),
         (["a=", "</think>", "bc", "<|im_end|>"], "x = </think>", "a=</think>bc"),
-        (["a=", "<think>", "bc", "</think>", "d", "<|im_end|>"], "x <think>", "a=<think>bcd"),
+        (
+            ["a=", "<think>", "bc", "</think>", "d", "<|im_end|>"],
+            "x <think>",
+            "a=<think>bc</think>d",
+        ),
         (["a=", "<think>", "bc", "<|im_end|>"], "none", "a=<think>bc"),
         (["a=", "<think>", "bc", "</think>", "d", "<|im_end|>"], "none", "a=d"),
     ],
