@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fabe_ds.errors import RunStopped, first_line
+from fabe_ds.errors import FabeError, RunStopped, first_line
 from fabe_ds.providers.base import Requirement
 from fabe_ds.providers.checkpoint import Checkpoint, few
 
@@ -50,6 +50,8 @@ _UNUSED = re.compile(  # tensors that a model needs no place for: buffers, heads
     r"|embed_positions\.weights$",
     re.IGNORECASE,
 )
+_MERGED = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA")
+"""Kinds of adapters that can be merged into their model."""
 _ADAPTERS = re.compile("lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|modules_to_save|trainable_tokens")
 """What names of an adapter's tensors hold."""
 _TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
@@ -81,7 +83,7 @@ def one_line(name: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RunStopped, Requirement, KeyboardInterrupt):
+    except FabeError:
         raise
     except Exception as error:
         if "trust_remote_code" in str(error):
@@ -264,16 +266,7 @@ def load_adapter(model: Any, adapter: Checkpoint) -> Any:
     with one_line(name, "the adapter cannot be loaded"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.PeftConfig.from_pretrained(str(adapter.folder))
-        if config.peft_type not in (
-            "LORA",
-            "ADALORA",
-            "LOHA",
-            "LOKR",
-            "OFT",
-            "BOFT",
-            "IA3",
-            "VERA",
-        ):
+        if config.peft_type not in _MERGED:
             raise RunStopped(
                 f"--model {name}: an adapter of the kind {config.peft_type}, which cannot be "
                 "merged into its model; LoRA and its like can"
