@@ -42,6 +42,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Imported when first used: `fabe-ds --help` needs neither datasets nor aiohttp.
     if name not in _HOMES:

@@ -32,6 +32,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
     help="Rewrite one field of every record with a language model; give the rest back as it was.",
 )
 # Typer comes with a click of its own, or uses the installed one, by its version.
@@ -433,6 +434,21 @@ def version() -> None:
     from fabe_ds.version import __version__
 
     print(__version__)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    """What all commands have in common."""
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):

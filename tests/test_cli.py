@@ -522,3 +522,22 @@ def test_the_shell_completes(box, words, offered):
     ended = box.fabe(**asked, COMP_CWORD=str(words.count(" ")))
     assert sorted(ended.out.split()) == sorted(offered)
     assert "_FABE_DS_COMPLETE=complete_bash" in box.fabe("--show-completion", "bash").out
+
+
+def test_version_and_help_by_their_usual_names(box):
+    import subprocess
+    import sys
+
+    version = box.fabe("version").out
+    assert box.fabe("--version").out == version
+    module = subprocess.run(
+        [sys.executable, "-m", "fabe_ds", "--version"], capture_output=True, text=True, check=True
+    )
+    assert module.stdout == version
+    assert box.fabe("run", "-h").out == box.fabe("run", "--help").out
+
+
+def test_the_package_lists_what_it_offers():
+    import fabe_ds
+
+    assert {"run", "transform_fn", "load_records", "RunConfig"} <= set(dir(fabe_ds))
