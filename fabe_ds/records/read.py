@@ -13,8 +13,9 @@ from fabe_ds.records.discover import LINES, Source
 from fabe_ds.records.scan import Field, FieldPath, Target, parse_path, scan_value, skip_space
 
 CHUNK = 1 << 22
-_JSON_SPACE = " \t\n\r"
 _UTF8_BOM = "\ufeff"
+_BETWEEN = " \t\n\r" + _UTF8_BOM
+"""What may stand around a line's record: of files that were joined, each may bring a mark."""
 
 T = TypeVar("T")
 
@@ -75,13 +76,11 @@ def _read_lines(source: Source, file: BinaryIO, field: Field) -> Iterator[Record
             text = chunk.decode()
         except UnicodeDecodeError as error:
             raise _not_utf8(source, error, number) from None
-        if number == 1 and text.startswith(_UTF8_BOM):
-            before, text = _UTF8_BOM, text[1:]
         lines = text.split("\n")
         last = len(lines) - 1
         for index, line in enumerate(lines):
             newline = "" if index == last else "\n"
-            raw = line.strip(_JSON_SPACE)
+            raw = line.strip(_BETWEEN)
             if raw:
                 start = 0 if len(raw) == len(line) else line.index(raw)
                 try:

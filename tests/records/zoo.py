@@ -45,6 +45,7 @@ LINES: dict[str, str | bytes] = {
     "crlf": '{"code": "x"}\r\n{"code": "y"}\r\n',
     "mixed line ends": '{"code": "x"}\r\n{"code": "y"}\n{"code": "z"}',
     "bom": b'\xef\xbb\xbf{"code": "x"}\n{"code": "y"}\n',
+    "boms of joined files": b'{"code": "x"}\n\xef\xbb\xbf{"code": "y"}\n\xef\xbb\xbf\n',
     "blank lines": '\n\n{"code": "x"}\n\n  \n{"code": "y"}\n\n\n',
     "spaces around": '  {"code": "x"}  \n\t{"code": "y"}\t\n',
     "empty file": "",
