@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+KEYS_SHOWN = 20
 MAP_ROWS = 1000  # part of the fingerprint, so it is the same for every run
 
 Watch = Callable[[Stats, int], contextlib.AbstractContextManager[object]]
@@ -126,8 +127,19 @@ def no_such_field(name: str, records: int, raw: str) -> UsageError:
         first = json.loads(raw)
     except (ValueError, RecursionError):
         first = None
+    if isinstance(first, list):
+        return UsageError(
+            f"--field {name}: a record is a JSON list; if the file is one list of records, name it "
+            ".json"
+        )
     keys = first if isinstance(first, dict) else {}
-    there = ", ".join(keys) or "no keys"
+    if name in keys:
+        escaped = name.replace(".", "\\.")
+        return UsageError(
+            f"--field {name}: no record has such a path, but a key of that name: write {escaped}"
+        )
+    more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
+    there = ", ".join(list(keys)[:KEYS_SHOWN]) + more or "no keys"
     lists = [key for key, value in keys.items() if isinstance(value, list)]
     hint = (
         f" (--records-key {lists[0]}, if the records are there)" if lists and records == 1 else ""

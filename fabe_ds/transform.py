@@ -414,7 +414,8 @@ class Transform:
             (self.config.field, *self.config.also_fields), self.paths, strict=True
         ):
             if path[0] not in batch:
-                raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}")
+                hint = dotted_hint(name, batch)
+                raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}{hint}")
             _check_text(name, (inside(value, path[1:]) for value in batch[path[0]]))
         names = [name for name in batch if not name.startswith(OURS)]
         whole = self.instruction.needs_record
@@ -472,6 +473,12 @@ def _canonical(values: Mapping[str, Any]) -> str:
 
 def _named(version: int, spec: str) -> str:
     return hashlib.sha256(f"{version}\0{spec}".encode()).hexdigest()[:32]
+
+
+def dotted_hint(name: str, columns: Collection[str]) -> str:
+    """How to write the name of a column that holds a dot, where there is one."""
+    escaped = name.replace(".", "\\.")
+    return f", but one {name!r} (write {escaped})" if name in columns else ""
 
 
 def _check_text(name: str, values: Iterable[Any]) -> None:

@@ -159,3 +159,41 @@ def test_what_is_skipped_is_told_to_who_asks(box, server):
     ended = box.fabe(*run_of(server, "--field", "output"), LOG_LEVEL="DEBUG")
     told = re.sub(r"^\d\d:\d\d:\d\d ", "", ended.err, flags=re.MULTILINE)
     assert "data.json:3: 'output' skipped: missing\ndata.json:6: 'output' skipped: empty\n" in told
+
+
+WRONG_SHAPES = {
+    "a key that holds a dot": ("d.jsonl", '{"meta.code": "x"}', "meta.code", r"write meta\.code"),
+    "a list in one line": ("d.jsonl", '[{"code": "x"}, {"code": "y"}]', "code", "name it .json"),
+    "a list over several lines": ("d.jsonl", '[\n{"code": "x"}\n]', "code", "name it .json"),
+    "a key for each record": (
+        "d.json",
+        json.dumps({f"task/{i}": {"code": "x"} for i in range(3000)}),
+        "code",
+        "and 2980 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SHAPES)
+def test_a_field_that_is_not_found_says_what_is_there(box, name):
+    """B2, B3."""
+    file, text, field, said = WRONG_SHAPES[name]
+    box.write(file, text)
+    ended = box.fabe(
+        *("run", "--input", file, "--instruction", "x", "--provider", "echo", "--field", field)
+    )
+    assert ended.code in (1, 2)
+    assert said in ended.err
+    assert len(ended.err) < 1000
+
+
+def test_a_column_whose_name_holds_a_dot_says_how_to_write_it(box):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"meta.code": ["x = 1"]}), box.path / "d.parquet")
+    command = ("run", "--input", "d.parquet", "--instruction", "x", "--provider", "echo")
+    ended = box.fabe(*command, "--field", "meta.code")
+    assert ended.code == 2
+    assert r"(write meta\.code)" in ended.err
+    assert box.fabe(*command, "--field", r"meta\.code").code == 0

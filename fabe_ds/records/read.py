@@ -87,7 +87,8 @@ def _read_lines(source: Source, file: BinaryIO, field: Field) -> Iterator[Record
                     stop, target = field.locate(raw, 0)
                 except JSONDecodeError as error:
                     column = start + error.pos + 1
-                    raise InputError(source.path, error.msg, number, column) from None
+                    hint = " (a JSON list? name it .json)" if raw[0] == "[" else ""
+                    raise InputError(source.path, error.msg + hint, number, column) from None
                 if stop != len(raw):
                     column = start + skip_space(raw, stop) + 1
                     raise InputError(source.path, "Extra data on the line", number, column)

@@ -27,7 +27,7 @@ from fabe_ds.result import (
 )
 from fabe_ds.tables.export import export_table, table_place
 from fabe_ds.tables.load import load_table
-from fabe_ds.transform import Transform, inside
+from fabe_ds.transform import Transform, dotted_hint, inside
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -87,7 +87,8 @@ def _check_columns(dataset: Dataset, transform: Transform) -> None:
     for name, (column, *inner) in zip(names, transform.paths, strict=True):
         if column not in dataset.features:
             raise UsageError(
-                f"--field {name}: no column {column!r}; there are {', '.join(dataset.features)}"
+                f"--field {name}: no column {column!r}{dotted_hint(name, dataset.features)}; there "
+                f"are {', '.join(dataset.features)}"
             )
         kind = getattr(dataset.features[column], "dtype", None)
         if not inner and kind not in ("string", "large_string"):
