@@ -376,7 +376,9 @@ def test_a_server_that_stays_away_stops_the_run(box):
     assert process.returncode == 1, (out, err)
     assert "gone for" in err
     assert "run the same command again to go on" in err
-    assert err.count("\n") <= 3
+    # On a slow machine it takes the five seconds after which progress is told.
+    told = [line for line in err.splitlines() if "records/s" not in line]
+    assert len(told) <= 3
 
 
 def test_H20_where_nothing_ever_goes_well_the_run_stops_early(box):
