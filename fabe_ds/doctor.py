@@ -19,6 +19,7 @@ _PACKAGES = ("datasets", "pyarrow", "aiohttp")
 _OPTIONAL = {  # and the extra that brings each
     "torch": "hf",
     "transformers": "hf",
+    "peft": "hf",
     "modelscope": "modelscope",
     "vllm": "vllm",
     "ray": "ray",
