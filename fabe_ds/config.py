@@ -342,6 +342,8 @@ class RunConfig(TransformConfig):
 
 
 _PATHS = ("input_path", "output_path", "cache_dir", "prices")
+MAYBE_FILES = ("instruction", "model", "base_model", "chat_template")
+"""Settings that are a text or a name, unless a file of that name is there."""
 _ALIASES = ("strip_fences", "auto_extract_code")
 
 
@@ -431,12 +433,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     for name in _PATHS:
         if isinstance(values.get(name), str):
             values[name] = base / values[name]
-    for name in (
-        "instruction",
-        "model",
-        "base_model",
-        "chat_template",
-    ):  # a text or a name, unless a file of that name is there
+    for name in MAYBE_FILES:
         value = values.get(name)
         if isinstance(value, str) and "\n" not in value and len(value) < 1024:
             beside = base / value

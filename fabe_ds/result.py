@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.config import RunConfig, setting
+from fabe_ds.config import MAYBE_FILES, RunConfig, setting
 from fabe_ds.errors import RECORDS_FAILED, UsageError
 from fabe_ds.network import without_secrets
 from fabe_ds.records.discover import LEFT_BEHIND
@@ -167,12 +167,7 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
     if config.base_url:
         settings["base_url"] = without_secrets(config.base_url)
     for name, value in settings.items():
-        if isinstance(value, Path) or name in (
-            "instruction",
-            "model",
-            "base_model",
-            "chat_template",
-        ):
+        if isinstance(value, Path) or name in MAYBE_FILES:
             settings[name] = _from_anywhere(value)
     ended = f"{datetime.now():%Y-%m-%d %H:%M}"
     body = {"fabe_ds": __version__, "ended": ended, "config": settings, **asdict(result), **course}

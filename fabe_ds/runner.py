@@ -39,7 +39,7 @@ from fabe_ds.result import (
     sizes,
     spread,
 )
-from fabe_ds.transform import Transform, result_features
+from fabe_ds.transform import Transform, dotted_hint, result_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,18 +133,14 @@ def no_such_field(name: str, records: int, raw: str) -> UsageError:
             ".json"
         )
     keys = first if isinstance(first, dict) else {}
-    if name in keys:
-        escaped = name.replace(".", "\\.")
-        return UsageError(
-            f"--field {name}: no record has such a path, but a key of that name: write {escaped}"
-        )
     more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
     there = ", ".join(list(keys)[:KEYS_SHOWN]) + more or "no keys"
     lists = [key for key, value in keys.items() if isinstance(value, list)]
     hint = (
         f" (--records-key {lists[0]}, if the records are there)" if lists and records == 1 else ""
     )
-    return UsageError(f"--field {name}: no record has it; the first one has {there}{hint}")
+    dotted = dotted_hint(name, keys)
+    return UsageError(f"--field {name}: no record has it{dotted}; the first one has {there}{hint}")
 
 
 @dataclass(frozen=True, slots=True)

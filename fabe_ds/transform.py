@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fabe_ds.config import TransformConfig, setting, validated
+from fabe_ds.config import TransformConfig, flag, setting, validated
 from fabe_ds.engine import Item, Outcome, Stats, tally
 from fabe_ds.engine.cache import Completions
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
@@ -136,32 +136,20 @@ class Transform:
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._ahead: Iterator[Outcome] | None = None
         self._rank = 0
-        self._chat_template = self._read_template(config.chat_template)
+        self._check_local()
+        self._chat_template = _read_template(config.chat_template)
         self.provider = self._build_provider()
 
-    def _read_template(self, name: str | None) -> str | None:
-        """The chat template: a file's text, or what a spec has of one already.
-
-        Raises: UsageError.
-        """
-        local = issubclass(self._provider_class, LocalProvider)
-        for flag in ("base_model", "chat_template", "thinking"):
-            if getattr(self.config, flag) is not None and not local:
+    def _check_local(self) -> None:
+        """Raises: UsageError where a setting of local models goes with another provider."""
+        if issubclass(self._provider_class, LocalProvider):
+            return
+        for name in ("base_model", "chat_template", "thinking"):
+            if getattr(self.config, name) is not None:
                 raise UsageError(
-                    f"--{flag.replace('_', '-')} goes with a local model (hf, modelscope); "
+                    f"{flag(name)} goes with a local model (hf, modelscope); "
                     f"{self.config.provider} asks a server"
                 )
-        if name is None or "{" in name:
-            return name
-        try:
-            template = Path(name).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--chat-template {name}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"--chat-template {name}: not UTF-8") from None
-        if "{" not in template:
-            raise UsageError(f"--chat-template {name}: no template of Jinja2 in it")
-        return template
 
     def _base_url(self, config: TransformConfig) -> str | None:
         """The server's address, of the configuration or of the provider's own variables."""
@@ -465,6 +453,24 @@ class Transform:
                 _status(outcomes[start : start + self.answers_each]) for start in each
             ]
         return changed
+
+
+def _read_template(name: str | None) -> str | None:
+    """The chat template: a file's text, or what a spec has of one already.
+
+    Raises: UsageError.
+    """
+    if name is None or "{" in name:
+        return name
+    try:
+        template = Path(name).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--chat-template {name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--chat-template {name}: not UTF-8") from None
+    if "{" not in template:
+        raise UsageError(f"--chat-template {name}: no template of Jinja2 in it")
+    return template
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

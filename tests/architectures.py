@@ -24,7 +24,6 @@ WAYS = {
     "alone": "Decoded by transformers' generate, one by one",
     "refused": "Refused: they do not go on from a text",
 }
-_LINE = re.compile(r"^- (.*)$", re.MULTILINE)
 
 
 @cache

@@ -152,10 +152,10 @@ class Provider(ABC):
 
     def key(self, request: Request) -> bytes:
         """The cache key: SHA-256 over who is asked, what is sent, and which sample it is."""
-        return self._key_under(self.identity(), request)
+        return self._key_of(self.identity(), self.body(request), request.sample)
 
-    def _key_under(self, identity: str, request: Request) -> bytes:
-        sent = [self.name, identity, self.body(request), request.sample]
+    def _key_of(self, identity: str, body: Mapping[str, Any], sample: int) -> bytes:
+        sent = [self.name, identity, body, sample]
         return hashlib.sha256(_canonical(sent).encode()).digest()
 
     def key_without_limit(self, request: Request) -> bytes:

@@ -17,7 +17,7 @@ import jinja2.meta
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
 from fabe_ds.providers.base import Request, Sampling
-from fabe_ds.providers.turns import AddedToken, any_of, closer_awaited
+from fabe_ds.providers.turns import AddedToken, any_of, closer_awaited, special_ids, split_controls
 
 log = logging.getLogger(__name__)
 
@@ -152,19 +152,18 @@ class Chat:
     def _plain(self, prompt: str, text: str) -> list[int]:
         """A plain prompt's tokens: those that the instruction names are taken as such, those that
         the record's text names are not."""
-        found = set(self._controls.findall(prompt))
-        own = prompt.split(text) if text else [prompt]
-        meant = self._instruction if self._instruction is not None else "".join(own)
-        meant_ones = {name for name in found if name in meant}
-        if found == meant_ones and not any(name in text for name in found):
+        meant, brought = split_controls(self._controls, prompt, text, self._instruction)
+        if not brought:
             return list(self.tokenizer(prompt)["input_ids"])
-        if not meant_ones:
+        if not meant:
             return list(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
+        own = prompt.split(text) if text else [prompt]
+        words = "".join(own) if self._instruction is None else self._instruction
         outside = Counter(self._controls.findall("".join(own)))
-        if any(count > meant.count(name) for name, count in outside.items()):
+        if any(count > words.count(name) for name, count in outside.items()):
             raise RecordFailed(
                 "prompt",
-                f"the record holds {', '.join(sorted(meant_ones))}, a control token "
+                f"the record holds {', '.join(sorted(meant))}, a control token "
                 "that the instruction uses too: they cannot be told apart",
             )
         ids = list(self.tokenizer(own[0])["input_ids"])
@@ -174,7 +173,7 @@ class Chat:
 
     @cached_property
     def _controls(self) -> re.Pattern[str]:
-        return any_of([text for text, token in self.added.items() if token.special])
+        return any_of(special_ids(self.added))
 
     def _more(self, text: str, split: bool) -> list[int]:
         """The tokens of a text in the middle of others."""

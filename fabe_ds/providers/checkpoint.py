@@ -31,7 +31,7 @@ _SETTING = re.compile(
     r"|.+\.(jinja|model|tiktoken|bpe|spm)|vocab\.\w+|merges\.txt|bpe\.codes"
 )
 """The files that a model is made of beside its weights."""
-_SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.\w+$")
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+$")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _ONE_FILE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -113,7 +113,8 @@ class Checkpoint:
     def _shards(self, index: str) -> list[str]:
         places = self.json(index).get("weight_map")
         if not isinstance(places, dict):
-            raise RunStopped(f"--model {self.name}: {index}: {_why(self.folder / index)}")
+            why = _why(self.folder / index) or "no index of weights (weight_map)"
+            raise RunStopped(f"--model {self.name}: {index}: {why}")
         return sorted({str(name) for name in places.values()})
 
     @property
@@ -181,28 +182,30 @@ class Checkpoint:
         """A digest of all that can change an answer: a moved folder is the same model, a changed
         one is not. Hidden files and what else lies about do not count.
 
-        Raises: RunStopped where a file is missing or cannot be read.
+        Raises: RunStopped where a file is missing; OSError where one cannot be read.
         """
         self._check_weights()
-        try:
-            return self._digest_of_files(known)
-        except OSError as error:
-            raise RunStopped(f"--model {self.name}: {error.filename}: {error.strerror}") from None
-
-    def _digest_of_files(self, known: Digests) -> str:
         total = hashlib.sha256()
         for path in self.files:
-            size = path.stat().st_size
-            total.update(f"{path.relative_to(self.folder).as_posix()} {size}\n".encode())
-            if size > (_SMALL if path.suffix in _FORMER_WEIGHTS else _BIG):
+            if path.stat().st_size > (_SMALL if path.suffix in _FORMER_WEIGHTS else _BIG):
+                total.update(self._called(path))
                 total.update(known.digest(path).encode())
-                continue
-            data = path.read_bytes()
-            if path.suffix in _FORMER_WEIGHTS:  # as it was when beginning and end were read
-                total.update(data[:_SAMPLED])
-                data = data[max(0, size - _SAMPLED) :]
-            total.update(data)
+            else:  # beginning and end are all of it, so that its name stays what it was
+                self._sample(path, total)
         return total.hexdigest()
+
+    def _called(self, path: Path) -> bytes:
+        return f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode()
+
+    def _sample(self, path: Path, total: Any) -> None:
+        """Takes a file into a digest: weights, and what is very large, by beginning and end."""
+        total.update(self._called(path))
+        size = path.stat().st_size
+        with path.open("rb") as data:
+            if path.suffix in _FORMER_WEIGHTS or size > _BIG:
+                total.update(data.read(_SAMPLED))
+                data.seek(max(0, size - _SAMPLED))
+            total.update(data.read())
 
     def former_digest(self) -> str:
         """How versions up to 0.1 named it: hidden folders counted, and of large files beginning
@@ -210,15 +213,8 @@ class Checkpoint:
         total = hashlib.sha256()
         files = [self.gguf] if self.gguf is not None else sorted(self.folder.rglob("*"))
         for path in files:
-            if not path.is_file() or path.name.startswith(".") or path.suffix == ".md":
-                continue
-            size = path.stat().st_size
-            total.update(f"{path.relative_to(self.folder).as_posix()} {size}\n".encode())
-            with path.open("rb") as data:
-                if path.suffix in _FORMER_WEIGHTS or size > _BIG:
-                    total.update(data.read(_SAMPLED))
-                    data.seek(max(0, size - _SAMPLED))
-                total.update(data.read())
+            if path.is_file() and not path.name.startswith(".") and path.suffix != ".md":
+                self._sample(path, total)
         return total.hexdigest()
 
     @property
@@ -422,7 +418,7 @@ def amended(base: Checkpoint, speaking: Checkpoint, known: Digests) -> list[str]
             there = _amended(base, *_gguf_words(speaking.gguf))
             known.keep(speaking.gguf, "amended", there)
         return there
-    return _amended(base, *_words(speaking, known))
+    return _amended(base, *_folder_words(speaking, known))
 
 
 def own_settings(base: Checkpoint) -> dict[str, Any]:
@@ -434,8 +430,8 @@ def own_settings(base: Checkpoint) -> dict[str, Any]:
 
 def added_tokens(found: Checkpoint, known: Digests) -> Added:
     """The added tokens of the tokenizer in a folder or a .gguf file."""
-    added, _, _ = _words(found, known) if found.gguf is None else _gguf_words(found.gguf)
-    return added
+    words = _folder_words(found, known) if found.gguf is None else _gguf_words(found.gguf)
+    return words[0]
 
 
 def _amended(base: Checkpoint, added: Added, end: str | None, template: str | None) -> list[str]:
@@ -485,8 +481,16 @@ PASSED_OVER = ("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers")
 for sampled ones."""
 
 
+def _folder_words(found: Checkpoint, known: Digests) -> tuple[Added, str | None, str | None]:
+    """A folder's added tokens, the text of its end token, and its chat template; nothing where
+    its files are not of the kind, which is said when it is loaded."""
+    try:
+        return _words(found, known)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}, None, None
+
+
 def _words(found: Checkpoint, known: Digests) -> tuple[Added, str | None, str | None]:
-    """A folder's added tokens, the text of its end token, and its chat template."""
     settings = found.json("tokenizer_config.json")
     added: dict[str, AddedToken] = {}
     file = found.folder / "tokenizer.json"
@@ -502,13 +506,11 @@ def _words(found: Checkpoint, known: Digests) -> tuple[Added, str | None, str | 
     end = settings.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     for place in ("chat_template.jinja", "chat_template.json"):
-        with contextlib.suppress(OSError, ValueError):
+        if (found.folder / place).is_file():
             text = (found.folder / place).read_text(encoding="utf-8")
-            return (
-                added,
-                end,
-                text if place.endswith("jinja") else json.loads(text)["chat_template"],
-            )
+            if place.endswith("json"):
+                text = json.loads(text)["chat_template"]
+            return added, end, text
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t.get("name") == "default"), None)

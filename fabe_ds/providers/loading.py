@@ -21,8 +21,6 @@ from fabe_ds.errors import FabeError, RunStopped, first_line
 from fabe_ds.providers.base import Requirement
 from fabe_ds.providers.checkpoint import Checkpoint, few
 
-log = logging.getLogger(__name__)
-
 LEAST_TRANSFORMERS = (5, 20)
 """The first version that keeps control tokens out of what a chat template is given."""
 _OTHER_KINDS = {  # what a class that is no language model ends in, and what that is

@@ -14,11 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.errors import RecordFailed, UsageError
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError
 from fabe_ds.providers import checkpoint as checkpoints
 from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
 from fabe_ds.providers.checkpoint import PASSED_OVER, Checkpoint, Digests
-from fabe_ds.providers.turns import Added, Marks, Piece, all_ends, any_of
+from fabe_ds.providers.stops import before_stop
+from fabe_ds.providers.turns import Marks, Piece, all_ends, any_of, special_ids, split_controls
 
 if TYPE_CHECKING:
     from fabe_ds.providers.chat import Chat
@@ -125,9 +126,14 @@ class TransformersProvider(LocalProvider):
     def _identity(self) -> str:
         """Names the model by its contents, and by what this version makes of them otherwise than
         earlier ones did."""
-        digest = self._digest
-        if self._amended:
-            digest = hashlib.sha256(f"{digest} {self._amended}".encode()).hexdigest()
+        try:
+            digest = self._digest
+            if self._amended:
+                digest = hashlib.sha256(f"{digest} {self._amended}".encode()).hexdigest()
+        except OSError as error:
+            raise RunStopped(
+                f"--model {self.endpoint.model}: {error.filename}: {error.strerror}"
+            ) from None
         self._digests.save()
         return digest
 
@@ -154,28 +160,25 @@ class TransformersProvider(LocalProvider):
 
     def former_key(self, request: Request) -> tuple[bytes, float] | None:
         former = self.former_identity()
-        if former is None or self._amended or not {"cut", "control"}.isdisjoint(self.body(request)):
+        if former is None or self._amended:
             return None
         if self._control_pattern.search(request.prompt):
             return None  # with transformers before 5.20, it became a control token
-        return self._key_under(former, request), self._changed
+        body = self.body(request)
+        if "cut" in body or "control" in body:
+            return None
+        return self._key_of(former, body, request.sample), self._changed
 
     @cached_property
-    def _controls(self) -> Added:
-        """The special tokens of the tokenizer, of its files."""
-        added = checkpoints.added_tokens(self._speaking, self._digests)
-        return {text: token for text, token in added.items() if token.special}
+    def _controls(self) -> dict[str, int]:
+        """The special tokens of the tokenizer, read from its files."""
+        return special_ids(checkpoints.added_tokens(self._speaking, self._digests))
 
-    def _record_names_controls(self, request: Request) -> bool:
-        """Whether a record's text names control tokens, as far as it can be told from the user's
-        own words."""
-        found = set(self._control_pattern.findall(request.plain))
-        if not found:
-            return False
-        meant = self.endpoint.instruction
-        if meant is None:
-            meant = request.plain.replace(request.text, "")
-        return any(name not in meant or name in request.text for name in found)
+    def _brings_controls(self, request: Request) -> bool:
+        """Whether a record names control tokens."""
+        instruction = self.endpoint.instruction
+        pattern, plain = self._control_pattern, request.plain
+        return bool(split_controls(pattern, plain, request.text, instruction)[1])
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
@@ -211,7 +214,7 @@ class TransformersProvider(LocalProvider):
             body["stop"] = list(sampling.stop)
             if not self._controls.keys().isdisjoint(sampling.stop):
                 body["control"] = "stops"  # earlier versions passed them over
-        if not request.chat and self._record_names_controls(request):
+        if not request.chat and self._brings_controls(request):
             body["control"] = "text"  # which earlier versions took for control tokens
         if endpoint.engine != "transformers":
             body["engine"] = endpoint.engine
@@ -286,9 +289,7 @@ class TransformersProvider(LocalProvider):
     def _passed_over(self) -> list[str]:
         """Which of them hold here not, in a line."""
         names = [name for name in PASSED_OVER if (self._own_settings.get(name) or 0) not in (0, 1)]
-        return (
-            [f"the model's own {', '.join(names)} is not used: answers are greedy"] if names else []
-        )
+        return [f"the model's own {', '.join(names)} is not used"] if names else []
 
     @cached_property
     def _source(self) -> dict[str, Any]:
@@ -532,7 +533,9 @@ class TransformersProvider(LocalProvider):
             pieces, thought = self._marks.split(answer.tokens, closer, self._decoded, request.text)
             if thought or text is None:
                 reasoning = self._decoded(thought) if thought else None
-                text = self._up_to_stop("".join(self._joined(pieces)), request)
+                whole = "".join(self._joined(pieces))
+                before = before_stop(whole, self._stops(request))
+                text = whole if before is None else before
         if text is None:
             text = self._decoded(answer.tokens)
         if awaited is not None and closer is None:
@@ -555,17 +558,13 @@ class TransformersProvider(LocalProvider):
         own = self._own_settings.get("stop_strings") or ()
         return (*request.sampling.stop, *((own,) if isinstance(own, str) else own))
 
-    def _up_to_stop(self, text: str, request: Request) -> str:
-        places = [place for stop in self._stops(request) if (place := text.find(stop)) >= 0]
-        return text[: min(places, default=len(text))]
-
     @cached_property
     def _marks(self) -> Marks:
         return Marks.of(self.chat.added)
 
     @cached_property
     def _specials(self) -> dict[str, int]:
-        return {text: token.number for text, token in self.chat.added.items() if token.special}
+        return special_ids(self.chat.added)
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         """The text of tokens without special ones."""

@@ -34,12 +34,16 @@ def stopper(tokenizer: Any, stops: Sequence[str]) -> Callable[[Sequence[int]], s
 def text_before(tokenizer: Any, tokens: Sequence[int], stops: Sequence[str]) -> str | None:
     """The text of tokens before the first of the stop strings, without special tokens; None where
     there is none of them."""
-    whole = str(tokenizer.decode(tokens, skip_special_tokens=False))
-    places = [place for stop in stops if (place := whole.find(stop)) >= 0]
-    if not places:
+    text = before_stop(str(tokenizer.decode(tokens, skip_special_tokens=False)), stops)
+    if text is None:
         return None
-    text = whole[: min(places)]
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.special and number in tokens:
             text = text.replace(token.content, "")
     return text
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str | None:
+    """A text up to the first of the stop strings; None where it holds none of them."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else None

@@ -294,7 +294,6 @@ def _in_float32(model: Any, device: Any) -> Iterator[bool]:
     if not whole or getattr(model, "is_quantized", False) or extra > _MEMORY_SHARE * free(device):
         yield False
         return
-    kept = model.config.dtype
     for name in halves:
         parts[name].data = parts[name].data.float()
     try:
@@ -302,7 +301,6 @@ def _in_float32(model: Any, device: Any) -> Iterator[bool]:
     finally:
         for name, dtype in halves.items():
             parts[name].data = parts[name].data.to(dtype)
-        model.config.dtype = kept
 
 
 def free(device: Any) -> int:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from fabe_ds.prompts.reasoning import END_MARKS, PAIRS
 
-TAGS = [
+_TAGS = [
     (f"<{prefix}{tag}>", f"</{prefix}{tag}>")
     for prefix in ("", "seed:", "mm:")
     for tag in ("think", "thinking", "reasoning", "thought")
 ]
-_ALL_PAIRS = [*TAGS, *PAIRS, ("<|channel>", "<channel|>")]
+_ALL_PAIRS = [*_TAGS, *PAIRS, ("<|channel>", "<channel|>")]
 _CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
 _CHANNEL_ENDS = ("<|end|>", "<|start|>", "<|return|>", "<|call|>")
 _WRITTEN = "add_generation_prompt"  # the part of a template that opens the model's turn
@@ -36,16 +36,36 @@ Added = Mapping[str, AddedToken]
 """A tokenizer's added tokens, by their text."""
 
 
+def special_ids(added: Added) -> dict[str, int]:
+    """The special tokens among added ones: their ids, by their text."""
+    return {text: token.number for text, token in added.items() if token.special}
+
+
 def any_of(texts: Collection[str]) -> re.Pattern[str]:
     """What finds any of these texts; nothing where there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def split_controls(
+    controls: re.Pattern[str], prompt: str, text: str, instruction: str | None
+) -> tuple[set[str], set[str]]:
+    """The control tokens that a plain prompt names: those that the user's own words name, and
+    those that a record brings, as far as it can be told; one may be both.
+
+    `text` is the record's value. `instruction` holds the user's own words; None takes all of the
+    prompt but the value for them.
+    """
+    found = set(controls.findall(prompt))
+    own = prompt.replace(text, "") if instruction is None else instruction
+    meant = {name for name in found if name in own}
+    return meant, {name for name in found if name not in meant or name in text}
 
 
 def all_ends(known: Collection[int], added: Added, template: str | None) -> frozenset[int]:
     """The tokens that end an answer: those known of the model and of its tokenizer. Where the chat
     template writes none of these, so that the model was taught another, also those by which the
     template ends a turn."""
-    special = {text: token.number for text, token in added.items() if token.special}
+    special = special_ids(added)
     if not template or any(n in known and text in template for text, n in special.items()):
         return frozenset(known)
     ends = {special[text] for text in END_MARKS if text in special and text in template}
@@ -86,7 +106,7 @@ class Marks:
 
     @classmethod
     def of(cls, added: Added) -> Marks:
-        special = {text: token.number for text, token in added.items() if token.special}
+        special = special_ids(added)
         closers = {
             special[opener]: special[closer]
             for opener, closer in _ALL_PAIRS

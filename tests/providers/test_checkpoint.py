@@ -153,6 +153,29 @@ def test_settings_that_are_not_whole_are_one_line(box, folder, file, spoil):
     assert file in refused(box, folder)
 
 
+ODD = {
+    "a template file without one": ("chat_template.json", "{}", 0),
+    "added tokens that are none": ("tokenizer.json", '{"added_tokens": [1]}', 1),
+    "added tokens of no number": ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}', 1),
+    "an index of nothing": ("model.safetensors.index.json", "{}", 1),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_settings_of_another_shape_are_one_line(box, folder, name):
+    """JSON, but not what it should be."""
+    file, text, code = ODD[name]
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
+    if file == "chat_template.json":
+        (folder / "chat_template.jinja").unlink()
+    (folder / file).write_text(text)
+    if code:
+        assert "--model" in refused(box, folder)
+    else:
+        assert run(box, folder, "--on-truncated", "keep").code == code
+
+
 def shards(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
