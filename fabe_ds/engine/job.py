@@ -270,7 +270,7 @@ class Job:
 
     def _answered(self, task: Task, completion: Completion) -> None:
         stats, engine = self.intake.stats, self.engine
-        if self._outage.down:
+        if self._outage.down and self._outage.seconds >= SAID_AFTER:  # as it was said to be gone
             log.info("the server answers again after %s", clock(self._outage.seconds))
         self._outage.reset()
         self._forbidden_in_a_row = 0
