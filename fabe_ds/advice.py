@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 OFTEN, FEWEST = 0.1, 10  # share, and number, of records that fail in one way before it is said
 HELPS = {
+    "broken": "not JSON: mend those lines of the input; they were copied as they are",
     "truncated": "cut at --max-new-tokens: raise it",
     "empty": "empty, or nothing but reasoning: raise --max-new-tokens, or ask without thinking",
     "context": "too long for the model's context: shorten them, or give the server a longer one",
@@ -15,10 +16,11 @@ HELPS = {
     "tool call": "calls of tools: another instruction or model",
     "fences": "of several code blocks: --fences first, last or longest",
     "proxy": "cut by a proxy: --stream, or fewer --max-new-tokens",
+    "check": "on which --validate's own check raised: see the first one's message",
     "prompt": "not to be put into the template: see the first one's message",
     "rejected": "refused by the server: see the first one's message",
 }
-LASTING = ("truncated", "context", "refused", "invalid", "unfinished", "tool call")
+LASTING = ("check", "truncated", "context", "refused", "invalid", "unfinished", "tool call")
 """Classes that have been answered and would be answered the same: they are not asked again."""
 
 

@@ -14,9 +14,9 @@ from fabe_ds.dryrun import records_of
 from fabe_ds.engine.cache import RecordCache
 from fabe_ds.engine.intake import stored
 from fabe_ds.errors import RecordFailed, UsageError
+from fabe_ds.plan import make_plan
 from fabe_ds.providers.base import Request
-from fabe_ds.records.load import field_target
-from fabe_ds.runner import make_plan
+from fabe_ds.records.load import Row, field_target
 from fabe_ds.session import acceptance
 from fabe_ds.transform import Transform
 
@@ -98,20 +98,23 @@ def explain(config: RunConfig, record: int) -> str:
     seen = 0
     targets = [field_target(*target) for target in transform.targets]
     for source in make_plan(config).sources:
-        for values in records_of(source, targets, config.records_key):
+        keep = config.on_bad_input == "skip"
+        for rows in records_of(source, targets, config.records_key, keep):
             if seen == record:
                 return "\n".join(
-                    f"{source.path}: record {record}: " + _why(transform, *value, field)
-                    for field, value in enumerate(values)
+                    f"{source.path}: record {record}: " + _why(transform, row, field)
+                    for field, row in enumerate(rows)
                 )
             seen += 1
     raise UsageError(f"record {record}: the input has {seen}")
 
 
-def _why(transform: Transform, text: str | None, raw: str, skip: str | None, field: int) -> str:
-    item = transform.item(text, raw, field)
+def _why(transform: Transform, row: Row, field: int) -> str:
+    if row.error is not None:
+        return f"not sent: {row.error}"
+    item = transform.item(row.text, row.raw, field)
     if item is None:
-        return f"not sent: the field is {skip}"
+        return f"not sent: the field is {row.skip}"
     if not isinstance(item, Request):
         return f"not sent: {item}"
     key = transform.provider.key(item)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import codecs
 import contextlib
+import difflib
 import gc
 import inspect
+import io
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
+import tempfile
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +29,26 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from fabe_ds.advice import what_helps
-from fabe_ds.config import PANELS, RunConfig, TransformConfig, flag, read_config, setting, validated
-from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, RunStopped, UsageError
+from fabe_ds.config import (
+    PANELS,
+    STANDARD,
+    VERY_NEAR,
+    RunConfig,
+    TransformConfig,
+    flag,
+    read_config,
+    setting,
+    validated,
+)
+from fabe_ds.errors import (
+    INTERRUPTED,
+    USAGE,
+    FabeError,
+    RunStopped,
+    UsageError,
+    first_line,
+    reason,
+)
 
 if TYPE_CHECKING:
     from fabe_ds.result import RunResult
@@ -41,6 +68,8 @@ _CallError: type[Any] = next(
 )
 SHOWN_LINES, SHOWN_CHARACTERS = 80, 20_000
 """Of each record that a preview shows."""
+LINE_SHOWN = 1000
+"""Characters of a complaint."""
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -54,8 +83,17 @@ class ValuedFlags(TyperCommand):
             if getattr(parameter, "is_flag", False) and parameter.secondary_opts
             for name in parameter.opts
         }
-        if sum(arg.partition("=")[0] == "--input" for arg in args) > 1:
+        given = Counter(arg.partition("=")[0] for arg in args if arg.startswith("--"))
+        if given["--input"] > 1:
             raise UsageError("--input is given twice; for several files, a folder and --glob")
+        for parameter in self.params:
+            several = getattr(parameter, "multiple", False) or getattr(parameter, "is_flag", False)
+            for name in () if several else parameter.opts:
+                if given[name] > 1:
+                    print(
+                        f"fabe-ds: {name} is given {given[name]} times; the last one holds",
+                        file=sys.stderr,
+                    )
         return super().parse_args(ctx, list(_without_values(args, names)))
 
 
@@ -99,6 +137,8 @@ def _preview(config: Path | None, number: int, **flags: Any) -> None:
 
 
 def _settings(config: Path | None, flags: dict[str, Any]) -> RunConfig:
+    from fabe_ds.standard import stored_input
+
     variables = flags.pop("template_vars", None)
     if variables:
         flags["template_vars"] = dict(map(_variable, variables))
@@ -106,10 +146,29 @@ def _settings(config: Path | None, flags: dict[str, Any]) -> RunConfig:
         {name: value for name, value in flags.items() if value not in (None, [])}, config
     )
     _log_to_stderr(settings.log_level)
-    return settings
+    if settings.input_path != STANDARD:
+        return settings
+    if sys.stdin.isatty():
+        print("reading standard input (Ctrl-D ends it)", file=sys.stderr)
+    folder = settings.cache_dir / "stdin"
+    if settings.dry_run:
+        folder = Path(tempfile.mkdtemp(prefix="fabe-ds-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return stored_input(settings, sys.stdin.buffer, folder)
 
 
 def _run_and_report(settings: RunConfig) -> None:
+    from fabe_ds.standard import copy_to
+
+    if settings.output_path != STANDARD:
+        raise typer.Exit(_run_and_print(settings).exit_code)
+    with contextlib.redirect_stdout(sys.stderr):
+        result = _run_and_print(settings)
+    copy_to(sys.stdout.buffer, result.outputs)
+    raise typer.Exit(result.exit_code)
+
+
+def _run_and_print(settings: RunConfig) -> RunResult:
     from fabe_ds.progress import watching
     from fabe_ds.runner import run
 
@@ -119,12 +178,12 @@ def _run_and_report(settings: RunConfig) -> None:
     gc.set_threshold(50_000, 20, 100)
     push = _push_of(settings)
     result = run(settings, watching)
-    _print_summary(result, settings.max_new_tokens)
+    _print_summary(result, settings.max_new_tokens, settings.output_path == STANDARD)
     if push is not None and result.failed and not settings.force:
         print("not pushed: records failed (--force pushes all the same)", file=sys.stderr)
     elif push is not None:
         print(f"pushed: {push(result)}")
-    raise typer.Exit(result.exit_code)
+    return result
 
 
 def _push_of(settings: RunConfig) -> Callable[[RunResult], str] | None:
@@ -269,15 +328,15 @@ app.command(
 @app.command("providers")
 def providers() -> None:
     """List the providers, what each needs, and whether it is there."""
-    from fabe_ds.providers import provider_class, provider_names
+    from fabe_ds.providers import missing_of, provider_class, provider_names
 
     for name in provider_names():
         try:
             found = provider_class(name)
-            lacking, needs = found.missing(), found.needs
+            state, needs = missing_of(found) or "ready", found.needs
         except UsageError as error:
-            lacking, needs = str(error), "?"
-        print(f"{name:<12} {'ready' if lacking is None else lacking}\n{'':<12} needs {needs}")
+            state, needs = str(error), "?"
+        print(f"{name:<12} {state}\n{'':<12} needs {needs}")
 
 
 @app.command("init")
@@ -530,7 +589,8 @@ def _print_preview(seen: Any) -> None:
             for number in (estimate.likely, estimate.least, estimate.most)
         )
         what = "" if estimate.name == "time" else f" {estimate.name}"
-        console.print(f"whole run: about {likely}{what} ({least} to {most})")
+        within = "" if least == most else f" ({least} to {most})"
+        console.print(f"whole run: about {likely}{what}{within}")
 
 
 def _measured(number: float, name: str) -> str:
@@ -551,7 +611,7 @@ def _in_words(what: str, counts: Any) -> str:
     return f"; {sum(counts.values())} {what} ({reasons})"
 
 
-def _print_summary(result: RunResult, max_new_tokens: int) -> None:
+def _print_summary(result: RunResult, max_new_tokens: int, to_stdout: bool) -> None:
     rate = result.records / max(result.seconds - result.loading, 1e-9)
     print(
         f"{result.records} records: {result.done} rewritten, {result.cached} from cache"
@@ -578,12 +638,23 @@ def _print_summary(result: RunResult, max_new_tokens: int) -> None:
         print(f"left out: {error}")
     for note in result.notes:
         print(f"note: {note}")
-    if len(result.outputs) == 1:
-        print(f"written: {result.outputs[0]}")
-    elif result.outputs:
-        print(f"written: {len(result.outputs)} files, {result.outputs[0]} the first")
-    if result.report is not None and not result.report.parent.samefile("."):
-        print(f"report: {result.report}")
+    if result.outputs and not to_stdout:
+        print(f"written: {_outputs(result.outputs)}")
+    if result.report is not None:
+        print(f"report: {_near(result.report)} (fabe-ds report makes a page of it)")
+
+
+def _outputs(paths: list[Path]) -> str:
+    if len(paths) == 1:
+        return str(_near(paths[0]))
+    folder = Path(os.path.commonpath(paths))
+    return f"{_near(folder)}/ ({len(paths)} files)"
+
+
+def _near(path: Path) -> Path:
+    """The path as it is from here, where it is below this folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _first_failure(path: Path) -> str:
@@ -595,7 +666,8 @@ def _first_failure(path: Path) -> str:
 
 @contextlib.contextmanager
 def _terminating() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does; a second signal of either kind ends it at once."""
+    """SIGTERM, and SIGHUP where it is not ignored (nohup), end a run as Ctrl-C does; a second
+    signal of these ends it at once."""
 
     def interrupt(number: int, frame: object) -> None:
         for either in before:
@@ -603,9 +675,10 @@ def _terminating() -> Iterator[None]:
         print("stopping: waiting for what is on its way (again to drop it)", file=sys.stderr)
         raise KeyboardInterrupt
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -616,26 +689,99 @@ def _terminating() -> Iterator[None]:
 def main() -> None:
     """Entry point of the commands. Every error is one line; exit codes are those of errors.py."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would write over ours
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _use_any_terminal()
     try:
         with _terminating():
             code = app(standalone_mode=False)
+            sys.stdout.flush()
     except typer.Exit as error:
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except _CallError as error:
+        _suggest_near_ones(error)
         if message := error.format_message():  # empty where it was just help that was shown
-            print(f"fabe-ds: {message}", file=sys.stderr)
+            _complain(message)
         code = USAGE
     except FabeError as error:
-        print(f"fabe-ds: {error}", file=sys.stderr)
+        _complain(str(error))
         code = error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _complain(place + reason(error))
+        code = 1
+    except MemoryError:
+        _complain("out of memory")
+        code = 1
+    except Exception as error:
+        _complain(_unexpected(error))
         code = 1
     if code == INTERRUPTED:  # typer makes an Exit of KeyboardInterrupt
         print(
             "stopped; what was answered is kept, run the same command again to go on",
             file=sys.stderr,
         )
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(_flushed(code if isinstance(code, int) else 0))
+
+
+def _use_any_terminal() -> None:
+    """What a terminal cannot show is written as an escape; a stream that is closed is none."""
+    codecs.register_error("fabe-ds", _escaped)
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - until we end
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fabe-ds")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Bytes of a file's name that are no UTF-8 as \\xNN, other characters as Python has them."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    shown = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
+    return shown.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def _complain(message: str) -> None:
+    """Says what is wrong, in one line."""
+    message = " ".join(message.split("\n"))
+    if len(message) > LINE_SHOWN:
+        message = f"{message[:LINE_SHOWN]}..."
+    print(f"fabe-ds: {message}", file=sys.stderr)
+
+
+def _suggest_near_ones(error: Any) -> None:
+    """Leaves of the flags that may have been meant those that are very near."""
+    name = getattr(error, "option_name", None)
+    if name and getattr(error, "possibilities", None):
+        error.possibilities = difflib.get_close_matches(name, error.possibilities, 1, VERY_NEAR)
+
+
+def _unexpected(error: Exception) -> str:
+    """What is said of a fault of ours. Where it is goes into a file."""
+    what = f"a fault of fabe-ds: {type(error).__name__}: {first_line(error)}"
+    try:
+        handle, name = tempfile.mkstemp(prefix="fabe-ds-", suffix=".txt")
+        with os.fdopen(handle, "w", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return what
+    return f"{what}; please report it, with {name}"
+
+
+def _flushed(code: int) -> int:
+    """The exit code, when what was printed is where it belongs."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"standard output: {reason(error)}")
+        with contextlib.suppress(OSError):  # or the interpreter complains of it once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code

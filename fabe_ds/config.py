@@ -6,12 +6,12 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import UsageError, reason
+from fabe_ds.files import read_yaml
 
 C = TypeVar("C", bound=BaseModel)
 Panel = Literal["Input and output", "Prompt", "Model", "Execution", "Ray", "Hub"]
@@ -36,6 +36,18 @@ def _setting(
 
 
 _IO: Panel = "Input and output"
+STANDARD = Path("-")
+"""Standard input, and standard output."""
+VERY_NEAR = 0.8
+"""Likeness of two names, from 0 to 1, of which one may be meant by the other."""
+VALUE_SHOWN = 100
+"""Characters of a wrong value."""
+SCHEMA_FILE = "json-schema:"
+"""How a check begins that is a file."""
+
+
+def _in_capitals(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
 
 
 class TransformConfig(BaseModel):
@@ -279,7 +291,10 @@ class RunConfig(TransformConfig):
     """A whole run: the transform, and the files it reads and writes."""
 
     input_path: Path | None = _setting(
-        _IO, "File, folder, saved Dataset, or dataset of the Hub (org/name) to read.", flag="input"
+        _IO,
+        "File, folder, saved Dataset, or dataset of the Hub (org/name) to read; - for standard "
+        "input.",
+        flag="input",
     )
     input_glob: list[str] = _setting(
         _IO, "Pattern of files in a folder (*.jsonl, **/*.json); repeatable.", [], flag="glob"
@@ -288,7 +303,10 @@ class RunConfig(TransformConfig):
         _IO, "Key of the list of records, in files that wrap it in an object."
     )
     output_path: Path | None = _setting(
-        _IO, "Folder to write to; it mirrors the input.  [default: outputs]", flag="output"
+        _IO,
+        "Folder to write to, which mirrors the input; for one file, also a file, or - for standard "
+        "output.  [default: outputs]",
+        flag="output",
     )
     split: str = _setting(
         _IO, "Split of a Hub or saved Dataset, as datasets writes it (train, train[:100]).", "train"
@@ -299,7 +317,10 @@ class RunConfig(TransformConfig):
     )
     inplace: bool = _setting(_IO, "Replace the input files.", False)
     on_bad_input: Literal["fail", "skip"] = _setting(
-        _IO, "What to do with a file that is broken.", "fail"
+        _IO,
+        "What cannot be read: stop, or leave it out, a line of JSON lines (which is copied, and "
+        "fails) or a file.",
+        "fail",
     )
     push_to_hub: str | None = _setting(
         "Hub", "Dataset of the Hub (org/name) to push the records to; private unless --public."
@@ -336,9 +357,9 @@ class RunConfig(TransformConfig):
         False,
         environment="DRY_RUN",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
-        "Execution", "How much to say.", "INFO", environment="LOG_LEVEL"
-    )
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_in_capitals)
+    ] = _setting("Execution", "How much to say.", "INFO", environment="LOG_LEVEL")
 
 
 _PATHS = ("input_path", "output_path", "cache_dir", "prices")
@@ -377,6 +398,7 @@ def read_config(flags: Mapping[str, Any], file: Path | None = None) -> RunConfig
                 if given.get(other, given[name]) != given[name]:
                     raise UsageError(f"{name_of(name)} and {name_of(other)} are one setting")
                 values[other] = given[name]
+                named[other] = name_of(name)
         values |= given
         named |= {name: name_of(name) for name in given}
     return validated(RunConfig, values, named)
@@ -396,38 +418,43 @@ def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str
                 f"--device {first['input']}: write cpu, cuda, cuda:0, cuda:0,1, mps or auto"
             ) from None
         message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-        given = "" if name == "api_key" else f" {first['input']!r}"
+        given = "" if name == "api_key" else f" {_short(first['input'])}"
         raise UsageError(f"{named.get(name, name)}{given}: {message}") from None
 
 
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= VALUE_SHOWN else f"{shown[:VALUE_SHOWN]}..."
+
+
 def unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, known, 1, VERY_NEAR)
     return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     """The settings in a YAML file; paths in it are relative to it."""
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = read_yaml(file)
     except OSError as error:
-        raise UsageError(f"--config {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--config {file}: not UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "not YAML"
-        raise UsageError(f"--config {file}{place}: {reason}") from None
+        raise UsageError(f"--config {file}: {reason(error)}") from None
+    except ValueError as error:
+        raise UsageError(f"--config {file}{error}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise UsageError(f"--config {file}: not a mapping of settings")
     values: dict[str, Any] = {}
-    spelled = {setting(name, "flag"): name for name in RunConfig.model_fields}
-    for name, value in loaded.items():
-        name = spelled.get(name, name)  # as the flag is called: input, output, glob
+    names = list(RunConfig.model_fields)
+    spelled = {str(setting(name, "flag")).replace("-", "_"): name for name in names}
+    for given, value in loaded.items():
+        # As the flag is called, too: input, also-field, --glob.
+        name = str(given).removeprefix("--").replace("-", "_")
+        name = spelled.get(name, name)
         if name not in RunConfig.model_fields:
-            raise UsageError(f"--config {file}: {unknown(str(name), list(RunConfig.model_fields))}")
+            raise UsageError(f"--config {file}: {unknown(str(given), names)}")
+        if name in values:
+            raise UsageError(f"--config {file}: {given} is there twice, under two names")
         values[name] = value
     base = file.parent
     for name in _PATHS:
@@ -439,11 +466,29 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             beside = base / value
             if value.startswith("./") or value.startswith("../") or beside.exists():
                 values[name] = str(beside)
-    if isinstance(values.get("input_glob"), str):
-        values["input_glob"] = [values["input_glob"]]
-    if isinstance(values.get("template_vars"), dict):
-        values["template_vars"] = {str(k): str(v) for k, v in values["template_vars"].items()}
+    check = values.get("validate_with")
+    if isinstance(check, str) and check.startswith(SCHEMA_FILE):
+        beside = base / check.removeprefix(SCHEMA_FILE)
+        values["validate_with"] = f"{SCHEMA_FILE}{beside}"
+    for name, declared in RunConfig.model_fields.items():
+        if get_origin(declared.annotation) is list and isinstance(values.get(name), str):
+            values[name] = [values[name]]
+    if "template_vars" in values:
+        values["template_vars"] = _variables(values["template_vars"], f"--config {file}")
     return values
+
+
+def _variables(given: Any, where: str) -> Any:
+    """Template variables as a mapping of texts, or as the flag takes them: name=value."""
+    if isinstance(given, str | list):
+        given = [given] if isinstance(given, str) else given
+        pairs = [str(pair).partition("=") for pair in given]
+        if wrong := next((name for name, equals, _ in pairs if not equals), None):
+            raise UsageError(f"{where}: template_vars: {wrong}: write name: value, or name=value")
+        return {name: value for name, _, value in pairs}
+    if isinstance(given, dict):
+        return {str(name): str(value) for name, value in given.items()}
+    return given
 
 
 def _read_environment() -> dict[str, Any]:
@@ -451,5 +496,5 @@ def _read_environment() -> dict[str, Any]:
     for name in RunConfig.model_fields:
         variable = setting(name, "environment")
         if variable and (text := os.environ.get(variable, "")):
-            values[name] = text.upper() if name == "log_level" else text
+            values[name] = text
     return values

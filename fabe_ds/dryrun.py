@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import cast
 
+from fabe_ds import rules
 from fabe_ds.config import RunConfig
 from fabe_ds.engine.cache import Completions, RecordCache
 from fabe_ds.engine.intake import Intake, Stats
 from fabe_ds.errors import InputError, RecordFailed
+from fabe_ds.plan import Plan, make_plan
 from fabe_ds.providers.base import Completion, Request
 from fabe_ds.records import Source
-from fabe_ds.records.load import batches, field_target
+from fabe_ds.records.load import BROKEN, Row, field_target, row_of
+from fabe_ds.records.read import Tail, read_records
 from fabe_ds.records.scan import Field
-from fabe_ds.runner import Plan, make_plan, no_such_field
+from fabe_ds.runner import no_such_field
 from fabe_ds.session import acceptance, asking_again
-from fabe_ds.tables import is_table, load_table, table_items
+from fabe_ds.tables import check_columns, is_table, load_table, table_items
 from fabe_ds.transform import Transform
 
 SHOWN = 3
@@ -73,6 +76,7 @@ class _NothingStored:
 def dry_run(config: RunConfig, transform: Transform | None = None) -> DryRun:
     """Raises: FabeError, as the run would."""
     transform = transform or Transform(config)
+    rules.check(config, transform.provider)
     cache = None
     if transform.provider.cached and config.resume:
         cache = RecordCache.existing(config.cache_dir)
@@ -108,18 +112,23 @@ def _rows(
 def _items(
     config: RunConfig, plan: Plan, transform: Transform, seen: DryRun
 ) -> Iterator[tuple[int, Request | RecordFailed]]:
+    seen.bad_files += map(str, plan.unread)
     targets = [field_target(*target) for target in transform.targets]
     missing, first = [0] * len(targets), ""
     for source in plan.sources:
         try:
-            for values in records_of(source, targets, config.records_key):
+            keep = config.on_bad_input == "skip"
+            for rows in records_of(source, targets, config.records_key, keep):
                 seen.records += 1
-                first = first or values[0][1]
-                for field, (text, raw, skip) in enumerate(values):
-                    item = transform.item(text, raw, field)
+                if rows[0].error is not None:
+                    seen.failed[BROKEN] += 1
+                    continue
+                first = first or rows[0].raw
+                for field, row in enumerate(rows):
+                    item = transform.item(row.text, row.raw, field)
                     if item is None:
-                        seen.skipped[skip or ""] += 1
-                        missing[field] += skip == "missing"
+                        seen.skipped[row.skip or ""] += 1
+                        missing[field] += row.skip == "missing"
                     else:
                         yield seen.records - 1, item
         except InputError as error:
@@ -127,25 +136,30 @@ def _items(
                 raise
             seen.bad_files.append(str(error))
     for (name, _), count in zip(transform.targets, missing, strict=True):
-        if count and count == seen.records:
+        if count and count == seen.records - seen.failed[BROKEN]:
             raise no_such_field(name, count, first)
 
 
 def records_of(
-    source: Source, targets: Sequence[Field], records_key: str | None
-) -> Iterator[list[tuple[str | None, str, str | None]]]:
-    """For each record of a file, (text, raw, skip) of each of its targets. Raises: InputError."""
-    for parts in zip(*(batches(source, target, records_key) for target in targets), strict=True):
-        rows = [
-            zip(columns["text"], columns["raw"], columns["skip"], strict=True) for columns in parts
-        ]
-        yield from map(list, zip(*rows, strict=True))
+    source: Source, targets: Sequence[Field], records_key: str | None, keep_broken: bool
+) -> Iterator[tuple[Row, ...]]:
+    """For each record of a file, the row of each of its targets. Raises: InputError."""
+    readers = (
+        read_records(source, target, records_key, keep_broken=keep_broken) for target in targets
+    )
+    for items in zip(*readers, strict=True):
+        records = [item for item in items if not isinstance(item, Tail)]
+        if records:
+            yield tuple(map(row_of, records))
 
 
 def _table_items(
     config: RunConfig, transform: Transform, seen: DryRun
 ) -> Iterator[tuple[int, Request | RecordFailed]]:
-    dataset = load_table(config)
+    table = load_table(config)
+    dataset = table.dataset
+    check_columns(dataset, transform)
+    seen.bad_files += table.bad
     seen.records = len(dataset)
     for number, item in enumerate(table_items(dataset, transform)):
         if item is None:

@@ -68,3 +68,8 @@ class MalformedResponse(FabeError):
 def first_line(error: BaseException) -> str:
     """The first line an error has to say, else its name: libraries write many."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a file could not be read or written, as the system says it."""
+    return getattr(error, "strerror", None) or first_line(error)

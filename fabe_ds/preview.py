@@ -17,6 +17,9 @@ from fabe_ds.errors import RunStopped
 from fabe_ds.providers.base import LocalProvider, Request
 from fabe_ds.transform import Transform
 
+TIME_SPREAD = 0.2
+"""The least range of an estimate of time, as a part of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -93,7 +96,8 @@ def _estimates(
         concurrency = config.concurrency if isinstance(config.concurrency, int) else fresh
         wide = concurrency / min(concurrency, fresh)
         likely = left * seconds / fresh / wide
-        spread = _spread(completions) if any(completions) else 0.0
+        # Of equal answers too: the server is not always as quick.
+        spread = max(TIME_SPREAD, _spread(completions) if any(completions) else 0.0)
         yield Estimate("time", likely * max(0.0, 1 - spread), likely, likely * (1 + spread))
     if config.prices is not None:
         price = read_price(config.prices, config.model or "")

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then elsewhere."""
+"""How far a run is, shown: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -10,35 +10,71 @@ import time
 from collections.abc import Iterator
 
 from fabe_ds.advice import often_failing
+from fabe_ds.course import ANSWERING, LOADING, Course
 from fabe_ds.engine.intake import Stats
-from fabe_ds.engine.local import LOADING
+from fabe_ds.engine.local import LOADING as LOADING_MODEL
 from fabe_ds.text import clock
 
 log = logging.getLogger(__name__)
 
-BAR_SECONDS = 0.2
+BAR_SECONDS, NOTEBOOK_SECONDS = 0.2, 0.5
 LINE_SECONDS = ((60.0, 5.0), (180.0, 15.0), (float("inf"), 60.0))
 """Until so many seconds of a run, a line each so many."""
 
 
 @contextlib.contextmanager
-def watching(stats: Stats, total: int) -> Iterator[None]:
-    """Shows `stats` of a run over `total` records while the block runs."""
-    stop = threading.Event()
-    show = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=show, args=(stats, total, stop), daemon=True)
+def watching(course: Course) -> Iterator[None]:
+    """Shows how far a run is while the block runs: a bar on a terminal, one line that changes in a
+    notebook, and a line of the log now and then elsewhere."""
+    over = threading.Event()
+    show = _bar if sys.stderr.isatty() else _one_line if in_notebook() else _lines
+    thread = threading.Thread(target=show, args=(course, over), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        stop.set()
+        over.set()
         thread.join()
 
 
-def describe(stats: Stats, total: int, seconds: float) -> str:
-    """One line: counts, rates a second, and the time that is left."""
-    if stats.state == LOADING:
-        return f"{stats.settled}/{total}, {LOADING}"
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel."""
+    shell = sys.modules.get("IPython")
+    running = shell.get_ipython() if shell is not None else None
+    return type(running).__name__ == "ZMQInteractiveShell"
+
+
+class Pace:
+    """Seconds that a run has been in its phase."""
+
+    def __init__(self, course: Course) -> None:
+        self._course, self._phase = course, course.phase
+        self._since = time.monotonic()
+
+    def seconds(self) -> float:
+        if self._course.phase != self._phase:
+            self._phase, self._since = self._course.phase, time.monotonic()
+        return time.monotonic() - self._since
+
+
+def describe(course: Course, seconds: float) -> str:
+    """One line: the phase, how far it is, and the time that it has left. `seconds`: since the
+    phase began."""
+    if course.phase == ANSWERING:
+        return _answering(course.stats, course.total, seconds)
+    if not course.total:
+        return course.phase
+    done, total = min(course.done, course.total), course.total
+    if course.phase == LOADING:
+        line = f"{LOADING}, {_size(done)} of {_size(total)}"
+    else:
+        line = f"{course.phase}, {done} of {total} records"
+    return f"{line}, {_left(done, total, seconds)} left" if 0 < done < total else line
+
+
+def _answering(stats: Stats, total: int, seconds: float) -> str:
+    if stats.state == LOADING_MODEL:
+        return f"{stats.settled}/{total}, {LOADING_MODEL}"
     seconds = max(seconds - stats.loading, 1e-9)
     # What is in the cache takes no time, and says nothing of what is still to be asked for.
     asked = stats.done + stats.failed
@@ -61,24 +97,50 @@ def describe(stats: Stats, total: int, seconds: float) -> str:
     return line
 
 
-def _lines(stats: Stats, total: int, stop: threading.Event) -> None:
-    started = time.monotonic()
-    while not stop.wait(_line_seconds(time.monotonic() - started)):
-        log.info("%s", describe(stats, total, time.monotonic() - started))
+def _left(done: int, total: int, seconds: float) -> str:
+    return clock(seconds * (total - done) / done)
+
+
+def _size(count: int) -> str:
+    """Bytes, for people."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        del units[0]
+    return f"{size:.0f} {units[0]}" if size >= 10 or units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _lines(course: Course, over: threading.Event) -> None:
+    started, pace = time.monotonic(), Pace(course)
+    while not over.wait(_line_seconds(time.monotonic() - started)):
+        log.info("%s", describe(course, pace.seconds()))
 
 
 def _line_seconds(seconds: float) -> float:
     return next(pause for until, pause in LINE_SECONDS if seconds < until)
 
 
-def _bar(stats: Stats, total: int, stop: threading.Event) -> None:
+def _one_line(course: Course, over: threading.Event) -> None:
+    pace, width = Pace(course), 0
+    while not over.wait(NOTEBOOK_SECONDS):
+        line = describe(course, pace.seconds())
+        sys.stderr.write(f"\r{line:<{width}}")
+        sys.stderr.flush()
+        width = len(line)
+    sys.stderr.write(f"\r{'':<{width}}\r")
+
+
+def _bar(course: Course, over: threading.Event) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    started = time.monotonic()
+    pace = Pace(course)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        while not stop.wait(BAR_SECONDS):
-            text = describe(stats, total, time.monotonic() - started)
-            progress.update(task, completed=stats.settled, description=text)
+        task = progress.add_task("")
+        while not over.wait(BAR_SECONDS):
+            text = describe(course, pace.seconds())
+            done = course.stats.settled if course.phase == ANSWERING else course.done
+            total = course.total or None
+            progress.update(task, completed=done, total=total, description=escape(text))

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.records.export import replacing
+from fabe_ds.files import replacing
 from fabe_ds.result import FAILURES, SAMPLES, read_lines, read_report
 
 PAGE = Path(__file__).parent / "report.html.j2"

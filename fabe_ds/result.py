@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import MAYBE_FILES, RunConfig, setting
 from fabe_ds.errors import RECORDS_FAILED, UsageError
+from fabe_ds.files import replacing
 from fabe_ds.network import without_secrets
 from fabe_ds.records.discover import LEFT_BEHIND
-from fabe_ds.records.export import replacing
 from fabe_ds.version import __version__
 
 if TYPE_CHECKING:

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fabe_ds.config import RunConfig, flag
+from fabe_ds import rules
+from fabe_ds.config import RunConfig
+from fabe_ds.course import ANSWERING, LOADING, WRITING, Course, Watch, size_of
 from fabe_ds.engine.cache import RecordCache, written_mark
-from fabe_ds.engine.intake import Item, Stats
+from fabe_ds.engine.intake import Item
 from fabe_ds.engine.tally import gathered
-from fabe_ds.errors import UsageError
-from fabe_ds.folders import check_writable
+from fabe_ds.errors import UsageError, reason
+from fabe_ds.files import digest
 from fabe_ds.history import Point, recorded
-from fabe_ds.records import Loaded, Source, discover, export_records
-from fabe_ds.records.discover import LEFT_BEHIND
-from fabe_ds.records.export import copy_unchanged
-from fabe_ds.records.load import by_target, load_fields
+from fabe_ds.plan import Plan, make_plan
+from fabe_ds.quiet import quiet_datasets
+from fabe_ds.records import Loaded
+from fabe_ds.records.export import copy_unchanged, write_files
+from fabe_ds.records.load import BROKEN, by_target, load_fields
 from fabe_ds.records.mapped import passed_over
-from fabe_ds.result import (
-    DEFAULT_OUTPUT,
-    FAILURES,
-    REPORT,
-    RunResult,
-    beside,
-    leave,
-    sizes,
-    spread,
-)
+from fabe_ds.result import FAILURES, REPORT, RunResult, beside, leave, sizes, spread
 from fabe_ds.transform import Transform, dotted_hint, result_features
 
 if TYPE_CHECKING:
@@ -48,9 +41,6 @@ log = logging.getLogger(__name__)
 
 KEYS_SHOWN = 20
 MAP_ROWS = 1000  # part of the fingerprint, so it is the same for every run
-
-Watch = Callable[[Stats, int], contextlib.AbstractContextManager[object]]
-"""Shows the progress of a run over so many records while its block runs."""
 
 
 def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
@@ -64,27 +54,39 @@ def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
     """
     from fabe_ds.tables import is_table, run_table
 
-    if is_table(config):
-        return run_table(config, watch)
+    course = Course()
+    with watch(course) if watch else contextlib.nullcontext(), quiet_datasets():
+        course.begin(LOADING)
+        return run_table(config, course) if is_table(config) else _run_json(config, course)
+
+
+def _run_json(config: RunConfig, course: Course) -> RunResult:
     started = time.monotonic()
-    plan = make_plan(config)
     transform = Transform(config)
+    rules.check(config, transform.provider)
+    plan = make_plan(config)
     config = config.model_copy(update={"base_url": transform.config.base_url})
+    fields = len(transform.targets)
+    course.begin(LOADING, fields * size_of([source.path for source in plan.sources]))
     loaded = load_fields(
         plan.sources,
         transform.targets,
         config.records_key,
         config.on_bad_input,
         config.cache_dir,
+        course.tick,
     )
     _look_at(loaded.dataset, transform)
     state = _State.of(loaded.dataset, transform)
     try:
-        with recorded(transform.session.stats) as history:
-            written = _map(config, loaded.dataset, transform, plan, state, watch)
+        course.stats = transform.session.stats
+        with recorded(course.stats) as history:
+            course.begin(ANSWERING, len(loaded.dataset))
+            written = _map(config, loaded.dataset, transform, plan, state)
+        course.begin(WRITING, len(written) // fields)
         if config.inplace:
             _mark_written(transform, plan, written)
-        outputs = _export(written, loaded, plan, state)
+        outputs = _export(written, loaded, plan, state, course)
         return _report(config, plan, written, loaded, transform, outputs, started, history)
     finally:
         transform.close()
@@ -100,8 +102,10 @@ def _look_at(dataset: Dataset, transform: Transform) -> None:
     for (name, backup), part in zip(transform.targets, by_target(dataset), strict=False):
         table = part.with_format("arrow")[:]
         skip = table.column("skip")
-        if len(table) and pc.all(pc.equal(skip.fill_null(""), "missing")).as_py():
-            raise no_such_field(name, len(table), table.column("raw")[0].as_py())
+        readable = table.filter(pc.is_null(table.column("error")))
+        missing = pc.equal(readable.column("skip").fill_null(""), "missing")
+        if len(readable) and pc.all(missing).as_py():
+            raise no_such_field(name, len(readable), readable.column("raw")[0].as_py())
         if backup and (kept := _holding(table)):
             log.info(
                 "%d records hold %r already: it stays as it is, and no other original is kept",
@@ -143,88 +147,47 @@ def no_such_field(name: str, records: int, raw: str) -> UsageError:
     return UsageError(f"--field {name}: no record has it{dotted}; the first one has {there}{hint}")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Where records come from and where they go."""
-
-    root: Path
-    sources: list[Source]
-    output: Path | None  # None: in place
-    reports: Path
-
-    def destination(self, source: Source) -> Path:
-        return source.path if self.output is None else self.output / source.name
-
-
-def make_plan(config: RunConfig) -> Plan:
-    """Raises: UsageError where input and output do not go together, before anything is sent."""
-    root = config.input_path
-    if root is None:
-        raise UsageError("--input is required: a file, or a folder of files")
-    for name in ("status_field", "output_format"):
-        if getattr(config, name):
-            raise UsageError(f"{flag(name)} goes with tables (Parquet, CSV, a Dataset), not JSON")
-    if config.samples > 1:
-        raise UsageError("--samples goes with tables (Parquet, CSV, a Dataset), not JSON")
-    if config.inplace and len(config.devices) > 1:
-        raise UsageError("--inplace goes with one device; write to --output")
-    if config.inplace and config.output_path is not None:
-        raise UsageError("--inplace and --output do not go together")
-    output = None if config.inplace else config.output_path or DEFAULT_OUTPUT
-    if output is not None and output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output}: not a folder")
-    folder = output or config.cache_dir / "runs" / root.resolve().name
-    ours = [config.cache_dir, *(beside(folder, name) for name in LEFT_BEHIND)]
-    sources = discover(root, config.input_glob, [output, *ours] if output else ours)
-    plan = Plan(root, sources, output, folder)
-    names: dict[str, str] = {}
-    for source in sources:
-        place = plan.destination(source)
-        if output is not None and place.exists() and place.samefile(source.path):
-            raise UsageError(
-                f"--output {output}: would replace the input {source.path}; ask for it "
-                "with --inplace"
-            )
-        other = names.setdefault(source.name.casefold(), source.name)
-        if other != source.name:
-            log.warning("%s and %s differ in case alone", other, source.name)
-        check_writable(place)
-        if output is None:  # a new file takes its place
-            check_writable(place.parent)
-    return plan
-
-
 @dataclass(slots=True)
 class _State:
     """What is remembered of finished runs of one transform over one carrier."""
 
     path: Path
-    clean: bool
-    exports: dict[str, str]
+    answers: Path
+    """The file of the answers; a process each has one like it, where there are several."""
+    clean: bool = False
+    exports: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: Dataset, transform: Transform) -> _State:
-        folder = Path(dataset.cache_files[0]["filename"]).parent
-        path = folder / f"finished-{transform.digest()}.json"
+        folder, name = Path(dataset.cache_files[0]["filename"]).parent, transform.digest()
+        state = cls(folder / f"finished-{name}.json", folder / f"answers-{name}.arrow")
         try:
-            return cls(path, True, json.loads(path.read_text()))
-        except (OSError, ValueError):
-            return cls(path, False, {})
+            told = json.loads(state.path.read_text())
+            state.exports = {str(path): str(digest) for path, digest in told["exports"].items()}
+            state.clean = told["answers"] == state._digests()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
+        return state
+
+    def _digests(self) -> list[str]:
+        return [digest(path) for path in sorted(self.path.parent.glob(f"{self.answers.stem}*"))]
 
     def save(self) -> None:
+        """Remembers it, as far as there is room: without it, a run is but done anew."""
         scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(json.dumps(self.exports))
-        scratch.replace(self.path)
+        try:
+            told = {"answers": self._digests(), "exports": self.exports}
+            scratch.write_text(json.dumps(told))
+            scratch.replace(self.path)
+        except OSError as error:
+            log.warning("%s: not remembered as finished: %s", self.path, reason(error))
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
     def is_current(self, path: Path) -> bool:
         """Whether the file is what an earlier run of this very job exported."""
-        expected = self.exports.get(str(path.resolve()))
-        return expected is not None and path.is_file() and _digest(path) == expected
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        expected = self.exports.get(str(path.absolute()))
+        return expected is not None and path.is_file() and digest(path) == expected
 
 
 def _map(
@@ -233,7 +196,6 @@ def _map(
     transform: Transform,
     plan: Plan,
     state: _State,
-    watch: Watch | None,
 ) -> Dataset:
     """The carrier with the transform's columns beside its own."""
     import datasets
@@ -245,10 +207,8 @@ def _map(
     several = len(config.devices) > 1
     if not several:
         transform.look_ahead(_items(dataset, transform, plan))
-    datasets.disable_progress_bars()
     stats = transform.session.stats
-    place = state.path.with_name(f"answers-{transform.digest()}.arrow")
-    watching = watch(stats, len(dataset)) if watch and not finished else None
+    place = state.answers
     with contextlib.ExitStack() as stack:
         workers: dict[str, Any] = {}
         if several:
@@ -256,8 +216,6 @@ def _map(
             stack.enter_context(gathered(Path(folder), stats))
             stack.enter_context(_spawning())
             workers = {"num_proc": len(config.devices), "with_rank": True}
-        if watching:
-            stack.enter_context(watching)
         if config.runner == "ray" and not (finished and place.exists()):
             from fabe_ds.distributed.mapped import mapped
 
@@ -305,8 +263,8 @@ def _items(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[Item]
 
 def _tables(dataset: Dataset, transform: Transform, plan: Plan) -> Iterator[pa.Table]:
     """What the transform needs of the rows; no text where there is nothing to do."""
-    columns = ["text", *_target_column(dataset)]
-    if transform.instruction.needs_record:
+    columns = ["text", "error", *_target_column(dataset)]
+    if transform.needs_record:
         columns.append("raw")
     if plan.output is None:
         columns += ["file", "index"]
@@ -361,26 +319,29 @@ def _mark_written(transform: Transform, plan: Plan, written: Dataset) -> None:
         cache.mark_written(marks[0] for marks, _ in found if marks)
 
 
-def _export(written: Dataset, loaded: Loaded, plan: Plan, state: _State) -> list[Path]:
+def _export(
+    written: Dataset, loaded: Loaded, plan: Plan, state: _State, course: Course
+) -> list[Path]:
+    """Writes the files, unless an earlier run of this very job has; gives their paths."""
     usable = {file.name for file in loaded.files if not file.error}
     empty = {file.name for file in loaded.files if not file.error and not file.records}
-    places = [plan.destination(source) for source in plan.sources if source.name in usable]
+    places = {
+        source.name: plan.destination(source) for source in plan.sources if source.name in usable
+    }
     if plan.output is None:
-        changed = written.data.column("completion").null_count < len(written)
-        if changed:
-            export_records(written, inplace=True, root=plan.root)
-        return places
-    if state.clean and state.exports and all(state.is_current(place) for place in places):
-        return places
-    outputs = export_records(written, plan.output) if len(written) else []
+        if written.data.column("completion").null_count < len(written):
+            write_files(written, places.__getitem__, course.tick)
+        return list(places.values())
+    if state.clean and state.exports and all(map(state.is_current, places.values())):
+        return list(places.values())
+    digests = write_files(written, places.__getitem__, course.tick)
     for source in plan.sources:
         if source.name in empty:
-            copy_unchanged(source, plan.destination(source))
-            outputs.append(plan.destination(source))
+            digests[places[source.name]] = copy_unchanged(source, places[source.name])
     if state.clean:
-        state.exports |= {str(path.resolve()): _digest(path) for path in outputs}
+        state.exports |= {str(path.absolute()): digest for path, digest in digests.items()}
         state.save()
-    return outputs
+    return list(digests)
 
 
 def _report(
@@ -398,7 +359,7 @@ def _report(
     failed = counts["failed"]
     result = RunResult(
         **counts,
-        bad_files=[file.error for file in loaded.files if file.error],
+        bad_files=[*map(str, plan.unread), *(file.error for file in loaded.files if file.error)],
         outputs=outputs,
         seconds=time.monotonic() - started,
         requests=stats.requests if transform.provider.cached else 0,
@@ -475,9 +436,22 @@ def _samples(written: Dataset) -> Iterator[tuple[str, str, str]]:
 def _failures(written: Dataset, transform: Transform) -> Iterable[dict[str, Any]]:
     import pyarrow.compute as pc
 
-    names = ["file", "index", "line", "failure", "message", "finish_reason", "text", "answer"]
+    names = [
+        "file",
+        "index",
+        "line",
+        "failure",
+        "message",
+        "finish_reason",
+        "text",
+        "answer",
+        "raw",
+    ]
     table = written.data.table.select([*names, *_target_column(written)])
     fields = [name for name, _ in transform.targets]
     for row in table.filter(pc.is_valid(table.column("failure"))).to_pylist():
-        which = {} if len(fields) == 1 else {"field": fields[row.pop("target")]}
+        target, raw = row.pop("target", 0), row.pop("raw")
+        if row["failure"] == BROKEN:
+            row["text"] = raw
+        which = {} if len(fields) == 1 else {"field": fields[target]}
         yield {"record": row.pop("index"), **which, **row}

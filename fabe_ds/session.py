@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import TransformConfig
 from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats
-from fabe_ds.engine.budget import Budget, read_price
 from fabe_ds.engine.cache import Completions
 from fabe_ds.engine.intake import Intake, Reask
 from fabe_ds.engine.slots import SharedSlots, die_with_parent, is_worker
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError
 from fabe_ds.prompts import clean_answer
-from fabe_ds.prompts.validate import build_check
+from fabe_ds.prompts.validate import RAISED, build_check
 from fabe_ds.providers import Completion, HttpProvider, LocalProvider, Provider, Request
+from fabe_ds.rules import budget_of, refuse_caps
 
 if TYPE_CHECKING:
     from fabe_ds.engine.batch import BatchEngine
@@ -76,7 +77,7 @@ class Session:
 
                 self.engine = BatchEngine(provider, intake, policy)
                 return
-            slots, budget = None, _budget(config)
+            slots, budget = None, budget_of(config)
             if is_worker():
                 refuse_caps(config, "num_proc")
                 die_with_parent()
@@ -113,7 +114,7 @@ class Session:
 def acceptance(config: TransformConfig, provider: Provider) -> Accept:
     """What makes a record's new text of a completion. It may raise RecordFailed."""
 
-    check = build_check(config.validate_with) if config.validate_with else None
+    check = build_check(config.validate_with).check if config.validate_with else None
 
     def accept(request: Request, completion: Completion) -> str:
         if lost := provider.lost_prompt(request, completion):
@@ -127,11 +128,22 @@ def acceptance(config: TransformConfig, provider: Provider) -> Accept:
             several=config.fences,
             good_ends=config.good_ends,
         )
-        if check is not None and (wrong := check(text)):
+        if check is not None and (wrong := check(text, request.text, whole_record(request))):
             raise RecordFailed(INVALID, wrong)
         return text
 
     return accept
+
+
+def whole_record(request: Request) -> Mapping[str, Any] | None:
+    """The record that a request is about, where a check asked for it."""
+    if isinstance(request.record, str):
+        try:
+            value = json.loads(request.record)
+        except (ValueError, RecursionError) as error:
+            raise RecordFailed(RAISED, f"the record cannot be shown whole: {error}") from None
+        return value if isinstance(value, Mapping) else None
+    return request.record
 
 
 def asking_again(config: TransformConfig) -> Reask:
@@ -144,19 +156,3 @@ def asking_again(config: TransformConfig) -> Reask:
         return request._replace(turns=(*request.turns, (completion.text, complaint)))
 
     return reask
-
-
-def refuse_caps(config: TransformConfig, other: str) -> None:
-    """Raises: UsageError where spending is capped, which goes without `other`."""
-    if config.capped:
-        raise UsageError(
-            "--max-requests, --max-tokens-total and --max-cost hold for the requests that one "
-            f"process sends to a server; leave {other} out"
-        )
-
-
-def _budget(config: TransformConfig) -> Budget:
-    price = None
-    if config.max_cost is not None or config.prices is not None:
-        price = read_price(config.prices, config.model or "")
-    return Budget(config.max_requests, config.max_tokens_total, config.max_cost, price)

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
+
+NAMES_SHOWN = 5
+_ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
+
 
 def clock(seconds: float) -> str:
     """h:mm:ss, or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of the names, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(map(shown_name, names[:NAMES_SHOWN])) + more
+
+
+def shown_name(name: str) -> str:
+    """A file's name as text: bytes in it that are no UTF-8, as in names out of old archives, are
+    written `\\xNN`. `real_name` gives it back."""
+    name = _ESCAPE.sub(r"\\x5cx\1", name)
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def real_name(shown: str) -> str:
+    """The file's name that `shown_name` has written."""
+    data = shown.encode().decode("latin-1")
+    return os.fsdecode(_ESCAPE.sub(lambda byte: chr(int(byte[1], 16)), data).encode("latin-1"))

@@ -32,7 +32,7 @@ from fabe_ds.providers import (
     build_provider,
     provider_class,
 )
-from fabe_ds.records.load import SCHEMA
+from fabe_ds.records.load import BROKEN, SCHEMA
 from fabe_ds.records.scan import parse_path
 from fabe_ds.session import Session, open_cache
 from fabe_ds.surrogates import encodable
@@ -110,8 +110,10 @@ class Transform:
         self.path = self.paths[0]
         if config.batch_api and config.provider != "openai":
             raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
+        self._checks_record = False
         if config.validate_with:
-            build_check(config.validate_with)  # a wrong one is said now, not at the first answer
+            # A wrong one is said now, not at the first answer.
+            self._checks_record = build_check(config.validate_with).needs_record
         self.config = config
         self._check_backups()
         self._open_cache = open_cache
@@ -307,7 +309,8 @@ class Transform:
             prompt = self.instructions[field].prompt(text, record)
         except RecordFailed as error:
             return error
-        return Request(text, prompt, self._system, self._sampling, self._chat, self._language)
+        request = Request(text, prompt, self._system, self._sampling, self._chat, self._language)
+        return request._replace(record=record) if self._checks_record else request
 
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], *more: Any
@@ -336,11 +339,16 @@ class Transform:
     def carrier_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
         """What the rows of a carrier ask for."""
         count = len(batch["text"])
-        raws = batch["raw"] if self.instruction.needs_record else [None] * count
+        raws = batch["raw"] if self.needs_record else [None] * count
         samples = batch.get(SAMPLE) or [[0]] * count
         targets = batch.get("target") or [0] * count
-        for text, raw, sample, target in zip(batch["text"], raws, samples, targets, strict=True):
-            yield _numbered(self.item(text, raw, target), sample[0])
+        errors = batch.get("error") or [None] * count
+        columns = (batch["text"], raws, samples, targets, errors)
+        for text, raw, sample, target, error in zip(*columns, strict=True):
+            if error is not None:  # a line that is no record fails once, however many fields
+                yield RecordFailed(BROKEN, error) if target == 0 else None
+            else:
+                yield _numbered(self.item(text, raw, target), sample[0])
 
     def look_ahead(self, items: Iterable[Item]) -> None:
         """Answers `items`, those of all the rows of the coming map, ahead of its batches.
@@ -368,6 +376,11 @@ class Transform:
         config = self.config
         others = [f"original_{name}" if config.backup else None for name in config.also_fields]
         return [config.backup, *others]
+
+    @property
+    def needs_record(self) -> bool:
+        """Whether the whole record is looked at, and not its fields alone."""
+        return self.instruction.needs_record or self._checks_record
 
     @property
     def samples(self) -> bool:
@@ -406,7 +419,7 @@ class Transform:
                 raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}{hint}")
             _check_text(name, (inside(value, path[1:]) for value in batch[path[0]]))
         names = [name for name in batch if not name.startswith(OURS)]
-        whole = self.instruction.needs_record
+        whole = self.needs_record
         count = len(batch[self.path[0]])
         samples = batch.get(SAMPLE) or [[0] * self.answers_each] * count
         for row, numbers in zip(range(count), samples, strict=True):

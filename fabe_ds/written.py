@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import FabeError, UsageError, first_line
-from fabe_ds.folders import private_folder
+from fabe_ds.files import kept_file, private_folder
 from fabe_ds.records import Source
 from fabe_ds.records.load import field_target
 from fabe_ds.records.typed import typed_records
@@ -47,8 +46,6 @@ def written_records(run: dict[str, Any]) -> Dataset:
     seed = repr([config["field"], config["records_key"], *(file.digest() for file in sources)])
     name = hashlib.sha256(seed.encode()).hexdigest()[:32]
     place = private_folder(private_folder(cache_dir) / "typed") / f"{name}.arrow"
-    if not place.exists():
-        scratch = place.with_suffix(f".{os.getpid()}.tmp")
-        typed_records(sources, field_target(config["field"], None), config["records_key"], scratch)
-        scratch.replace(place)
+    field = field_target(config["field"], None)
+    kept_file(place, lambda path: typed_records(sources, field, config["records_key"], path))
     return datasets.Dataset.from_file(str(place))

@@ -317,11 +317,11 @@ def test_records_without_a_usable_field_are_skipped_and_counted(box):
 
 def test_a_broken_file_can_be_left_out(box):
     box.lines("in/good.jsonl", [{"code": "x"}])
-    box.write("in/bad.jsonl", '{"code": "x"}\n{"code')
+    box.write("in/bad.json", '[{"code": "x"}, {"code')
     assert box.fabe("run", "--input", "in").code == 2
     ended = box.fabe("run", "--input", "in", "--on-bad-input", "skip")
     assert ended.code == 1
-    assert "bad.jsonl:2:" in ended.err
+    assert "bad.json:1:" in ended.err
     assert [p.name for p in (box.path / "outputs").iterdir()] == ["good.jsonl"]
     assert box.report()["bad_files"]
     again = box.fabe("run", "--input", "in", "--on-bad-input", "skip")

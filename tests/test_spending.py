@@ -147,9 +147,9 @@ def test_an_answer_that_keeps_failing_is_listed_with_its_last_words(box):
 def test_the_checks(tmp_path, spec, good, bad):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}}))
-    check = build_check(spec.replace("SCHEMA", str(schema)))
-    assert check(good) is None
-    assert check(bad)
+    check = build_check(spec.replace("SCHEMA", str(schema))).check
+    assert check(good, "", None) is None
+    assert check(bad, "", None)
 
 
 @pytest.mark.parametrize("spec", ["nothing", "regex:(", "json-schema:gone.json"])

@@ -40,7 +40,7 @@ def test_the_estimates_are_of_what_is_left(box):
         ended = box.fabe(*preview(server, "-n", 4, "--prices", "prices.yaml"))
         prompt = len(server.calls[0].prompt.split())
         assert f"whole run: about {100 * prompt} prompt tokens" in ended.out.replace(",", "")
-        assert "whole run: about 400 completion tokens (400 to 400)" in ended.out
+        assert "whole run: about 400 completion tokens\n" in ended.out
         cost = 100 * (prompt + 8)
         assert f"whole run: about {cost} cost" in ended.out.replace(",", "")
         again = box.fabe(*preview(server, "-n", 4))

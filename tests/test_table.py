@@ -416,8 +416,8 @@ def test_odd_csv_and_names(box, server):
     box.write("d[1].csv", '\ufeffcode,x\r\n"a\rb","1\n2"\r\n\r\nc,\r\n')
     ended = box.fabe(*command(server, "d[1].csv", "--backup-field", ""))
     assert ended.code == 0, ended
-    with (box.path / "outputs/d[1].csv").open(newline="") as lines:
-        assert list(csv.reader(lines)) == [["code", "x"], ["A\rB", "1\n2"], ["C", ""]]
+    written = (box.path / "outputs/d[1].csv").read_bytes().decode()
+    assert written == '\ufeffcode,x\r\n"A\rB","1\n2"\r\n\r\nC,\r\n'
     parquet(box, ROWS[:2], "d[1].parquet")
     assert box.fabe(*command(server, "d[1].parquet")).code == 0
 

@@ -143,6 +143,9 @@ def _become(asked: dict[str, Any], pipes: array.array[int]) -> list[str]:
     for target, pipe in enumerate(pipes):
         os.dup2(pipe, target)
     os.closerange(3, 64)  # of other commands
+    # As at the start of an interpreter: what these streams were told of the old ones is void.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, closefd=False)  # noqa: SIM115
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])

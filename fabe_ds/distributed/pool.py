@@ -15,7 +15,7 @@ from fabe_ds.distributed.shared import Home
 from fabe_ds.distributed.worker import Job, Worker
 from fabe_ds.errors import UsageError
 from fabe_ds.providers import HttpProvider
-from fabe_ds.session import refuse_caps
+from fabe_ds.rules import refuse_caps
 from fabe_ds.transform import Transform, transform_fn
 
 if TYPE_CHECKING:

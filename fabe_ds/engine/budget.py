@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import UsageError, reason
+from fabe_ds.files import read_yaml
 from fabe_ds.providers.base import Completion, Request
 
 _TURN_TOKENS = 16  # what a chat template adds to a turn, at most
@@ -35,12 +35,14 @@ def read_price(file: Path | None, model: str) -> Price:
     if file is None:
         raise UsageError("--max-cost needs --prices, a YAML file of the models' prices")
     try:
-        prices: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-        price = prices[model]
-        return Price(float(price["prompt"]), float(price["completion"]))
+        prices: Any = read_yaml(file)
+        price = Price(float(prices[model]["prompt"]), float(prices[model]["completion"]))
+        if not (0 <= price.prompt < math.inf and 0 <= price.completion < math.inf):
+            raise ValueError("a price that is none")
+        return price
     except OSError as error:
-        raise UsageError(f"--prices {file}: {error.strerror}") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise UsageError(f"--prices {file}: {reason(error)}") from None
+    except (KeyError, TypeError, ValueError):
         raise UsageError(
             f"--prices {file}: no price of {model!r}; write `{model}: {{prompt: 0.15, "
             "completion: 0.60}`, per million tokens"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from filelock import FileLock
 
 from fabe_ds.errors import CacheError
-from fabe_ds.folders import is_locked, private_folder
+from fabe_ds.files import is_locked, private_folder
 from fabe_ds.providers.base import Completion
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from fabe_ds.engine.outage import Outage
 from fabe_ds.engine.verdict import Verdict, in_context
 from fabe_ds.errors import CacheError, FabeError, RecordFailed, RunStopped
 from fabe_ds.providers.base import Completion, Request
-from fabe_ds.text import clock
+from fabe_ds.text import clock, listed
 
 if TYPE_CHECKING:
     from fabe_ds.engine.http import HttpEngine
@@ -299,7 +299,9 @@ class Job:
                 self._judge_forbidden()
         elif verdict.action == "stop":
             self._abandon([task])
-            self.fatal(RunStopped(f"{self.engine.provider.address}: {verdict.message}"))
+            models = self.engine.provider.models if verdict.kind == "model" else []
+            hint = f"; it has {listed(models)}" if models else ""
+            self.fatal(RunStopped(f"{self.engine.provider.address}: {verdict.message}{hint}"))
         elif verdict.action == "fail":
             self._fail(task, verdict)
             if self._forbidden_in_a_row >= SUSPICIOUS:

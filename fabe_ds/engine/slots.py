@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fabe_ds.folders import is_locked, private_folder
+from fabe_ds.files import is_locked, private_folder
 
 COUNT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1

@@ -11,6 +11,7 @@ from typing import Any
 from fabe_ds.config import unknown
 from fabe_ds.errors import UsageError
 from fabe_ds.hub.push import Push, check_push
+from fabe_ds.quiet import quiet_datasets
 from fabe_ds.result import RunResult, read_lines, read_report
 from fabe_ds.written import written_records
 
@@ -44,15 +45,14 @@ def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
 
     from fabe_ds.hub import huggingface, modelscope
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    dataset = written_records(told)
-    failures = None
-    if push.failures and told["failures_file"]:
-        failures = datasets.Dataset.from_list(read_lines(Path(told["failures_file"])))
-    if push.hub == "modelscope":
-        return modelscope.push(dataset, failures, told, push)
-    return huggingface.push(dataset, failures, told, push)
+    with quiet_datasets():
+        dataset = written_records(told)
+        failures = None
+        if push.failures and told["failures_file"]:
+            failures = datasets.Dataset.from_list(read_lines(Path(told["failures_file"])))
+        if push.hub == "modelscope":
+            return modelscope.push(dataset, failures, told, push)
+        return huggingface.push(dataset, failures, told, push)
 
 
 def wanted_push(repo: str, read: Mapping[str, Any], options: Mapping[str, Any]) -> Push:

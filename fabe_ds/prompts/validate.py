@@ -3,44 +3,107 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
+
+if TYPE_CHECKING:
+    from referencing import Registry
+
+Record = Mapping[str, Any] | None
 
 GROUP = "fabe_ds.validators"
 
-Check = Callable[[str], str | None]
-"""What is wrong with a text, in words for the model; None where nothing is."""
+Check = Callable[[str, str, Record], str | None]
+"""What is wrong with an answer, in words for the model, or None; it is given the answer, the
+original, and the record where it asked for it."""
 _LITERALS = (ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.JoinedStr)
+_NESTED = (RecursionError, OverflowError)
+RAISED = "check"
+"""Class of the failure of a record on which a check of another package raised."""
 
 
-def build_check(spec: str) -> Check:
+class BuiltCheck(NamedTuple):
+    """A check made ready."""
+
+    check: Check
+    needs_record: bool = False
+
+
+def build_check(spec: str) -> BuiltCheck:
     """The check that `--validate` names: python-syntax, json, json-schema:FILE, regex:PATTERN, or
-    an entry point of the group fabe_ds.validators (a Check).
+    an entry point of the group fabe_ds.validators.
+
+    Such a one is a function of the answer, which may also take `original` and `record` by these
+    names. It gives None or True for a good answer, what is wrong as a text, or False.
 
     Raises: UsageError.
     """
     name, _, argument = spec.partition(":")
     if name == "python-syntax":
-        return _python_syntax
+        return BuiltCheck(_of_text(_python_syntax))
     if name == "json":
-        return _json
+        return BuiltCheck(_of_text(_json))
     if name == "json-schema":
-        return _json_schema(argument)
+        return BuiltCheck(_of_text(_json_schema(argument)))
     if name == "regex":
-        return _regex(argument)
+        return BuiltCheck(_of_text(_regex(argument)))
     for entry in entry_points(group=GROUP, name=name):
-        check: Check = entry.load()
-        return check
+        return _other(f"--validate {name}: {entry.value}", entry)
     raise UsageError(
         f"--validate {spec}: no such check; known: python-syntax, json, json-schema:FILE, "
         "regex:PATTERN, and entry points of fabe_ds.validators"
     )
+
+
+def _of_text(check: Callable[[str], str | None]) -> Check:
+    return lambda text, original, record: check(text)
+
+
+def _other(what: str, entry: EntryPoint) -> BuiltCheck:
+    """The check of another package. Raises: UsageError where it cannot be one."""
+    try:
+        function = entry.load()
+        names = inspect.signature(function).parameters
+        inspect.signature(function).bind(
+            "", **{name: None for name in ("original", "record") if name in names}
+        )
+    except TypeError as error:
+        raise UsageError(
+            f"{what} is not a check: {error}; write a function of the answer, and of `original` "
+            "and `record` if it needs them"
+        ) from None
+    except Exception as error:  # it runs another package's code
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UsageError(f"{what} cannot be imported: {kind}{first_line(error)}") from error
+
+    def check(text: str, original: str, record: Record) -> str | None:
+        given = {"original": original, "record": record}
+        wanted = {name: value for name, value in given.items() if name in names}
+        try:
+            result = function(text, **wanted)
+        except Exception as error:
+            raised = f"{type(error).__name__}: {first_line(error)}"
+            raise RecordFailed(RAISED, f"{what} raised {raised}") from error
+        if result is None or result is True or result == "":
+            return None
+        if result is False:
+            return "not valid"
+        if isinstance(result, str):
+            return result
+        raise RunStopped(
+            f"{what} gave {type(result).__name__}: it must give None or True for a good answer, "
+            "what is wrong as a text, or False"
+        )
+
+    return BuiltCheck(check, "record" in names)
 
 
 def _python_syntax(text: str) -> str | None:
@@ -67,29 +130,80 @@ def _json(text: str) -> str | None:
     return None
 
 
-def _json_schema(file: str) -> Check:
+def _json_schema(file: str) -> Callable[[str], str | None]:
     import jsonschema
+    import referencing.exceptions
+    from referencing.jsonschema import DRAFT202012
 
+    what = f"--validate json-schema:{file}"
     try:
         schema = json.loads(Path(file).read_text(encoding="utf-8"))
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except (OSError, ValueError, jsonschema.SchemaError) as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"--validate json-schema:{file}: {reason}") from None
-    validator = jsonschema.Draft202012Validator(schema)
+        kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+        registry = _beside(Path(file).parent)
+        validator = kind(schema, registry=registry)
+        root = referencing.Resource.from_contents(schema, DRAFT202012)
+        for reference in _references(schema):  # now, not at the first answer
+            registry.resolver_with_root(root).lookup(reference)
+    except (OSError, ValueError, jsonschema.SchemaError, *_NESTED) as error:
+        raise UsageError(f"{what}: {first_line(error)}") from None
+    except referencing.exceptions.Unresolvable as error:
+        raise UsageError(
+            f"{what}: $ref {error.ref!r} is not in it, nor a file beside it (nothing is fetched)"
+        ) from None
 
     def check(text: str) -> str | None:
-        if wrong := _json(text):
-            return wrong
-        error = next(validator.iter_errors(json.loads(text)), None)
-        return error and f"does not follow the JSON schema at {error.json_path}: {error.message}"
+        if no_json := _json(text):
+            return no_json
+        try:
+            wrong = next(validator.iter_errors(json.loads(text)), None)
+        except _NESTED:
+            return "does not follow the JSON schema: nested too deep to be checked"
+        except referencing.exceptions.Unresolvable as error:
+            raise RunStopped(f"{what}: $ref {error.ref!r} is not there") from None
+        if wrong is None:
+            return None
+        return f"does not follow the JSON schema at {wrong.json_path}: {wrong.message}"
 
     return check
 
 
-def _regex(pattern: str) -> Check:
+def _beside(folder: Path) -> Registry:
+    """Finds what a schema refers to in files beside it, and nowhere else."""
+    from referencing import Registry, Resource
+    from referencing.exceptions import NoSuchResource
+    from referencing.jsonschema import DRAFT202012
+
+    def retrieve(uri: str) -> Any:
+        place = folder / uri
+        if ":" in uri or not place.resolve().is_relative_to(folder.resolve()):
+            raise NoSuchResource(ref=uri)  # type: ignore[call-arg]
+        try:
+            contents = json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise NoSuchResource(ref=uri) from None  # type: ignore[call-arg]
+        return Resource.from_contents(contents, default_specification=DRAFT202012)
+
+    return Registry(retrieve=retrieve)  # type: ignore[call-arg]
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """What a schema refers to, as far as its own names are not of another place."""
+    if isinstance(schema, dict):
+        if "$id" in schema or "id" in schema:
+            return
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for value in schema.values():
+            yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)
+
+
+def _regex(pattern: str) -> Callable[[str], str | None]:
     try:
         search = re.compile(pattern).search
-    except re.error as error:
-        raise UsageError(f"--validate regex:{pattern}: {error}") from None
+    except (re.error, *_NESTED) as error:
+        raise UsageError(f"--validate regex:{pattern}: {first_line(error)}") from None
     return lambda text: None if search(text) else f"does not match the pattern {pattern}"

@@ -10,7 +10,12 @@ from fabe_ds.providers.base import (
     Sampling,
 )
 from fabe_ds.providers.http import HttpProvider
-from fabe_ds.providers.registry import build_provider, provider_class, provider_names
+from fabe_ds.providers.registry import (
+    build_provider,
+    missing_of,
+    provider_class,
+    provider_names,
+)
 
 __all__ = [
     "Completion",
@@ -22,6 +27,7 @@ __all__ = [
     "Requirement",
     "Sampling",
     "build_provider",
+    "missing_of",
     "provider_class",
     "provider_names",
 ]

@@ -86,6 +86,8 @@ class Request(NamedTuple):  # built for every record, so a tuple: a third of a f
     sample: int = 0
     turns: tuple[tuple[str, str], ...] = ()
     """Answers that were no good and what was said to them: (answer, complaint), in order."""
+    record: str | Mapping[str, Any] | None = None
+    """The whole record (its JSON text, or the record), where a check of answers asks for it."""
 
     @property
     def messages(self) -> list[dict[str, str]]:

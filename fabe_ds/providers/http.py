@@ -33,6 +33,8 @@ class HttpProvider(Provider):
     def __init__(self, endpoint: Endpoint, api_key: str | None = None) -> None:
         """Raises: UsageError where the base URL is no address, or the key no key."""
         super().__init__(endpoint)
+        self.models: list[str] = []
+        """What the server said that it has, where it was asked."""
         self._api_key = network.clean_key(api_key, self.key_variable or "--api-key")
         try:
             self.address = network.Address.parse(self.base_url)

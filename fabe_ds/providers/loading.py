@@ -397,11 +397,3 @@ def forget_headers() -> None:
     """Gives up what was kept of a .gguf file for the next thing that is read of it."""
     _headers.clear()
     _reader.cache_clear()
-
-
-def quieten() -> None:
-    """Keeps transformers' own bars and remarks off the screen: what matters of them is judged."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -20,6 +20,7 @@ from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request,
 from fabe_ds.providers.checkpoint import PASSED_OVER, Checkpoint, Digests
 from fabe_ds.providers.stops import before_stop
 from fabe_ds.providers.turns import Marks, Piece, all_ends, any_of, special_ids, split_controls
+from fabe_ds.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from fabe_ds.providers.chat import Chat
@@ -308,10 +309,10 @@ class TransformersProvider(LocalProvider):
         from fabe_ds.providers.chat import Chat
 
         loading.check_version()
-        loading.quieten()
         _ = self.config  # what is no language model is said first
         name, endpoint = self.endpoint.model, self.endpoint
-        tokenizer = loading.load_tokenizer(self._source_of(self._speaking), name)
+        with quiet_transformers():
+            tokenizer = loading.load_tokenizer(self._source_of(self._speaking), name)
         return Chat(
             tokenizer, name, endpoint.chat_template, endpoint.thinking, endpoint.instruction
         )
@@ -358,11 +359,11 @@ class TransformersProvider(LocalProvider):
         """The model's configuration. Raises: RunStopped."""
         from fabe_ds.providers import loading
 
-        loading.quieten()
         name = self.endpoint.model
         if not self.base.has_config():
             self._check()
-        config = loading.load_config(self._source, name)
+        with quiet_transformers():
+            config = loading.load_config(self._source, name)
         loading.refuse_other_kinds(config, name)
         self._check()
         return config
@@ -386,9 +387,10 @@ class TransformersProvider(LocalProvider):
         spread = endpoint.device == "auto" and self.device == "cuda"
         if spread or getattr(config, "quantization_config", None) is not None:
             options["device_map"] = "auto" if spread else self.device
-        model = loading.load_model(self.base, self._source, config, options)
-        if self.checkpoint.adapter is not None:
-            model = loading.load_adapter(model, self.checkpoint)
+        with quiet_transformers():
+            model = loading.load_model(self.base, self._source, config, options)
+            if self.checkpoint.adapter is not None:
+                model = loading.load_adapter(model, self.checkpoint)
         with loading.one_line(name, "cannot be used"):
             if "device_map" not in options:
                 model = model.to(self.device)

@@ -12,6 +12,7 @@ from fabe_ds.errors import MalformedResponse, RunStopped
 from fabe_ds.providers.base import Completion, Request, token_count
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, HttpProvider
 from fabe_ds.surrogates import encodable
+from fabe_ds.text import listed
 
 _PORT = 11434
 _LONG_PROMPT, _CHARACTERS_A_TOKEN = 2000, 8.0
@@ -132,4 +133,5 @@ class OllamaProvider(HttpProvider):
         if wanted.lower().removesuffix(":latest") not in known:
             raise RunStopped(
                 f"{where}: the model is not there; pull it with `ollama pull {wanted}`"
+                + (f", or take one that is: {listed(models)}" if models else "")
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -140,6 +141,8 @@ class OpenAIProvider(HttpProvider):
                 f"{self.address}: the key is not accepted ({answer.status_code}); give it with "
                 "--api-key or OPENAI_API_KEY"
             )
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            self.models = [str(model["id"]) for model in answer.json()["data"]]
 
 
 def _lacks_scope(text: str) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from importlib.metadata import entry_points
 
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import FabeError, UsageError, first_line
 from fabe_ds.providers.base import Endpoint, Provider, Requirement
 from fabe_ds.providers.http import HttpProvider
+from fabe_ds.providers.plugins import guarded, lacking
 
 GROUP = "fabe_ds.providers"
 
@@ -17,20 +18,30 @@ def provider_names() -> list[str]:
 
 
 def provider_class(name: str) -> type[Provider]:
-    """Raises: UsageError (no such provider, or it cannot be imported)."""
+    """Raises: UsageError (no such provider, or one that cannot be used)."""
     for entry in entry_points(group=GROUP, name=name):
+        what = f"--provider {name}: {entry.value}"
         try:
             found = entry.load()
-        except ImportError as error:
-            raise UsageError(
-                f"--provider {name}: {entry.value} cannot be imported: {error}"
-            ) from error
-        if not (isinstance(found, type) and issubclass(found, Provider)):
-            raise UsageError(f"--provider {name}: {entry.value} is not a Provider")
-        return found
+        except Exception as error:  # it runs another package's code
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+            message = f"{what} cannot be imported: {kind}{first_line(error)}"
+            raise UsageError(message) from error
+        if lacks := lacking(found):
+            raise UsageError(f'{what} {lacks} (README, "Of your own")')
+        return found if found.__module__.startswith("fabe_ds.") else guarded(found)
     near = difflib.get_close_matches(name, provider_names(), 1)
     hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(provider_names())}"
     raise UsageError(f"--provider {name}: no such provider{hint}")
+
+
+def missing_of(cls: type[Provider]) -> str | None:
+    """What is not installed for a provider to run, or None. Raises: UsageError."""
+    try:
+        return cls.missing()
+    except Exception as error:
+        message = f"missing() raised {type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"--provider {cls.name}: {message}") from error
 
 
 def build_provider(name: str, endpoint: Endpoint, api_key: str | None = None) -> Provider:
@@ -39,8 +50,12 @@ def build_provider(name: str, endpoint: Endpoint, api_key: str | None = None) ->
     Raises: UsageError, Requirement (a package it needs is not installed).
     """
     cls = provider_class(name)
-    if lacking := cls.missing():
-        raise Requirement(f"--provider {name}: {lacking}")
-    if issubclass(cls, HttpProvider):
-        return cls(endpoint, api_key)
-    return cls(endpoint)
+    if missing := missing_of(cls):
+        raise Requirement(f"--provider {name}: {missing}")
+    try:
+        return cls(endpoint, api_key) if issubclass(cls, HttpProvider) else cls(endpoint)
+    except FabeError:
+        raise
+    except Exception as error:
+        message = f"{cls.__name__}() raised {type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"--provider {name}: {message}") from error

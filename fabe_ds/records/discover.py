@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import gzip
-import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import BinaryIO, cast
 
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import InputError, UsageError, reason
+from fabe_ds.files import digest
+from fabe_ds.text import listed, shown_name
 
 log = logging.getLogger(__name__)
 
@@ -19,22 +24,25 @@ _KINDS = {".json": JSON, ".jsonl": LINES, ".ndjson": LINES}
 LEFT_BEHIND = ("run.json", "failures.jsonl", "samples.jsonl")
 """What stands beside the output of a run, after its name and a dot."""
 _OURS = b'"fabe_ds":'  # as a report begins
-_EVERY = [f"**/*{suffix}{gz}" for suffix in _KINDS for gz in ("", ".gz")]
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input file: `name` is its path below the input root, with forward slashes."""
+    """One input file. `name` is its path below the input root, with forward slashes; bytes in it
+    that are no UTF-8 are shown as `\\xNN`."""
 
     path: Path
     name: str
 
     @property
     def kind(self) -> str | None:
-        suffixes = [suffix.lower() for suffix in self.path.suffixes]
-        if suffixes and suffixes[-1] == ".gz":
-            suffixes.pop()
-        return _KINDS.get(suffixes[-1]) if suffixes else None
+        return kind_of(self.path.name)
 
     @property
     def compressed(self) -> bool:
@@ -47,59 +55,201 @@ class Source:
         return self.path.open("rb")
 
     def digest(self) -> str:
-        """SHA-256 of the file as it lies on disk."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """SHA-256 of the file as it lies on disk. Raises: InputError."""
+        try:
+            return digest(self.path)
+        except OSError as error:
+            raise InputError(self.path, f"cannot be read: {reason(error)}") from None
 
 
-def left_by_runs(root: Path) -> list[Path]:
-    """What earlier runs have left below a folder: their outputs, and the files beside those."""
-    left = []
-    for report in root.rglob("*.run.json"):
-        if not report.is_file():
+def kind_of(name: str) -> str | None:
+    """JSON or LINES, by the suffix of a file's name (before .gz); None for any other."""
+    return _KINDS.get(PurePath(name.lower().removesuffix(".gz")).suffix)
+
+
+@dataclass(slots=True)
+class Walk:
+    """What stands below a folder. `files` are paths below it, sorted, with forward slashes."""
+
+    files: list[str] = field(default_factory=list)
+    unread: list[InputError] = field(default_factory=list)
+    """Folders, links and special files that cannot be read."""
+    hidden: list[str] = field(default_factory=list)
+    """Files and folders that were passed over because their names begin with a dot."""
+    others: list[str] = field(default_factory=list)
+    """Files that no pattern takes."""
+
+
+def walk(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) -> Walk:
+    """The files below `root` that any of the patterns takes (all, without patterns, but those of
+    earlier runs and hidden ones). Linked folders are followed, but not into one that holds them.
+
+    `exclude`: files and folders that are never input, which is where the output goes.
+    Raises: UsageError (a pattern of files elsewhere).
+    """
+    patterns = [_parts(glob) for glob in globs]
+    top = os.path.realpath(root)
+    skipped = {os.path.realpath(path) for path in exclude} - {top}
+    if inside := next((path for path in skipped if _is_below(top, path)), None):
+        raise UsageError(f"--input {root}: it is inside {inside}, which is written to")
+    found = Walk()
+    left: list[str] = []
+    folders = [("", top, frozenset({top}))]
+    while folders:
+        folder, real, above = folders.pop()
+        try:
+            with os.scandir(root / folder if folder else root) as listing:
+                entries = list(listing)
+        except OSError as error:
+            found.unread.append(InputError(root / folder, f"cannot be read: {reason(error)}"))
             continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            link = entry.is_symlink()
+            place = os.path.realpath(entry.path) if link else f"{real}/{entry.name}"
+            if place in skipped or (link and any(_is_below(place, path) for path in skipped)):
+                continue
+            if not globs and entry.name.startswith("."):
+                found.hidden.append(name)
+            elif _is_folder(entry):
+                if place in above:
+                    log.info("%s: a link to a folder that holds it, not followed", entry.path)
+                else:
+                    folders.append((name, place, above | {place}))
+            elif patterns and not any(_matches(name.split("/"), parts) for parts in patterns):
+                found.others.append(name)
+            elif _is_file(entry):
+                found.files.append(name)
+                if not globs and name.endswith(".run.json"):
+                    left += _left_by_run(Path(place))
+            elif globs or link or kind_of(name):
+                found.unread.append(InputError(entry.path, _not_a_file(entry)))
+    found.files.sort(key=lambda name: name.split("/"))
+    if left:
+        places = {name: os.path.realpath(root / name) for name in found.files}
+        found.files = [
+            name for name in found.files if not any(_is_below(places[name], path) for path in left)
+        ]
+    return found
+
+
+def _parts(glob: str) -> list[str]:
+    parts = [part for part in glob.split("/") if part not in ("", ".")]
+    if glob.startswith("/") or ".." in parts or not parts:
+        raise UsageError(f"--glob {glob!r}: write a pattern of files inside the input folder")
+    return parts
+
+
+def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path's parts follow a pattern's, of which ** stands for any number of folders."""
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_matches(name[start:], pattern[1:]) for start in range(len(name) + 1))
+    return (
+        bool(name) and fnmatch.fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+    )
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + "/")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):  # a link to itself
+        return entry.is_dir()
+    return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):
+        return entry.is_file()
+    return False
+
+
+def _not_a_file(entry: os.DirEntry[str]) -> str:
+    try:
+        mode = entry.stat().st_mode
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and entry.is_symlink():
+            return f"a link to nothing ({Path(entry.path).readlink()})"
+        return f"cannot be read: {reason(error)}"
+    return f"{_SPECIAL.get(stat.S_IFMT(mode), 'not a file')}, not a regular file"
+
+
+def _left_by_run(report: Path) -> Iterator[str]:
+    """The output of the run that left this report, and the files beside it."""
+    try:
         with report.open("rb") as file:
             if _OURS not in file.read(64):
-                continue
-        output = report.with_name(report.name.removesuffix(".run.json")).resolve()
-        left += [output, *(output.with_name(f"{output.name}.{name}") for name in LEFT_BEHIND)]
-    return left
+                return
+    except OSError:
+        return
+    output = report.with_name(report.name.removesuffix(".run.json"))
+    for path in (output, *(output.with_name(f"{output.name}.{name}") for name in LEFT_BEHIND)):
+        yield os.path.realpath(path)
 
 
-def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) -> list[Source]:
-    """The input files below `root` (or `root` itself), in the order of their names.
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """`unread` are files and folders that should have been read and cannot be."""
+
+    sources: list[Source]
+    unread: list[InputError] = field(default_factory=list)
+
+
+def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) -> Discovered:
+    """The JSON and JSON-lines files below `root` (or `root` itself), in the order of their names.
 
     `exclude`: files and folders that are never input, which is where the output goes.
     Raises: UsageError where nothing is there to read.
     """
-    if not root.exists():
-        raise UsageError(f"--input {root}: no such file or directory")
-    if root.is_file():
-        source = Source(root, root.name)
+    check_there(root)
+    if not root.is_dir():
+        source = Source(root, shown_name(root.name))
         if source.kind is None:
             raise UsageError(f"--input {root}: not a .json, .jsonl or .ndjson file (or .gz of one)")
-        return [source]
-    if not root.is_dir():
-        raise UsageError(f"--input {root}: not a regular file or directory")
-    patterns = list(globs) or _EVERY
+        return Discovered([source])
+    found = walk(root, globs, exclude)
+    names = [name for name in found.files if kind_of(name)]
+    others = [name for name in found.files if not kind_of(name)]
+    if others:
+        level = logging.WARNING if globs else logging.INFO
+        log.log(level, "%s: left out, not JSON or JSON lines: %s", root, listed(others))
+    say_hidden(root, found)
+    if not names and not found.unread:
+        raise UsageError(f"--input {root}: {nothing_matches(globs, found)}")
+    return Discovered([Source(root / name, shown_name(name)) for name in names], found.unread)
+
+
+def check_there(path: Path) -> None:
+    """Raises: UsageError where the input path is neither a file nor a folder."""
     try:
-        paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
-    except (ValueError, NotImplementedError) as error:
-        raise UsageError(f"--glob {' '.join(globs)}: {error}") from None
-    skipped = [path.resolve() for path in exclude if path.resolve() != root.resolve()]
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        what = "a link to nothing" if path.is_symlink() else "no such file or directory"
+        raise UsageError(f"--input {path}: {what}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        raise UsageError(f"--input {path}: {reason(error)}") from None
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        what = _SPECIAL.get(stat.S_IFMT(mode), "something else")
+        raise UsageError(f"--input {path}: {what}, not a file or a folder (- reads standard input)")
+
+
+def say_hidden(root: Path, found: Walk) -> None:
+    if found.hidden:
+        log.info("%s: left out, hidden: %s (--glob takes them)", root, listed(found.hidden))
+
+
+def nothing_matches(globs: Sequence[str], found: Walk) -> str:
+    """What is said where no file was found."""
     if not globs:
-        skipped += left_by_runs(root)
-    sources = []
-    for path in sorted(paths):
-        source = Source(path, path.relative_to(root).as_posix())
-        if any(path.resolve().is_relative_to(skip) for skip in skipped):
-            continue
-        if not globs and any(part.startswith(".") for part in path.relative_to(root).parts):
-            continue
-        if source.kind is None:
-            log.warning("%s: not JSON or JSON lines, left out", path)
-            continue
-        sources.append(source)
-    if not sources:
-        raise UsageError(f"--input {root}: no file matches --glob {' '.join(patterns)}")
-    return sources
+        return "no .json, .jsonl or .ndjson file (or .gz of one) in it"
+    hint = ""
+    for glob in globs:
+        deeper = _parts(glob)
+        if "**" not in deeper:
+            count = sum(_matches(name.split("/"), ["**", *deeper]) for name in found.others)
+            if count:
+                hint = f"; --glob '**/{glob}' takes {count} deeper down"
+    return f"no file matches --glob {' '.join(globs)}{hint}"

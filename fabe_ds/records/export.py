@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import logging
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from json.encoder import encode_basestring, encode_basestring_ascii
 from operator import itemgetter
@@ -16,18 +11,19 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from fabe_ds.errors import ExportError, UsageError
+from fabe_ds.files import Replacing
 from fabe_ds.records.discover import Source
-from fabe_ds.records.load import by_target
+from fabe_ds.records.load import FOREIGN, by_target
 from fabe_ds.records.mapped import passed_over
+from fabe_ds.records.read import no_tick
+from fabe_ds.text import real_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-log = logging.getLogger(__name__)
-
 ROWS = 2048
 _escaped_character = re.compile(r"\\u(?!00[0-7])")
-_RECORD = ("file", "index", "before", "raw", "after")
+_RECORD = ("file", "index", "before", "raw", "skip", "after")
 _EDIT = ("start", "end", "joint", "completion")
 COLUMNS = (*_RECORD, *_EDIT)
 
@@ -40,6 +36,7 @@ class _Row(NamedTuple):
     number: int
     before: str
     raw: str
+    skip: str | None
     after: str | None
     edits: tuple[Edit, ...]
 
@@ -64,31 +61,41 @@ def export_records(
         raise UsageError("give either an output folder or inplace=True")
     if inplace and root is None:
         raise UsageError("inplace needs root, the path that was loaded")
+    base = Path(root if inplace else output)  # type: ignore[arg-type]
+
+    def place(name: str) -> Path:
+        return base if inplace and base.is_file() else base / real_name(name)
+
+    return list(write_files(dataset, place))
+
+
+def write_files(
+    dataset: Dataset, place: Callable[[str], Path], tick: Callable[[int], None] = no_tick
+) -> dict[Path, str]:
+    """Writes the files of a transformed carrier, each to the place that there is for its name.
+
+    `tick` is told the records that were written, as they are. Gives the SHA-256 of each file.
+    Raises: UsageError, ExportError.
+    """
     if not len(dataset):
-        return []
+        return {}
     missing = set(COLUMNS) - set(dataset.column_names)
     if missing:
         raise UsageError(f"not a transformed carrier: no column {', '.join(sorted(missing))}")
-    base = Path(root if inplace else output)  # type: ignore[arg-type]
-
-    def destination(name: str) -> Path:
-        return base if inplace and base.is_file() else base / name
-
-    written: list[Path] = []
     rows = _rows(dataset)
     row = next(rows, None)
-    while row is not None:
-        path = destination(row.file)
-        with replacing(path) as file:
-            row = _write_file(file, row, rows)
-        written.append(path)
-    return written
+    with Replacing() as files, ThreadPoolExecutor(1) as behind:
+        while row is not None:
+            with files.open(place(row.file)) as file:
+                row = _write_file(_Behind(file, behind), row, rows, tick)
+    return files.digests
 
 
-def copy_unchanged(source: Source, path: Path) -> None:
-    """A file with no records in it goes through as it is."""
-    with replacing(path, compress=False) as file:
+def copy_unchanged(source: Source, path: Path) -> str:
+    """A file with no records in it goes through as it is. Gives its SHA-256."""
+    with Replacing() as files, files.open(path, compress=False) as file:
         file.write(source.path.read_bytes())
+    return files.digests[path]
 
 
 def _rows(dataset: Dataset) -> Iterator[_Row]:
@@ -105,23 +112,31 @@ def _tuples(dataset: Dataset, names: Sequence[str]) -> Iterator[tuple[Any, ...]]
         yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
 
 
-def _write_file(file: IO[bytes], row: _Row, rows: Iterator[_Row]) -> _Row | None:
+def _write_file(
+    sink: _Behind, row: _Row, rows: Iterator[_Row], tick: Callable[[int], None]
+) -> _Row | None:
     """Writes one file's rows, from its first on; gives the first of the next file."""
     name, expected = row.file, 0
     parts: list[str] = []
     current: _Row | None = row
-    with _Behind(file) as sink:
+    with sink:
         while current is not None and current.file == name and current.number == expected:
             expected += 1
             parts.append(current.before)
-            parts += spliced(current.raw, current.edits)
+            if current.skip == FOREIGN:
+                parts.append(current.raw.encode("latin-1").decode("utf-8", "surrogateescape"))
+            else:
+                parts += spliced(current.raw, current.edits)
             if current.after is not None:
                 parts.append(current.after)
-                sink.write("".join(parts))
+                sink.end("".join(parts))
+                tick(expected % ROWS)
                 return next(rows, None)
             if len(parts) > ROWS:
                 sink.write("".join(parts))
                 parts.clear()
+            if expected % ROWS == 0:
+                tick(ROWS)
             current = next(rows, None)
     raise ExportError(
         f"{name}: record {expected} is missing or out of order; export takes all the records of "
@@ -132,23 +147,27 @@ def _write_file(file: IO[bytes], row: _Row, rows: Iterator[_Row]) -> _Row | None
 class _Behind:
     """Writes text to a file a piece behind, in a thread: the disk's time is not ours."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, file: IO[bytes], thread: ThreadPoolExecutor) -> None:
+        self._file, self._thread = file, thread
         self._last: Future[int] | None = None
 
     def __enter__(self) -> _Behind:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._settle()
-        finally:
-            self._pool.shutdown()
+        self._settle()
 
     def write(self, text: str) -> None:
         self._settle()
-        self._last = self._pool.submit(self._file.write, text.encode())
+        self._last = self._thread.submit(self._write, text)
+
+    def end(self, text: str) -> None:
+        """Writes the last piece of the text."""
+        self._settle()
+        self._write(text)
+
+    def _write(self, text: str) -> int:
+        return self._file.write(text.encode("utf-8", "surrogateescape"))
 
     def _settle(self) -> None:
         if self._last is not None:
@@ -174,61 +193,3 @@ def literal(value: str, raw: str) -> str:
     if value.isascii() or (raw.isascii() and "\\u" in raw and _escaped_character.search(raw)):
         return encode_basestring_ascii(value)
     return encode_basestring(value)
-
-
-@contextlib.contextmanager
-def replacing(path: Path, compress: bool | None = None) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends well, and not before.
-
-    Symlinks are followed; mode and owner of what is replaced are kept; the data is on disk before
-    the name changes. Compressed where the name ends in .gz.
-
-    Raises: ExportError.
-    """
-    path = Path(os.path.realpath(path))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written: {error.strerror}") from None
-    scratch = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            gz = path.suffix.lower() == ".gz" if compress is None else compress
-            if gz:
-                with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
-                    yield packed  # type: ignore[misc]
-            else:
-                yield file
-            file.flush()
-            _keep_mode(file.fileno(), path)
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _keep_mode(handle: int, path: Path) -> None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(handle, 0o666 & ~umask)
-        return
-    if status.st_nlink > 1:
-        log.warning("%s has other hard links; they keep the old contents", path)
-    os.fchmod(handle, status.st_mode & 0o7777)
-    with contextlib.suppress(PermissionError):  # only root gives files away
-        os.fchown(handle, status.st_uid, status.st_gid)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,17 +8,17 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from fabe_ds.errors import InputError, UsageError
-from fabe_ds.folders import private_folder
+from fabe_ds.errors import CacheError, InputError, UsageError, reason
+from fabe_ds.files import digest, private_folder
 from fabe_ds.records.discover import Source, discover
-from fabe_ds.records.read import Tail, read_records
+from fabe_ds.records.read import Broken, Record, Tail, no_tick, read_records
 from fabe_ds.records.scan import Field, Target, parse_path
 from fabe_ds.surrogates import encodable
 
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOADER_VERSION = 1
+LOADER_VERSION = 2
 ROWS = 4096
 CHARACTERS = 1 << 24
+BROKEN, FOREIGN = "broken", "not UTF-8"
+"""Why a line that is no record is skipped. Of the second kind, `raw` is its bytes as ISO 8859-1."""
 
 SCHEMA = pa.schema(
     [
-        ("file", pa.string()),  # path below the input root
+        ("file", pa.string()),  # path below the input root, as text.shown_name writes it
         ("index", pa.int64()),  # which record of its file, from 0
         ("line", pa.int64()),  # where it begins, from 1
         ("before", pa.large_string()),  # text of the file between the last record and this one
@@ -43,6 +45,7 @@ SCHEMA = pa.schema(
         ("joint", pa.string()),  # what stands between that literal and a backup's
         ("text", pa.large_string()),  # the target's value; null where the record is skipped
         ("skip", pa.string()),  # why it is skipped, or null
+        ("error", pa.string()),  # what is wrong with a line that is no record, or null
         ("after", pa.large_string()),  # text behind the last record of a file; null for others
     ]
 )
@@ -87,8 +90,18 @@ def load_records(
     is logged and left out).
     """
     globs = [glob] if isinstance(glob, str) else list(glob)
-    sources = discover(Path(path), globs)
-    return load(sources, field, backup_field, records_key, on_bad_input, Path(cache_dir)).dataset
+    found = discover(Path(path), globs)
+    refuse_unread(found.unread, on_bad_input)
+    loaded = load(found.sources, field, backup_field, records_key, on_bad_input, Path(cache_dir))
+    return loaded.dataset
+
+
+def refuse_unread(unread: Sequence[InputError], on_bad_input: str) -> None:
+    """Says what cannot be read. Raises: the first InputError, unless it is to be left out."""
+    for error in unread:
+        if on_bad_input == "fail":
+            raise error
+        log.warning("left out: %s", error)
 
 
 def load(
@@ -98,18 +111,60 @@ def load(
     records_key: str | None,
     on_bad_input: str,
     cache_dir: Path,
+    tick: Callable[[int], None] = no_tick,
 ) -> Loaded:
-    """`load_records` of files already found; tells what became of each."""
+    """`load_records` of files already found; tells what became of each.
+
+    `tick` is told the bytes of the input that were read, as they are.
+    """
     target = field_target(field, backup_field)
-    fingerprint = _fingerprint(sources, field, backup_field, records_key, on_bad_input)
+    contents, readable, unread = _digests(sources, on_bad_input)
+    options = (field, backup_field, records_key, on_bad_input)
+    fingerprint = _fingerprint(contents, *options)
     folder = private_folder(private_folder(cache_dir) / "datasets") / fingerprint
-    if not (folder / "files.json").exists():
-        _write(folder, sources, target, records_key, on_bad_input)
-    files = [LoadedFile(**entry) for entry in json.loads((folder / "files.json").read_text())]
+    kept = _kept(folder)
+    if kept is None:
+        if folder.exists():
+            log.warning("%s was damaged; the input is loaded again", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        kept = _write(folder, readable, target, records_key, on_bad_input, tick)
+    os.utime(folder)  # its last use, which `cache prune` looks at
+    files = [*kept, *unread]
     for file in files:
         if file.error:
             log.warning("left out: %s", file.error)
     return Loaded(_open(folder / "records.arrow", fingerprint), list(sources), files)
+
+
+def _kept(folder: Path) -> list[LoadedFile] | None:
+    """What became of each file, where the folder holds a carrier that is what was written."""
+    try:
+        told = json.loads((folder / "files.json").read_text())
+        if told["digest"] == digest(folder / "records.arrow"):
+            return [LoadedFile(**entry) for entry in told["files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def _digests(
+    sources: Sequence[Source], on_bad_input: str
+) -> tuple[list[tuple[str, str]], list[Source], list[LoadedFile]]:
+    """The name and the digest of each file; the files that can be read; those that cannot.
+
+    Raises: InputError, unless such files are to be left out.
+    """
+    contents, readable, unread = [], [], []
+    for source in sources:
+        try:
+            contents.append((source.name, source.digest()))
+        except InputError as error:
+            if on_bad_input == "fail":
+                raise
+            unread.append(LoadedFile(source.name, 0, str(error)))
+        else:
+            readable.append(source)
+    return contents, readable, unread
 
 
 def load_fields(
@@ -118,13 +173,14 @@ def load_fields(
     records_key: str | None,
     on_bad_input: str,
     cache_dir: Path,
+    tick: Callable[[int], None] = no_tick,
 ) -> Loaded:
     """`load` for several fields, each with its backup: all the records with the first as their
     target, then all with the second, and so on. A column `target` says which."""
     from datasets import concatenate_datasets
 
     each = [
-        load(sources, field, backup, records_key, on_bad_input, cache_dir)
+        load(sources, field, backup, records_key, on_bad_input, cache_dir, tick)
         for field, backup in targets
     ]
     if len(each) == 1:
@@ -156,55 +212,81 @@ def field_target(field: str, backup_field: str | None) -> Field:
     return Field(path, backup_field or None)
 
 
-def batches(source: Source, field: Field, records_key: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of one file in columns, some thousands at a time.
+class Row(NamedTuple):
+    """One record, as the carrier has it but for where it stands."""
 
-    Raises: InputError.
-    """
-    rows: list[tuple[Any, ...]] = []
-    index = first = weight = 0
-    tail = None
-    for item in read_records(source, field, records_key):
-        if isinstance(item, Tail):
-            tail = item.text if index else None
-            break
-        if len(rows) >= ROWS or weight > CHARACTERS:
-            yield _columns(source.name, first, rows, None)
-            rows, first, weight = [], index, 0
-        line, before, raw, target = item
-        skip = _skip_reason(target)
-        if target is None:
-            rows.append((line, before, raw, -1, -1, "", None, skip))
-        else:
-            start, end, value, joint = target
-            text = None if skip else encodable(value)
-            rows.append((line, before, raw, start, end, joint, text, skip))
-        weight += len(raw)
-        index += 1
-    yield _columns(source.name, first, rows, tail)
+    line: int
+    before: str
+    raw: str
+    start: int
+    end: int
+    joint: str
+    text: str | None
+    skip: str | None
+    error: str | None
 
 
-def _columns(
-    name: str, first: int, rows: list[tuple[Any, ...]], tail: str | None
-) -> dict[str, Any]:
-    count = len(rows)
-    line, before, raw, start, end, joint, text, skip = zip(*rows, strict=True) if rows else [()] * 8
-    after = [None] * count
-    if tail is not None:
-        after[-1] = tail  # type: ignore[call-overload]
-    return {
-        "file": pa.repeat(name, count),
-        "index": pa.array(range(first, first + count), pa.int64()),
-        "line": line,
-        "before": before,
-        "raw": raw,
-        "start": start,
-        "end": end,
-        "joint": joint,
-        "text": text,
-        "skip": skip,
-        "after": after,
-    }
+def row_of(record: Record | Broken) -> Row:
+    line, before, raw = record[:3]
+    if isinstance(record, Broken):
+        skip = FOREIGN if record.foreign else BROKEN
+        return Row(line, before, raw, -1, -1, "", None, skip, record.message)
+    reason = _skip_reason(record.target)
+    if record.target is None:
+        return Row(line, before, raw, -1, -1, "", None, reason, None)
+    start, end, value, joint = record.target
+    text = None if reason else encodable(value)
+    return Row(line, before, raw, start, end, joint, text, reason, None)
+
+
+class _Rows:
+    """Rows of one file after another, written a batch at a time whatever the files' sizes."""
+
+    def __init__(self, writer: pa.RecordBatchWriter) -> None:
+        self._writer = writer
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[Row] = []
+        self._after: dict[int, str] = {}
+        self._runs: list[tuple[str, int, int]] = []  # a file's name, first record, first row
+        self._weight = 0
+
+    def take(self, name: str, items: Iterator[Record | Broken | Tail]) -> int:
+        """The rows of one file; gives how many."""
+        index = 0
+        self._runs.append((name, 0, len(self._rows)))
+        for item in items:
+            if isinstance(item, Tail):
+                if index:
+                    self._after[len(self._rows) - 1] = item.text
+                break
+            if len(self._rows) >= ROWS or self._weight > CHARACTERS:
+                self.flush()
+                self._runs.append((name, index, 0))
+            self._rows.append(row_of(item))
+            self._weight += len(item.raw)
+            index += 1
+        return index
+
+    def flush(self) -> None:
+        count = len(self._rows)
+        if not count:
+            return
+        ends = [*(first for *_, first in self._runs[1:]), count]
+        runs = [
+            (name, index, end - first)
+            for (name, index, first), end in zip(self._runs, ends, strict=True)
+        ]
+        columns: dict[str, Any] = dict(zip(Row._fields, zip(*self._rows, strict=True), strict=True))
+        columns["file"] = pa.concat_arrays([pa.repeat(name, size) for name, _, size in runs])
+        columns["index"] = [index + n for _, index, size in runs for n in range(size)]
+        after: list[str | None] = [None] * count
+        for number, text in self._after.items():
+            after[number] = text
+        columns["after"] = after
+        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        self._clear()
 
 
 def _skip_reason(target: Target | None) -> str | None:
@@ -220,8 +302,7 @@ def _skip_reason(target: Target | None) -> str | None:
     return None
 
 
-def _fingerprint(sources: Sequence[Source], *options: Any) -> str:
-    contents = [(source.name, source.digest()) for source in sources]
+def _fingerprint(contents: Sequence[tuple[str, str]], *options: Any) -> str:
     seed = json.dumps([LOADER_VERSION, options, contents])
     return hashlib.sha256(seed.encode()).hexdigest()[:32]
 
@@ -232,46 +313,57 @@ def _write(
     field: Field,
     records_key: str | None,
     on_bad_input: str,
-) -> None:
-    """Writes the carrier beside its place and moves it there whole."""
-    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    tick: Callable[[int], None],
+) -> list[LoadedFile]:
+    """Writes the carrier beside its place and moves it there whole.
+
+    Raises: InputError, CacheError.
+    """
+    skip = on_bad_input == "skip"
+    files = []
     try:
-        files = []
-        with (
-            pa.OSFile(str(scratch / "records.arrow"), "wb") as sink,
-            pa.ipc.new_stream(sink, SCHEMA) as writer,
-        ):
-            for source in sources:
-                files.append(_write_file(writer, source, field, records_key, on_bad_input))
-        (scratch / "files.json").write_text(json.dumps([asdict(file) for file in files]))
+        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
         try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / "files.json").exists():  # another process may have been first
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            with (
+                pa.OSFile(str(scratch / "records.arrow"), "wb") as sink,
+                pa.ipc.new_stream(sink, SCHEMA) as writer,
+            ):
+                rows = _Rows(writer)
+                for source in sources:
+                    error = _broken(source, field, records_key) if skip else None
+                    count = 0
+                    if error is None:
+                        items = read_records(
+                            source, field, records_key, keep_broken=skip, tick=tick
+                        )
+                        count = rows.take(source.name, items)
+                    files.append(LoadedFile(source.name, count, error))
+                rows.flush()
+            told = {
+                "files": [asdict(file) for file in files],
+                "digest": digest(scratch / "records.arrow"),
+            }
+            (scratch / "files.json").write_text(json.dumps(told))
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if _kept(folder) is None:  # another process may have been first
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise CacheError(f"--cache-dir {folder.parents[1]}: {reason(error)}") from None
+    return files
 
 
-def _write_file(
-    writer: pa.RecordBatchWriter,
-    source: Source,
-    field: Field,
-    records_key: str | None,
-    on_bad_input: str,
-) -> LoadedFile:
-    if on_bad_input == "skip":  # read once before a row of it is written
-        try:
-            for _ in read_records(source, field, records_key):
-                pass
-        except InputError as error:
-            return LoadedFile(source.name, 0, str(error))
-    records = 0
-    for columns in batches(source, field, records_key):
-        rows = pa.record_batch(columns, schema=SCHEMA)
-        records += rows.num_rows
-        writer.write_batch(rows)
-    return LoadedFile(source.name, records)
+def _broken(source: Source, field: Field, records_key: str | None) -> str | None:
+    """Why a file is left out as a whole. It is read once before a row of it is written."""
+    try:
+        for _ in read_records(source, field, records_key, keep_broken=True):
+            pass
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _open(path: Path, fingerprint: str) -> Dataset:

@@ -6,7 +6,7 @@ import codecs
 import zlib
 from collections.abc import Callable, Iterator
 from json.decoder import JSONDecodeError
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 from fabe_ds.errors import InputError
 from fabe_ds.records.discover import LINES, Source
@@ -32,29 +32,68 @@ class Record(NamedTuple):
     target: Target | None
 
 
+class Broken(NamedTuple):
+    """A line that is no JSON record. `raw` is its text; where `foreign`, it is no UTF-8, and `raw`
+    is its bytes as ISO 8859-1."""
+
+    line: int
+    before: str
+    raw: str
+    message: str
+    foreign: bool = False
+
+
 class Tail(NamedTuple):
     """The text of a file that follows its last record (all of it, where it holds none)."""
 
     text: str
 
 
+def no_tick(amount: int) -> None:
+    """Tells nobody how far the reading is."""
+
+
 def read_records(
-    source: Source, field: Field, records_key: str | None = None
-) -> Iterator[Record | Tail]:
+    source: Source,
+    field: Field,
+    records_key: str | None = None,
+    *,
+    keep_broken: bool = False,
+    tick: Callable[[int], None] = no_tick,
+) -> Iterator[Record | Broken | Tail]:
     """The records of one file, then its tail.
 
+    `keep_broken`: in JSON lines, a line that is no record is given as what it is. `tick` is told
+    the bytes of the file that were read, as they are.
     Raises: InputError, naming file, line and column.
     """
     try:
         with source.open() as file:
+            reading = cast(BinaryIO, _Ticking(file, tick))
             if source.kind == LINES:
-                yield from _read_lines(source, file, field)
+                yield from _read_lines(source, reading, field, keep_broken)
             else:
                 keys = parse_path(records_key) if records_key else ()
-                yield from _Document(source, file).read(field, keys)
+                yield from _Document(source, reading).read(field, keys)
     except (OSError, EOFError, zlib.error) as error:  # gzip's own complaints are among these
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(source.path, f"cannot be read: {reason}") from None
+
+
+class _Ticking:
+    """A file that tells how far it was read, in bytes on the disk."""
+
+    def __init__(self, file: BinaryIO, tick: Callable[[int], None]) -> None:
+        self._file, self._tick = file, tick
+        self._on_disk = getattr(file, "fileobj", file)  # of a GzipFile, what it reads from
+        self._told = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        position = self._on_disk.tell()
+        self._tick(position - self._told)
+        self._told = position
+        return data
 
 
 def _check_encoding(source: Source, head: bytes) -> None:
@@ -69,39 +108,63 @@ def _not_utf8(source: Source, error: UnicodeDecodeError, line: int) -> InputErro
     return InputError(source.path, f"not UTF-8: byte 0x{data[error.start]:02x}", line, column)
 
 
-def _read_lines(source: Source, file: BinaryIO, field: Field) -> Iterator[Record | Tail]:
+def _read_lines(
+    source: Source, file: BinaryIO, field: Field, keep_broken: bool
+) -> Iterator[Record | Broken | Tail]:
     number, before = 1, ""
     for chunk in _whole_lines(source, file):
+        foreign: dict[int, str] = {}
         try:
-            text = chunk.decode()
+            lines = chunk.decode().split("\n")
         except UnicodeDecodeError as error:
-            raise _not_utf8(source, error, number) from None
-        lines = text.split("\n")
+            if not keep_broken:
+                raise _not_utf8(source, error, number) from None
+            lines, foreign = _line_by_line(chunk)
         last = len(lines) - 1
         for index, line in enumerate(lines):
             newline = "" if index == last else "\n"
             raw = line.strip(_BETWEEN)
             if raw:
                 start = 0 if len(raw) == len(line) else line.index(raw)
-                try:
-                    stop, target = field.locate(raw, 0)
-                except JSONDecodeError as error:
-                    column = start + error.pos + 1
-                    hint = " (a JSON list? name it .json)" if raw[0] == "[" else ""
-                    raise InputError(source.path, error.msg + hint, number, column) from None
-                if stop != len(raw):
-                    column = start + skip_space(raw, stop) + 1
-                    raise InputError(source.path, "Extra data on the line", number, column)
-                if len(raw) == len(line):
+                wrong = foreign.get(index)
+                if wrong is None:
+                    try:
+                        stop, target = field.locate(raw, 0)
+                        if stop != len(raw):
+                            stop = skip_space(raw, stop)
+                            raise JSONDecodeError("Extra data on the line", raw, stop)
+                    except JSONDecodeError as error:
+                        column = start + error.pos + 1
+                        if not keep_broken:
+                            hint = " (a JSON list? name it .json)" if raw[0] == "[" else ""
+                            raise InputError(
+                                source.path, error.msg + hint, number, column
+                            ) from None
+                        wrong = f"not JSON: {error.msg} (column {column})"
+                if len(raw) != len(line):
+                    before += line[:start]
+                if wrong is None:
                     yield Record(number, before, raw, target)
-                    before = newline
                 else:
-                    yield Record(number, before + line[:start], raw, target)
-                    before = line[start + len(raw) :] + newline
+                    yield Broken(number, before, raw, wrong, index in foreign)
+                before = newline if len(raw) == len(line) else line[start + len(raw) :] + newline
             else:
                 before += line + newline
             number += index != last
     yield Tail(before)
+
+
+def _line_by_line(chunk: bytes) -> tuple[list[str], dict[int, str]]:
+    """The lines of bytes that are not all UTF-8, and what is wrong with those that are not."""
+    lines: list[str] = []
+    foreign: dict[int, str] = {}
+    for number, line in enumerate(chunk.split(b"\n")):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            lines.append(line.decode("latin-1"))
+            foreign[number] = f"not UTF-8: byte 0x{line[error.start]:02x} (byte {error.start + 1})"
+    return lines, foreign
 
 
 def _whole_lines(source: Source, file: BinaryIO) -> Iterator[bytes]:

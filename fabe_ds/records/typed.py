@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from fabe_ds.errors import InputError
 from fabe_ds.records.discover import Source
-from fabe_ds.records.read import Tail, read_records
+from fabe_ds.records.read import Broken, Tail, read_records
 from fabe_ds.records.scan import Field
 from fabe_ds.surrogates import encodable_value
 
@@ -30,8 +30,8 @@ def typed_records(
 ) -> None:
     """Writes the records of JSON and JSON-lines files as columns to the Arrow file `place`.
 
-    A key that is missing is null. Of equal keys the last counts. Values of several types, and
-    numbers beyond 64 bits, make their column one of JSON text.
+    A key that is missing is null; a line that is no record is left out. Of equal keys the last
+    counts. Values of several types, and numbers beyond 64 bits, make their column one of JSON text.
 
     Raises: InputError (a record that is no object).
     """
@@ -57,9 +57,11 @@ def _batches(
 
 
 def _objects(source: Source, field: Field, records_key: str | None) -> Iterator[dict[str, Any]]:
-    for item in read_records(source, field, records_key):
+    for item in read_records(source, field, records_key, keep_broken=True):
         if isinstance(item, Tail):
             return
+        if isinstance(item, Broken):  # as a run has copied it
+            continue
         try:
             value = json.loads(item.raw)
         except (ValueError, RecursionError) as error:  # a number, or nesting, beyond all use

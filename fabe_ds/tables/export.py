@@ -8,20 +8,20 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.config import RunConfig
+from fabe_ds.config import STANDARD, RunConfig
 from fabe_ds.errors import UsageError
-from fabe_ds.folders import check_writable
-from fabe_ds.records.export import replacing
-from fabe_ds.result import DEFAULT_OUTPUT
-from fabe_ds.tables.csv import write_csv
-from fabe_ds.tables.load import SEPARATORS, is_saved
+from fabe_ds.files import check_writable, replacing
+from fabe_ds.plan import output_of, reports_of
+from fabe_ds.tables.csv import ROW, read_head, write_csv, write_csv_like
+from fabe_ds.tables.load import SEPARATORS, Table, is_saved
+from fabe_ds.tables.parquet import refuse_unheld, write_parquet_like
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,31 +29,70 @@ if TYPE_CHECKING:
 ROWS = 1000
 
 
-def table_place(config: RunConfig) -> Path:
-    """The file, or the folder, that a table is written to.
+def table_place(config: RunConfig) -> tuple[Path, Path]:
+    """The file, or the folder, that a table is written to; and what the report stands beside.
 
     Raises: UsageError where that is the input, or cannot be.
     """
-    path, folder = config.input_path, config.output_path or DEFAULT_OUTPUT
+    path = config.input_path
     assert path is not None
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder}: not a folder")
-    kind = config.output_format or _kind_of(path)
-    name = path.stem if path.is_file() else path.name or path.resolve().name
-    if config.split != "train":  # beside what another split's run has written
-        name = f"{name}-{re.sub(r'[^A-Za-z0-9_.]+', '-', config.split).strip('-')}"
-    place = folder / (name if kind == "dataset" else f"{name}.{kind}")
+    output, single = output_of(config)
+    reports = reports_of(config, output, single)
+    if single:
+        kind = _kind_of_file(output, config)
+        place = output
+    else:
+        kind = _kind_of(config)
+        name = path.stem if path.is_file() else path.name or path.resolve().name
+        if config.split != "train":  # beside what another split's run has written
+            name = f"{name}-{re.sub(r'[^A-Za-z0-9_.]+', '-', config.split).strip('-')}"
+        place = output / (name if kind == "dataset" else f"{name}.{kind}")
     source, target = path.resolve(), place.resolve()
-    if target in (source, *source.parents) or (path.is_dir() and folder.resolve() == source):
-        raise UsageError(f"--output {folder}: would replace the input {path}; name another")
+    if target in (source, *source.parents) or (path.is_dir() and output.resolve() == source):
+        raise UsageError(f"--output {output}: would replace the input {path}; name another")
+    if config.output_path == STANDARD and kind == "dataset":
+        raise UsageError("--output -: a saved Dataset is a folder; give an --output-format")
     check_writable(place)
-    return place
+    return place, reports
 
 
-def export_table(dataset: Dataset, place: Path, config: RunConfig) -> None:
-    """Writes the rows to `place`, whole or not at all. Raises: ExportError."""
-    assert config.input_path is not None
-    kind = config.output_format or _kind_of(config.input_path)
+def _kind_of_file(output: Path, config: RunConfig) -> str:
+    """What a table is written as in a file of that name."""
+    suffix = output.suffix.lower()[1:]
+    kind = "jsonl" if suffix == "ndjson" else suffix
+    if kind not in ("jsonl", "parquet", "csv", "tsv"):
+        raise UsageError(f"--output {output}: a table is written as .parquet, .csv, .tsv or .jsonl")
+    if config.output_format not in (None, kind):
+        raise UsageError(
+            f"--output {output} and --output-format {config.output_format} do not go together"
+        )
+    return kind
+
+
+def export_table(
+    dataset: Dataset,
+    table: Table,
+    changed: Collection[str],
+    place: Path,
+    config: RunConfig,
+    tick: Callable[[int], None],
+) -> None:
+    """Writes the rows to `place`, whole or not at all; `tick` is told of them.
+
+    `table` is what they were read as, of which the columns `changed` have other values. What was
+    read from a CSV or a Parquet file, and is written as such, keeps all that was not asked
+    about as it was. Raises: ExportError, UsageError.
+    """
+    kind = _kind_of_file(place, config) if output_of(config)[1] else _kind_of(config)
+    source = table.files[0].suffix.lower()[1:] if table.files else ""
+    if kind == source == "parquet":
+        with replacing(place) as file:
+            write_parquet_like(dataset, table.files, table.ranges, changed, file, tick)
+        return
+    if source == "parquet":
+        refuse_unheld(table.files[0], kind)
+    if ROW in dataset.column_names and kind != source:
+        dataset = dataset.remove_columns(ROW)
     if kind == "dataset":
         _save(dataset, place)
         return
@@ -63,13 +102,24 @@ def export_table(dataset: Dataset, place: Path, config: RunConfig) -> None:
         elif kind == "jsonl":
             for row in _rows(dataset):
                 file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                tick(1)
+        elif ROW in dataset.column_names:
+            head = read_head(table.files[0], SEPARATORS[f".{kind}"])
+            names = [*head.names, *(n for n in dataset.column_names if n not in (*head.names, ROW))]
+            texts = ((row[ROW], [row[name] for name in names]) for row in _rows(dataset))
+            write_csv_like(head, names, texts, file, tick)
         else:
             lines = (tuple(row.values()) for row in _rows(dataset))
-            write_csv(chain([dataset.column_names], lines), SEPARATORS[f".{kind}"], file)
+            separator = SEPARATORS[f".{kind}"]
+            write_csv(chain([dataset.column_names], lines), separator, file, tick)
 
 
-def _kind_of(path: Path) -> str:
-    """What a table is written as where nobody says."""
+def _kind_of(config: RunConfig) -> str:
+    """What a table is written as in a folder."""
+    path = config.input_path
+    assert path is not None
+    if config.output_format:
+        return config.output_format
     if is_saved(path):
         return "dataset"
     suffix = path.suffix.lower()

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fabe_ds.config import RunConfig
-from fabe_ds.errors import InputError, UsageError, first_line
-from fabe_ds.folders import private_folder
-from fabe_ds.records.discover import LEFT_BEHIND, left_by_runs
+from fabe_ds.errors import FabeError, InputError, UsageError, first_line
+from fabe_ds.files import private_folder
+from fabe_ds.quiet import quiet_datasets
+from fabe_ds.records.discover import (
+    LEFT_BEHIND,
+    Walk,
+    check_there,
+    kind_of,
+    say_hidden,
+    walk,
+)
+from fabe_ds.records.load import refuse_unread
 from fabe_ds.result import DEFAULT_OUTPUT, beside
-from fabe_ds.tables.csv import load_csv
+from fabe_ds.tables.csv import load_csv, read_head, read_rows
+from fabe_ds.tables.parquet import held_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -28,53 +44,61 @@ _INFOS = ("dataset_info.json", "dataset_infos.json")  # what datasets says besid
 _HUB_SECONDS = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that was read. `files` are those that its rows come from, `ranges` which of their
+    rows, all counted through; of a saved Dataset, and of one of the Hub, there are none. `bad` are
+    files that were left out, a line each."""
+
+    dataset: Dataset
+    files: list[Path] = field(default_factory=list)
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+
 def is_table(config: RunConfig) -> bool:
     """Whether the input is a table, and not JSON."""
     path = config.input_path
     if path is None:
         return False
-    if path.is_dir():
-        return is_saved(path) or bool(_tables(config))
-    if path.exists():
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where it may not look
+        return is_saved(path) or bool(_tables(config)[0])
+    if os.path.lexists(path):
         return path.suffix.lower() in BUILDERS
     return _is_hub_id(path)
 
 
 def _is_hub_id(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix in _JSON or suffix in BUILDERS or path.parent.exists():  # a misspelled path
+    if suffix in _JSON or suffix in BUILDERS or os.path.lexists(path.parent):  # a misspelled path
         return False
     return _HUB_ID.fullmatch(str(path)) is not None
 
 
 def is_saved(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    """Whether this is a folder that `save_to_disk` has made."""
+    return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))  # noqa: PTH113
 
 
-def _tables(config: RunConfig) -> list[Path]:
-    """The table files of a folder that has no JSON. What a run leaves there itself, and what is
-    hidden, does not count."""
+def _tables(config: RunConfig) -> tuple[list[Path], Walk]:
+    """The table files of a folder that has no JSON, and all that was found there. What a run leaves
+    there itself, and what is hidden, does not count."""
     folder = config.input_path
     assert folder is not None
     output = config.output_path or DEFAULT_OUTPUT
-    ours = [config.cache_dir.resolve(), output.resolve()]
-    ours += [beside(output, name) for name in LEFT_BEHIND]
-    skipped = [place for place in (*ours, *left_by_runs(folder)) if place != folder.resolve()]
-    found = {file for pattern in config.input_glob or ["**/*"] for file in folder.glob(pattern)}
-    files = [
-        file
-        for file in sorted(found)
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and not any(file.resolve().is_relative_to(place) for place in skipped)
-        and file.name not in _INFOS
-    ]
-    tables = [file for file in files if file.suffix.lower() in BUILDERS]
-    if any(file.suffix.lower() in _JSON for file in files):
+    ours = [config.cache_dir, output, *(beside(output, name) for name in LEFT_BEHIND)]
+    found = walk(folder, config.input_glob, ours)
+    files = [name for name in found.files if Path(name).name not in _INFOS]
+    tables = [folder / name for name in files if _suffix(name) in BUILDERS]
+    if any(kind_of(name) for name in files):
         if tables:
             log.warning("%s: JSON is read, and %d tables are left out", folder, len(tables))
-        return []
-    return tables
+        return [], found
+    return tables, found
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
 
 
 def _alike(folder: Path, tables: list[Path]) -> list[Path]:
@@ -88,34 +112,96 @@ def _alike(folder: Path, tables: list[Path]) -> list[Path]:
     return alike
 
 
-def load_table(config: RunConfig) -> Dataset:
+def load_table(config: RunConfig) -> Table:
     """The input as a Dataset with its own columns.
 
-    Raises: UsageError (no such dataset or split), InputError (a file that cannot be read).
+    Raises: UsageError (no such dataset or split), InputError (a file that cannot be read, unless it
+    is to be left out).
     """
     import datasets
 
     path = config.input_path
     assert path is not None
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say what is wrong, in a line
+    files: list[Path] = []
     try:
-        if path.is_dir() and is_saved(path):
-            return _split_of(datasets.load_from_disk(str(path)), config.split)
-        if path.exists():
-            files = _alike(path, _tables(config)) if path.is_dir() else [path]
-            return _split_of(load_files(files, config.cache_dir), config.split)
-        _look_for(str(path))
-        return datasets.load_dataset(str(path), config.config_name, split=config.split)
-    except (UsageError, InputError):
+        with quiet_datasets():
+            if path.is_dir() and is_saved(path):
+                return _split_of(datasets.load_from_disk(str(path)), config.split)
+            if path.exists():
+                check_there(path)
+                files, bad = _files(config)
+                table = _split_of(load_files(files, config.cache_dir), config.split)
+                return replace(table, files=files, bad=bad)
+            _look_for(str(path))
+            return Table(datasets.load_dataset(str(path), config.config_name, split=config.split))
+    except FabeError:
         raise
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise UsageError(f"--input {path}: {first_line(error)}") from None
-    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        raise InputError(path, first_line(error.__cause__ or error)) from None
+    except Exception as error:
+        if wrong := next(filter(None, map(_broken, files)), None):
+            raise wrong from None
+        message = first_line(error.__cause__ or error)
+        if isinstance(error, FileNotFoundError | ConnectionError | ValueError):
+            raise UsageError(f"--input {path}: {message}") from None
+        raise InputError(path, f"cannot be read: {message}") from None
 
 
-def _split_of(found: Dataset | DatasetDict, split: str) -> Dataset:
+def _files(config: RunConfig) -> tuple[list[Path], list[str]]:
+    """The files to read, and what is left out because it cannot be read.
+
+    Raises: InputError, unless such is to be left out.
+    """
+    path = config.input_path
+    assert path is not None
+    if not path.is_dir():
+        return [path], []
+    tables, found = _tables(config)
+    refuse_unread(found.unread, config.on_bad_input)
+    say_hidden(path, found)
+    files, bad = _alike(path, tables), list(map(str, found.unread))
+    if config.on_bad_input == "skip":
+        for file in list(files):
+            if wrong := _broken(file):
+                log.warning("left out: %s", wrong)
+                files.remove(file)
+                bad.append(str(wrong))
+        if not files:
+            raise UsageError(f"--input {path}: none of its files can be read; {bad[-1]}")
+    return files, bad
+
+
+def _broken(file: Path) -> InputError | None:
+    """What is wrong with a file; it is read whole."""
+    suffix = file.suffix.lower()
+    try:
+        if suffix in SEPARATORS:
+            for _ in read_rows(file, read_head(file, SEPARATORS[suffix])):
+                pass
+        elif suffix == ".parquet":
+            for _ in pq.ParquetFile(file).iter_batches():
+                pass
+        else:
+            for _ in _arrow_batches(file):
+                pass
+    except InputError as error:
+        return error
+    except Exception as error:
+        return InputError(file, f"cannot be read: {first_line(error)}")
+    return None
+
+
+def _arrow_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """Of a file in Arrow's stream format, or in its file format."""
+    with pa.memory_map(str(file)) as source:
+        try:
+            yield from pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            opened = pa.ipc.open_file(source)
+            for number in range(opened.num_record_batches):
+                yield opened.get_batch(number)
+
+
+def _split_of(found: Dataset | DatasetDict, split: str) -> Table:
     """The rows that a split names, as datasets writes it: test, train[:100], train[50%:]+test."""
     from datasets import Dataset, ReadInstruction, concatenate_datasets
 
@@ -130,33 +216,41 @@ def _split_of(found: Dataset | DatasetDict, split: str) -> Dataset:
         parts = instruction.to_absolute({name: len(rows) for name, rows in named.items()})
     except (ValueError, AssertionError):
         raise UsageError(f"--split {split}: has {', '.join(named)}") from None
-    chosen = []
+    chosen, ranges = [], []
     for part in parts:
         rows = named[part.splitname]
-        first, end = part.from_ or 0, len(rows) if part.to is None else part.to
+        end = len(rows) if part.to is None else min(part.to, len(rows))
+        first = min(part.from_ or 0, end)
         chosen.append(rows if (first, end) == (0, len(rows)) else rows.select(range(first, end)))
-    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+        ranges.append((first, end))
+    whole = chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+    return Table(whole, ranges=ranges)
 
 
 def load_files(files: list[Path], cache_dir: Path) -> Dataset:
     """The rows of files of one kind, kept as Arrow in the cache folder.
 
+    Columns of a Parquet file whose types `datasets` does not know (maps) are left out.
     Raises: InputError, and what `datasets.load_dataset` does.
     """
     import datasets
-    import pyarrow.parquet as pq
 
     suffix = files[0].suffix.lower()
     place = private_folder(private_folder(cache_dir) / "tables")
     if suffix in SEPARATORS:
         return load_csv(files, SEPARATORS[suffix], place)
-    if suffix == ".parquet" and not any(pq.read_metadata(file).num_rows for file in files):
-        return datasets.Dataset(pq.read_schema(files[0]).empty_table())
+    options: dict[str, Any] = {}
+    if suffix == ".parquet":
+        held = held_columns(pq.read_schema(files[0]))
+        options = {"columns": held.names, "features": datasets.Features.from_arrow_schema(held)}
+        if not any(pq.read_metadata(file).num_rows for file in files):
+            return datasets.Dataset(held.empty_table())
     return datasets.load_dataset(
         BUILDERS[suffix],
         data_files=[glob.escape(str(file.resolve())) for file in files],
         split="train",
         cache_dir=str(place),
+        **options,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,35 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from fabe_ds import rules
 from fabe_ds.config import RunConfig
+from fabe_ds.course import ANSWERING, WRITING, Course
 from fabe_ds.engine.intake import Item
 from fabe_ds.errors import UsageError
-from fabe_ds.folders import private_folder
+from fabe_ds.files import private_folder
 from fabe_ds.history import recorded
-from fabe_ds.result import (
-    DEFAULT_OUTPUT,
-    FAILURES,
-    REPORT,
-    RunResult,
-    beside,
-    leave,
-    sizes,
-    spread,
-)
+from fabe_ds.result import FAILURES, REPORT, RunResult, beside, leave, sizes, spread
 from fabe_ds.tables.export import export_table, table_place
 from fabe_ds.tables.load import load_table
-from fabe_ds.transform import Transform, dotted_hint, inside
+from fabe_ds.text import listed
+from fabe_ds.transform import OURS, Transform, dotted_hint, inside
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
-
-    from fabe_ds.runner import Watch
 
 STATUS = "_fabe_ds"
 ROWS = 1000
 
 
-def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
+def run_table(config: RunConfig, course: Course) -> RunResult:
     """`run` of a table. Raises: FabeError."""
     import pyarrow.compute as pc
 
@@ -47,36 +38,44 @@ def run_table(config: RunConfig, watch: Watch | None = None) -> RunResult:
         raise UsageError("--inplace goes with JSON files; give an --output")
     if len(config.devices) > 1:
         raise UsageError(f"--device {config.device}: several go with JSON files; name one")
-    output, place = config.output_path or DEFAULT_OUTPUT, table_place(config)
+    place, reports = table_place(config)
     status = config.status_field or STATUS
     transform = Transform(config.model_copy(update={"on_error": "keep", "status_field": status}))
+    rules.check(config, transform.provider)
     config = config.model_copy(update={"base_url": transform.config.base_url})
-    dataset = load_table(config)
-    _check_columns(dataset, transform)
+    table = load_table(config)
+    dataset = table.dataset
+    check_columns(dataset, transform)
     try:
-        with recorded(transform.session.stats) as history:
-            written = _map(dataset, transform, config, watch)
+        course.stats = transform.session.stats
+        with recorded(course.stats) as history:
+            course.begin(ANSWERING, len(dataset) * transform.answers_each)
+            written = _map(dataset, transform, config)
+        course.begin(WRITING, len(written))
         kept = written if config.status_field else written.remove_columns(status)
-        export_table(kept, place, config)
+        changed = {path[0] for path in transform.paths}
+        export_table(kept, table, changed, place, config, course.tick)
         states = written.with_format("arrow")[status].combine_chunks() if len(written) else None
-        report = _result(config, transform, states, place, output, started)
-        course = {
+        report = _result(transform, states, table.bad, place, reports, started)
+        details: dict[str, Any] = {
             "history": history,
             "latency": transform.stats.latency,
             "instruction": transform.template[0],
         }
         if states is not None:
             for name in ("prompt_tokens", "completion_tokens"):
-                course[f"{name}_each"] = sizes(pc.struct_field(states, name))
+                details[f"{name}_each"] = sizes(pc.struct_field(states, name))
         failures, samples = _failures(written, transform), _samples(written, transform)
-        leave(config, report, output, failures, samples, course)
+        leave(config, report, reports, failures, samples, details)
         return report
     finally:
         transform.close()
 
 
-def _check_columns(dataset: Dataset, transform: Transform) -> None:
-    config, there = transform.config, dataset.column_names
+def check_columns(dataset: Dataset, transform: Transform) -> None:
+    """Raises: UsageError where the table lacks a field, or has a column that is to be added."""
+    config = transform.config
+    there = [name for name in dataset.column_names if not name.startswith(OURS)]
     ours = {"--status-field": config.status_field}
     if config.samples > 1:
         ours["--samples-field"] = config.samples_field
@@ -85,17 +84,17 @@ def _check_columns(dataset: Dataset, transform: Transform) -> None:
             raise UsageError(f"{spelled} {taken}: there is such a column; name another")
     names = (transform.config.field, *transform.config.also_fields)
     for name, (column, *inner) in zip(names, transform.paths, strict=True):
-        if column not in dataset.features:
+        if column not in there:
             raise UsageError(
-                f"--field {name}: no column {column!r}{dotted_hint(name, dataset.features)}; there "
-                f"are {', '.join(dataset.features)}"
+                f"--field {name}: no column {column!r}{dotted_hint(name, there)}; there are "
+                f"{listed(there)}"
             )
         kind = getattr(dataset.features[column], "dtype", None)
         if not inner and kind not in ("string", "large_string"):
             raise UsageError(f"--field {name}: the column is {kind or 'nested'}, not text")
 
 
-def _map(dataset: Dataset, transform: Transform, config: RunConfig, watch: Watch | None) -> Dataset:
+def _map(dataset: Dataset, transform: Transform, config: RunConfig) -> Dataset:
     import datasets
 
     new = pa.schema(list(transform.new_columns(dataset.column_names).items()))
@@ -106,19 +105,17 @@ def _map(dataset: Dataset, transform: Transform, config: RunConfig, watch: Watch
     # which the record cache makes cheap and which never keeps a failure.
     folder = private_folder(private_folder(config.cache_dir) / "tables")
     place = folder / f"{transform.digest()}-{dataset._fingerprint}.arrow"
-    total = len(dataset) * transform.answers_each
-    with watch(transform.session.stats, total) if watch else contextlib.nullcontext():
-        if config.runner == "ray":
-            return _on_ray(dataset, transform, config, features, place)
-        transform.look_ahead(table_items(dataset, transform))
-        return dataset.map(
-            transform,
-            batched=True,
-            batch_size=ROWS,
-            features=features,
-            cache_file_name=str(place),
-            load_from_cache_file=False,
-        )
+    if config.runner == "ray":
+        return _on_ray(dataset, transform, config, features, place)
+    transform.look_ahead(table_items(dataset, transform))
+    return dataset.map(
+        transform,
+        batched=True,
+        batch_size=ROWS,
+        features=features,
+        cache_file_name=str(place),
+        load_from_cache_file=False,
+    )
 
 
 def _on_ray(
@@ -132,7 +129,7 @@ def _on_ray(
     changed = {path[0] for path in transform.paths}
     new = transform.new_columns(dataset.column_names).keys()
     backups = transform.new_columns(()).keys() & set(dataset.column_names)
-    whole = transform.instruction.needs_record
+    whole = transform.needs_record
     rows = dataset if whole else dataset.select_columns(sorted(changed | backups))
     tables = rows.with_format("arrow").iter(batch_size=ROWS)
     given = Features({name: features[name] for name in features if name in changed | new})
@@ -143,14 +140,14 @@ def _on_ray(
 
 def table_items(dataset: Dataset, transform: Transform) -> Iterator[Item]:
     """What all the rows ask for."""
-    if not transform.instruction.needs_record:
+    if not transform.needs_record:
         dataset = dataset.select_columns(list(dict.fromkeys(path[0] for path in transform.paths)))
     for table in dataset.with_format("arrow").iter(batch_size=ROWS):
         yield from transform.table_items(table.to_pydict())
 
 
 def _result(
-    config: RunConfig, transform: Transform, states: Any, place: Path, output: Path, started: float
+    transform: Transform, states: Any, bad: list[str], place: Path, reports: Path, started: float
 ) -> RunResult:
     import pyarrow.compute as pc
 
@@ -168,7 +165,7 @@ def _result(
         failed=state.get("failed", 0),
         skipped={"no text": state["skipped"]} if "skipped" in state else {},
         failures_by_kind=counts("failure"),
-        bad_files=[],
+        bad_files=bad,
         outputs=[place],
         seconds=time.monotonic() - started,
         requests=stats.requests if transform.provider.cached else 0,
@@ -181,8 +178,8 @@ def _result(
         cost=stats.cost,
         loading=stats.loading,
         notes=stats.notes,
-        failures_file=beside(output, FAILURES) if state.get("failed") else None,
-        report=beside(output, REPORT),
+        failures_file=beside(reports, FAILURES) if state.get("failed") else None,
+        report=beside(reports, REPORT),
     )
 
 

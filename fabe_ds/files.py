@@ -1,0 +1,330 @@
+"""Files that appear whole or not at all, and the folder for what is worth keeping between runs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gzip
+import hashlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import IO, Any, cast
+
+import yaml
+
+from fabe_ds.errors import CacheError, ExportError, UsageError, reason
+
+log = logging.getLogger(__name__)
+
+GROUP_FILES, GROUP_BYTES = 256, 1 << 25
+"""Most files, and bytes of them, that are brought to the disk together."""
+FEW = 8
+"""Files, or folders, that are brought to the disk one by one."""
+_UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+"""What fsync of a folder answers on CIFS, FUSE and the like, and open where it may not be read."""
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_SCRATCH = re.compile(rf"\.fabe-ds-{_HOST}-(\d+)-\d+\.tmp")
+_numbers = count()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, compress: bool | None = None) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block ends well, and not before.
+
+    Symlinks are followed; mode and owner of what is replaced are kept; the data is on disk before
+    the name changes. Compressed where the name ends in .gz.
+
+    Raises: ExportError.
+    """
+    with Replacing() as files, files.open(path, compress) as file:
+        yield file
+
+
+class Replacing:
+    """`replacing` for many files, which take their places in groups when the block ends, or
+    before: to bring each to the disk by itself takes ten times as long as to write a small one."""
+
+    def __init__(self) -> None:
+        self.digests: dict[Path, str] = {}
+        """SHA-256 of each file, by the path that it was opened as."""
+        self._waiting: list[tuple[Path, Path]] = []  # where a file is, and where it belongs
+        self._bytes = 0
+        self._folders: dict[Path, Path] = {}
+
+    def __enter__(self) -> Replacing:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._settle()
+        finally:
+            for scratch, _path in self._waiting:
+                scratch.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def open(self, path: Path, compress: bool | None = None) -> Iterator[IO[bytes]]:
+        """A file to write, which is to take the place of `path`. Raises: ExportError."""
+        try:
+            place = self._real(path)
+            scratch = place.with_name(f".fabe-ds-{_HOST}-{os.getpid()}-{next(_numbers)}.tmp")
+            file = _made_for(place, scratch)
+        except OSError as error:
+            raise _not_written(path, error) from None
+        ended = False
+        try:
+            with file:
+                hashed = _Hashed(file)
+                if path.suffix.lower() == ".gz" if compress is None else compress:
+                    with gzip.GzipFile(
+                        "", "wb", fileobj=cast(IO[bytes], hashed), mtime=0
+                    ) as packed:
+                        yield cast(IO[bytes], packed)
+                else:
+                    yield cast(IO[bytes], hashed)
+            ended = True
+        except OSError as error:
+            raise _not_written(path, error) from None
+        finally:
+            if not ended:
+                scratch.unlink(missing_ok=True)
+        self.digests[path] = hashed.hexdigest()
+        self._waiting.append((scratch, place))
+        self._bytes += hashed.size
+        if len(self._waiting) >= GROUP_FILES or self._bytes >= GROUP_BYTES:
+            self._settle()
+
+    def _real(self, path: Path) -> Path:
+        """The file that a path stands for. Its folder is made where there is none."""
+        if path.is_symlink():
+            path = Path(os.path.realpath(path))
+        folder = self._folders.get(path.parent)
+        if folder is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = self._folders[path.parent] = Path(os.path.realpath(path.parent))
+            _clear(folder)
+        return folder / path.name
+
+    def _settle(self) -> None:
+        """Brings the files that wait to the disk, and to their places. Raises: ExportError."""
+        folders = {path.parent for _, path in self._waiting}
+        path = None
+        try:
+            _sync([scratch for scratch, _ in self._waiting])
+            while self._waiting:
+                scratch, path = self._waiting[-1]
+                scratch.replace(path)
+                self._waiting.pop()
+            _sync(folders)
+        except OSError as error:
+            raise _not_written(path or self._waiting[0][1], error) from None
+        self._bytes = 0
+
+
+class _Hashed:
+    """A file that is written, and the digest of what is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+        self.size, self.closed = 0, False
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        self.size += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self.size
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Whoever has opened the file closes it."""
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _made_for(place: Path, scratch: Path) -> IO[bytes]:
+    """A new file at `scratch`, with the mode and the owner of the one that it is to replace."""
+    try:
+        status = place.stat()
+    except FileNotFoundError:
+        return os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
+    if status.st_nlink > 1:
+        log.warning("%s has other hard links; they keep the old contents", place)
+    handle = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with contextlib.suppress(PermissionError):  # only root gives files away; CIFS has no modes
+        os.fchown(handle, status.st_uid, status.st_gid)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(handle, status.st_mode & 0o7777)
+    return os.fdopen(handle, "wb")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what processes of this machine have left that were killed while they wrote."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if (left := _SCRATCH.fullmatch(path.name)) and not _is_alive(int(left[1])):
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _sync(paths: Iterable[Path]) -> None:
+    """Brings files, or the names in folders, to the disk; many of them with their whole disk."""
+    paths = list(paths)
+    together = len(paths) > FEW and _syncfs is not None
+    if together:
+        paths = list({path.stat().st_dev: path for path in paths}.values())
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                (_sync_disk if together else os.fsync)(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if error.errno not in _UNSYNCABLE or not path.is_dir():
+                raise
+
+
+_syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)  # Linux has it
+
+
+def _sync_disk(handle: int) -> None:
+    if _syncfs is not None and _syncfs(handle):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _not_written(path: Path, error: OSError) -> ExportError:
+    return ExportError(f"{path}: cannot be written: {reason(error)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes no key twice: of two, the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str" and key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
+                )
+            names.add(key.value if isinstance(key.value, str) else "")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> Any:
+    """The value in a YAML file. Raises: OSError; ValueError, which says where and what is wrong."""
+    try:
+        return yaml.load(file.read_bytes().decode("utf-8-sig"), _Loader)  # noqa: S506 - it is safe
+    except OSError:
+        raise
+    except UnicodeDecodeError:
+        raise ValueError(": not UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ValueError(f"{place}: {getattr(error, 'problem', None) or 'not YAML'}") from None
+    except RecursionError:
+        raise ValueError(": nested too deep") from None
+    except Exception as error:  # of a value that is not of the type that it is said to be
+        raise ValueError(f": {error}") from None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file. Raises: OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept_file(place: Path, write: Callable[[Path], None]) -> Path:
+    """The file at `place`, which `write` makes (at the path that it is given) where there is none,
+    or where it is not what was made. Raises: CacheError, and what `write` does."""
+    beside = place.with_suffix(".sha256")
+    try:
+        if beside.read_text() == digest(place):
+            os.utime(place)  # its last use, which `cache prune` looks at
+            return place
+    except (OSError, ValueError):
+        pass
+    scratch = place.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        write(scratch)
+        made = digest(scratch)
+        scratch.replace(place)
+        beside.write_text(made)
+    except OSError as error:
+        raise CacheError(f"{place}: cannot be written: {reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+    return place
+
+
+def private_folder(folder: Path) -> Path:
+    """Makes the folder, readable by its owner alone: completions may hold personal data.
+
+    Raises: CacheError.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError):  # another's, or of a disk without modes
+            folder.chmod(0o700)
+    except OSError as error:
+        raise CacheError(f"--cache-dir {folder}: {reason(error)}") from None
+    return folder
+
+
+def check_writable(place: Path) -> None:
+    """Raises: UsageError where no file or folder can be made at `place`."""
+    for path in (place, *place.absolute().parents):
+        try:
+            there = path.exists()
+        except OSError as error:  # below a folder that may not be looked into
+            raise UsageError(f"{place}: cannot be written: {reason(error)}") from None
+        if there:
+            break
+    if not os.access(path, os.W_OK) or (path != place and not path.is_dir()):
+        raise UsageError(f"{place}: cannot be written")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock on this file.
+
+    The system lets go of it however a process ends, which a process number could not tell.
+    """
+    from filelock import FileLock, Timeout  # `fabe-ds --help` needs none
+
+    probe = FileLock(path)
+    try:
+        probe.acquire(timeout=0)
+    except Timeout:
+        return True
+    probe.release()
+    return False
