@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from fabe_ds.dryrun import records_of
 from fabe_ds.engine.cache import RecordCache
 from fabe_ds.engine.intake import stored
 from fabe_ds.errors import RecordFailed, UsageError
+from fabe_ds.files import is_in_use, remove
 from fabe_ds.plan import make_plan
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import Row, field_target
@@ -23,9 +26,19 @@ from fabe_ds.transform import Transform
 DAY = 86_400.0
 
 
+PARTS = {
+    "loaded records": ("datasets", "tables", "typed", "stdin", "shards"),
+    "reports and outputs of runs in place": ("runs",),
+}
+"""What the cache folder holds beside the record cache: folders of entries, each with a use of its
+own."""
+_DAMAGED = "records.sqlite.damaged-*"
+
+
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """`size` in bytes, `oldest` and `newest` in seconds since the epoch."""
+    """Sizes are in bytes, `oldest` and `newest` in seconds since the epoch. `parts` are entries and
+    their size by what they are."""
 
     completions: int
     size: int
@@ -33,6 +46,17 @@ class CacheStats:
     completion_tokens: int
     oldest: float | None
     newest: float | None
+    parts: dict[str, tuple[int, int]]
+    whole: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was removed: completions, entries of other kinds, and the bytes that both have freed."""
+
+    completions: int
+    entries: int
+    size: int
 
 
 def open_cache(folder: Path) -> RecordCache:
@@ -44,7 +68,17 @@ def open_cache(folder: Path) -> RecordCache:
 
 
 def stats(folder: Path) -> CacheStats:
-    cache = open_cache(folder)
+    """What the cache folder holds. Raises: UsageError where it is none."""
+    parts = {
+        name: (len(entries), sum(map(_size, entries)))
+        for name, folders in PARTS.items()
+        if (entries := _entries(folder, folders))
+    }
+    cache = RecordCache.existing(folder)
+    if cache is None:
+        if not parts:
+            raise UsageError(f"--cache-dir {folder}: nothing of fabe-ds there")
+        return CacheStats(0, 0, 0, 0, None, None, parts, _size(folder))
     try:
         query = (
             "SELECT COUNT(*), TOTAL(prompt_tokens), TOTAL(completion_tokens), MIN(created), "
@@ -52,23 +86,57 @@ def stats(folder: Path) -> CacheStats:
         )
         count, asked, answered, oldest, newest = cache.query(query)[0]
         size = sum(path.stat().st_size for path in folder.glob("records.sqlite*"))
-        return CacheStats(count, size, int(asked), int(answered), oldest, newest)
+        tokens = int(asked), int(answered)
+        return CacheStats(count, size, *tokens, oldest, newest, parts, _size(folder))
     finally:
         cache.close()
 
 
-def prune(folder: Path, days: float) -> int:
-    """Removes completions older than so many days; gives how many."""
-    cache = open_cache(folder)
+def _entries(folder: Path, names: Iterable[str]) -> list[Path]:
+    found: list[Path] = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            found += (folder / name).iterdir()
+    return found
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all the files below a folder."""
+    total = 0
+    with contextlib.suppress(OSError):
+        total += path.lstat().st_size if not path.is_dir() else sum(map(_size, path.iterdir()))
+    return total
+
+
+def prune(folder: Path, days: float) -> Pruned:
+    """Removes completions older than so many days, and what was not used for as long, but for what
+    a run is using. Raises: UsageError, CacheError."""
+    before, cut = stats(folder).whole, time.time() - days * DAY
+    count = 0
+    if (cache := RecordCache.existing(folder)) is not None:
+        try:
+            query = "SELECT COUNT(*) FROM completions WHERE created < ?"
+            count = int(cache.query(query, (cut,))[0][0])
+            cache.query("DELETE FROM completions WHERE created < ?", (cut,))
+            cache.query("DELETE FROM limits WHERE key NOT IN (SELECT key FROM completions)")
+            cache.query("VACUUM")
+            cache.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            cache.close()
+    entries = _entries(folder, (name for names in PARTS.values() for name in names))
+    entries += folder.glob(_DAMAGED)
+    old = [path for path in entries if _used(path) < cut and not is_in_use(path)]
+    for path in old:
+        remove(path)
+    return Pruned(count, len(old), max(0, before - _size(folder)))
+
+
+def _used(path: Path) -> float:
+    """When something was last used, or written, in seconds since the epoch."""
     try:
-        cut = (time.time() - days * DAY,)
-        (count,) = cache.query("SELECT COUNT(*) FROM completions WHERE created < ?", cut)[0]
-        cache.query("DELETE FROM completions WHERE created < ?", cut)
-        cache.query("DELETE FROM limits WHERE key NOT IN (SELECT key FROM completions)")
-        cache.query("VACUUM")
-        return int(count)
-    finally:
-        cache.close()
+        return path.lstat().st_mtime
+    except OSError:
+        return math.inf
 
 
 def export(folder: Path) -> Iterator[str]:

@@ -354,14 +354,22 @@ def init(
 
 @app.command("doctor")
 def doctor(
-    cache_dir: Annotated[Path, typer.Option(help="The cache folder.")] = Path(".cache"),
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of a run's settings, to check these too.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="The cache folder.  \\[default: .cache]")
+    ] = None,
     base_url: Annotated[str | None, typer.Option(help="A server to look for.")] = None,
 ) -> None:
     """Check packages, devices, servers, keys and the cache."""
     from fabe_ds.doctor import findings
 
+    flags = {"cache_dir": cache_dir, "base_url": base_url}
+    settings = read_config({name: value for name, value in flags.items() if value}, config)
     bad = False
-    for state, what, detail in findings(cache_dir, base_url):
+    asked = settings if config is not None else None
+    for state, what, detail in findings(settings.cache_dir, settings.base_url, asked):
         print(f"{state:<5} {what:<18} {detail}")
         bad = bad or state == "bad"
     raise typer.Exit(int(bad))
@@ -438,7 +446,7 @@ def report_page(
     print(f"written: {write_page(report, output)}")
 
 
-cache_app = typer.Typer(no_args_is_help=True, help="Look into the record cache.")
+cache_app = typer.Typer(no_args_is_help=True, help="Look into the cache folder.")
 app.add_typer(cache_app, name="cache")
 _Folder = Annotated[Path, typer.Option("--cache-dir", help="The cache folder.")]
 
@@ -454,6 +462,9 @@ def cache_stats(cache_dir: _Folder = Path(".cache")) -> None:
     for name, moment in (("oldest", found.oldest), ("newest", found.newest)):
         if moment:
             print(f"{name}: {datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}")
+    for what, (count, size) in found.parts.items():
+        print(f"{what}: {count}, {size / 1e6:.1f} MB")
+    print(f"in all: {found.whole / 1e6:.1f} MB")
 
 
 @cache_app.command("prune")
@@ -461,10 +472,15 @@ def cache_prune(
     days: Annotated[float, typer.Option("--older-than", help="Days.", min=0)],
     cache_dir: _Folder = Path(".cache"),
 ) -> None:
-    """Remove old completions."""
+    """Remove old completions, and loaded records and reports that were not used for as long."""
     from fabe_ds.cachetool import prune
 
-    print(f"{prune(cache_dir, days)} completions removed")
+    gone = prune(cache_dir, days)
+    print(
+        f"{gone.completions} completions removed"
+        + (f", and {gone.entries} loaded inputs and reports" if gone.entries else "")
+        + f"; {gone.size / 1e6:.1f} MB freed"
+    )
 
 
 @cache_app.command("export")
@@ -508,6 +524,10 @@ def _root(
     ] = False,
 ) -> None:
     """What all commands have in common."""
+    try:
+        Path.cwd()
+    except OSError:
+        raise UsageError("the folder that this command runs in is gone; go to another") from None
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from fabe_ds.errors import UsageError, reason
-from fabe_ds.files import read_yaml
+from fabe_ds.files import is_text, read_yaml
 
 C = TypeVar("C", bound=BaseModel)
 Panel = Literal["Input and output", "Prompt", "Model", "Execution", "Ray", "Hub"]
@@ -379,6 +380,19 @@ def flag(name: str) -> str:
     return f"--{setting(name, 'flag') or name.replace('_', '-')}"
 
 
+_SPELLED = {
+    str(flag_name).replace("-", "_"): name
+    for name in RunConfig.model_fields
+    if (flag_name := setting(name, "flag"))
+}
+"""Settings by the names of their flags, where these are others."""
+_LISTS = [
+    name
+    for name, declared in RunConfig.model_fields.items()
+    if get_origin(declared.annotation) is list
+]
+
+
 def read_config(flags: Mapping[str, Any], file: Path | None = None) -> RunConfig:
     """The configuration: flag over environment over YAML file over default.
 
@@ -404,8 +418,42 @@ def read_config(flags: Mapping[str, Any], file: Path | None = None) -> RunConfig
     return validated(RunConfig, values, named)
 
 
+def by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of keywords, which may be called as the flags are too (`input`, `validate`)."""
+    values: dict[str, Any] = {}
+    for given, value in options.items():
+        name = _SPELLED.get(given, given)
+        if name in values:
+            raise UsageError(f"{given}: given twice, under two names")
+        values[name] = value
+    for name in _LISTS:
+        if isinstance(values.get(name), str):
+            values[name] = [values[name]]
+    return values
+
+
+def signature_of(model: type[BaseModel], *first: inspect.Parameter) -> inspect.Signature:
+    """The settings of a configuration as keywords, behind other parameters: for `help`, and for
+    the hints of notebooks and editors."""
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=declared.get_default(call_default_factory=True),
+            annotation=declared.rebuild_annotation(),
+        )
+        for name, declared in model.model_fields.items()
+        if name not in {parameter.name for parameter in first}
+    ]
+    return inspect.Signature([*first, *keywords])
+
+
 def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str]) -> C:
     """The configuration of these values; `named` is how each was given, for the error."""
+    for name, value in values.items():
+        texts = value if isinstance(value, list) else [value]
+        if name not in _PATHS and not all(is_text(t) for t in texts if isinstance(t, str)):
+            raise UsageError(f"{named.get(name, name)}: not UTF-8")
     try:
         return model(**values)
     except ValidationError as error:
@@ -446,11 +494,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(f"--config {file}: not a mapping of settings")
     values: dict[str, Any] = {}
     names = list(RunConfig.model_fields)
-    spelled = {str(setting(name, "flag")).replace("-", "_"): name for name in names}
     for given, value in loaded.items():
         # As the flag is called, too: input, also-field, --glob.
         name = str(given).removeprefix("--").replace("-", "_")
-        name = spelled.get(name, name)
+        name = _SPELLED.get(name, name)
         if name not in RunConfig.model_fields:
             raise UsageError(f"--config {file}: {unknown(str(given), names)}")
         if name in values:
@@ -464,14 +511,14 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         value = values.get(name)
         if isinstance(value, str) and "\n" not in value and len(value) < 1024:
             beside = base / value
-            if value.startswith("./") or value.startswith("../") or beside.exists():
+            if value.startswith(("./", "../")) or os.path.lexists(beside):
                 values[name] = str(beside)
     check = values.get("validate_with")
     if isinstance(check, str) and check.startswith(SCHEMA_FILE):
         beside = base / check.removeprefix(SCHEMA_FILE)
         values["validate_with"] = f"{SCHEMA_FILE}{beside}"
-    for name, declared in RunConfig.model_fields.items():
-        if get_origin(declared.annotation) is list and isinstance(values.get(name), str):
+    for name in _LISTS:
+        if isinstance(values.get(name), str):
             values[name] = [values[name]]
     if "template_vars" in values:
         values["template_vars"] = _variables(values["template_vars"], f"--config {file}")

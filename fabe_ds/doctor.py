@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fabe_ds import network
-from fabe_ds.errors import FabeError, RunStopped, UsageError
-from fabe_ds.providers import Endpoint
+from fabe_ds import network, rules
+from fabe_ds.config import RunConfig
+from fabe_ds.errors import CacheError, FabeError, RunStopped, UsageError
+from fabe_ds.files import check_writable
+from fabe_ds.plan import make_plan
+from fabe_ds.providers import Endpoint, HttpProvider
 from fabe_ds.providers.openai import OpenAIProvider
 
 _PACKAGES = ("datasets", "pyarrow", "aiohttp")
@@ -41,13 +44,18 @@ class Finding(NamedTuple):
     detail: str
 
 
-def findings(cache_dir: Path, base_url: str | None = None) -> Iterator[Finding]:
-    """All that is looked at, as it is found."""
+def findings(
+    cache_dir: Path, base_url: str | None = None, config: RunConfig | None = None
+) -> Iterator[Finding]:
+    """All that is looked at, as it is found. `config`: of a run that is to be."""
     yield Finding("ok", "python", sys.version.split()[0])
     yield from _packages()
     yield _device()
     yield from _environment()
-    yield from _servers(base_url)
+    if config is not None:
+        yield from _run(config)
+    else:
+        yield from _servers(base_url)
     for name in _KEYS:
         key = bool(os.environ.get(name))
         yield Finding("ok" if key else "none", name, "set" if key else "not set")
@@ -129,14 +137,46 @@ def _environment() -> Iterator[Finding]:
 def _cache(folder: Path) -> Iterator[Finding]:
     from fabe_ds.cachetool import stats
 
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free / 1e9
-    if not os.access(nearest, os.W_OK) or not nearest.is_dir():
-        yield Finding("bad", "cache", f"{folder} cannot be written")
+    try:
+        check_writable(folder)
+    except UsageError as error:
+        yield Finding("bad", "cache", str(error))
         return
     try:
         found = stats(folder)
-        detail = f"{found.completions} completions, {found.size / 1e6:.1f} MB"
-    except FabeError:
+        detail = f"{found.completions} completions, {found.whole / 1e6:.1f} MB"
+    except UsageError:
         detail = "none yet"
+    except CacheError as error:
+        yield Finding("bad", "cache", str(error))
+        return
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(nearest).free / 1e9
     yield Finding("ok", "cache", f"{folder}: {detail}; {free:.0f} GB free")
+
+
+def _run(config: RunConfig) -> Iterator[Finding]:
+    """Whether a run with these settings could begin."""
+    from fabe_ds.tables import is_table
+    from fabe_ds.transform import Transform
+
+    try:
+        transform = Transform(config)
+        rules.check(config, transform.provider)
+        yield Finding("ok", "settings", f"{config.provider}, model {config.model}")
+    except FabeError as error:
+        yield Finding("bad", "settings", str(error))
+        return
+    if config.input_path is not None:
+        try:
+            kind = "a table" if is_table(config) else f"{len(make_plan(config).sources)} files"
+            yield Finding("ok", "input", f"{config.input_path}: {kind}")
+        except FabeError as error:
+            yield Finding("bad", "input", str(error))
+    if isinstance(provider := transform.provider, HttpProvider):
+        try:
+            provider.refuse_open_key()
+            provider.preflight()
+            yield Finding("ok", "server", f"{provider.address} answers")
+        except FabeError as error:
+            yield Finding("bad", "server", str(error))

@@ -88,6 +88,7 @@ def dry_run(config: RunConfig, transform: Transform | None = None) -> DryRun:
     finally:
         if cache is not None:
             cache.close()
+    rules.remark(config, transform.provider)
     return seen
 
 

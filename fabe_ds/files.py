@@ -10,7 +10,9 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -28,8 +30,10 @@ FEW = 8
 """Files, or folders, that are brought to the disk one by one."""
 _UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 """What fsync of a folder answers on CIFS, FUSE and the like, and open where it may not be read."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_FILE = "a device, a pipe or a socket, which is never replaced"
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_SCRATCH = re.compile(rf"\.fabe-ds-{_HOST}-(\d+)-\d+\.tmp")
+_SCRATCH = re.compile(rf"\.fabe-ds-{_HOST}-(\d+)-\d+")
 _numbers = count()
 
 
@@ -73,7 +77,7 @@ class Replacing:
         """A file to write, which is to take the place of `path`. Raises: ExportError."""
         try:
             place = self._real(path)
-            scratch = place.with_name(f".fabe-ds-{_HOST}-{os.getpid()}-{next(_numbers)}.tmp")
+            scratch = scratch_in(place.parent)
             file = _made_for(place, scratch)
         except OSError as error:
             raise _not_written(path, error) from None
@@ -108,7 +112,7 @@ class Replacing:
         if folder is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = self._folders[path.parent] = Path(os.path.realpath(path.parent))
-            _clear(folder)
+            clear_scratch(folder)
         return folder / path.name
 
     def _settle(self) -> None:
@@ -165,6 +169,8 @@ def _made_for(place: Path, scratch: Path) -> IO[bytes]:
     """A new file at `scratch`, with the mode and the owner of the one that it is to replace."""
     try:
         status = place.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, NO_FILE)
     except FileNotFoundError:
         return os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
     if status.st_nlink > 1:
@@ -177,12 +183,48 @@ def _made_for(place: Path, scratch: Path) -> IO[bytes]:
     return os.fdopen(handle, "wb")
 
 
-def _clear(folder: Path) -> None:
-    """Removes what processes of this machine have left that were killed while they wrote."""
+def scratch_in(folder: Path) -> Path:
+    """The path of something that is to be made in the folder, and to get its own name when it is
+    whole. What killed processes leave under such names is known by them."""
+    return folder / f".fabe-ds-{_HOST}-{os.getpid()}-{next(_numbers)}"
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A folder inside another, for the time of the block. Raises: CacheError, for the block too."""
+    clear_scratch(folder)
+    scratch = scratch_in(folder)
+    try:
+        scratch.mkdir(mode=0o700)
+        yield scratch
+    except OSError as error:
+        raise not_kept(folder, error) from None
+    finally:
+        remove(scratch)
+
+
+def clear_scratch(folder: Path) -> None:
+    """Removes what processes of this machine left in a folder that were killed while they wrote."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if (left := _SCRATCH.fullmatch(path.name)) and not _is_alive(int(left[1])):
-                path.unlink(missing_ok=True)
+                remove(path)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a living process of this machine is making this, or something in it."""
+    names = [path.name]
+    with contextlib.suppress(OSError):
+        names += (inside.name for inside in path.iterdir())
+    made_by = (_SCRATCH.fullmatch(name) for name in names)
+    return any(made is not None and _is_alive(int(made[1])) for made in made_by)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it, if it is there and can be."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:
@@ -273,45 +315,81 @@ def kept_file(place: Path, write: Callable[[Path], None]) -> Path:
             return place
     except (OSError, ValueError):
         pass
-    scratch = place.with_suffix(f".{os.getpid()}.tmp")
+    clear_scratch(place.parent)
+    scratch = scratch_in(place.parent)
     try:
         write(scratch)
         made = digest(scratch)
         scratch.replace(place)
         beside.write_text(made)
     except OSError as error:
-        raise CacheError(f"{place}: cannot be written: {reason(error)}") from None
+        raise not_kept(place.parent, error) from None
     finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        remove(scratch)
     return place
+
+
+def not_kept(folder: Path, error: OSError) -> CacheError:
+    """What is said where something cannot be kept in the cache folder, or in one below it."""
+    hint = "; make room, or give another --cache-dir" if error.errno in NO_ROOM else ""
+    return CacheError(f"{folder}: cannot be written: {reason(error)}{hint}")
 
 
 def private_folder(folder: Path) -> Path:
     """Makes the folder, readable by its owner alone: completions may hold personal data.
 
-    Raises: CacheError.
+    Raises: CacheError, UsageError.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(PermissionError):  # another's, or of a disk without modes
-            folder.chmod(0o700)
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--cache-dir {folder}: not a folder") from None
     except OSError as error:
         raise CacheError(f"--cache-dir {folder}: {reason(error)}") from None
     return folder
 
 
+def usable_folder(folder: Path) -> None:
+    """Raises: UsageError where the libraries that write into the cache folder cannot name it."""
+    if "::" in str(folder) or "://" in str(folder) or not is_text(str(folder)):
+        raise UsageError(f"--cache-dir {folder}: give a folder whose name is UTF-8, without ::")
+
+
+def is_text(text: str) -> bool:
+    """Whether a text holds no half of a pair, as names that are no UTF-8 do."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_writable(place: Path) -> None:
-    """Raises: UsageError where no file or folder can be made at `place`."""
-    for path in (place, *place.absolute().parents):
+    """Raises: UsageError where no file or folder can be made at `place`, or in its place."""
+    nearest = place
+    for nearest in (place, *place.absolute().parents):
         try:
-            there = path.exists()
+            mode = nearest.stat().st_mode
+        except FileNotFoundError:
+            continue
         except OSError as error:  # below a folder that may not be looked into
             raise UsageError(f"{place}: cannot be written: {reason(error)}") from None
-        if there:
-            break
-    if not os.access(path, os.W_OK) or (path != place and not path.is_dir()):
-        raise UsageError(f"{place}: cannot be written")
+        if nearest != place and not stat.S_ISDIR(mode):
+            raise UsageError(f"{place}: cannot be written: {nearest} is not a folder")
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise UsageError(f"{place}: {NO_FILE}")
+        break
+    if not os.access(nearest, os.W_OK):
+        why = "Permission denied" if nearest == place else f"no permission to write in {nearest}"
+        raise UsageError(f"{place}: cannot be written: {why}")
+
+
+def check_file_writable(place: Path) -> None:
+    """`check_writable` of a file. Raises: UsageError."""
+    check_writable(place)
+    if place.is_dir():
+        raise UsageError(f"{place}: cannot be written: a folder has that name")
 
 
 def is_locked(path: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fabe_ds.config import STANDARD, RunConfig, flag
 from fabe_ds.errors import InputError, UsageError
-from fabe_ds.files import check_writable
+from fabe_ds.files import check_file_writable, check_writable
 from fabe_ds.records import Source, discover
 from fabe_ds.records.discover import LEFT_BEHIND, kind_of
 from fabe_ds.records.load import refuse_unread
@@ -20,6 +20,7 @@ from fabe_ds.text import real_name
 
 log = logging.getLogger(__name__)
 
+NAME_BYTES = 200
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".arrow")
 
 
@@ -82,6 +83,8 @@ def output_of(config: RunConfig) -> tuple[Path, bool]:
             raise UsageError("--output -: the input is a folder, and one stream cannot mirror it")
         return config.cache_dir / "runs" / _own_name(config), False
     named = kind_of(output.name) or output.suffix.lower() in TABLE_SUFFIXES
+    if not os.path.isdir(output):  # noqa: PTH112 - Path.is_dir raises where it may not look
+        check_writable(output if named else output.parent)
     if named and not output.is_dir():
         if root.is_dir() and kind_of(output.name):
             raise UsageError(f"--output {output}: the input is a folder, so name a folder")
@@ -108,7 +111,10 @@ def reports_of(config: RunConfig, output: Path | None, single: bool) -> Path:
 
 def _own_name(config: RunConfig) -> str:
     assert config.input_path is not None
-    base = config.cache_dir / "runs" / (config.input_path.resolve().name or "root")
+    name = config.input_path.resolve().name or "root"
+    if len(os.fsencode(name)) > NAME_BYTES:  # with what is put behind it, it would be too long
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    base = config.cache_dir / "runs" / name
     return _apart(base, config.input_path).name
 
 
@@ -143,10 +149,17 @@ def _check_alike(root: Path, output: Path) -> None:
         )
 
 
+def check_reports(reports: Path) -> None:
+    """Raises: UsageError where the report cannot be written, or what stands beside it."""
+    for name in LEFT_BEHIND:
+        check_file_writable(beside(reports, name))
+
+
 def _check_places(plan: Plan) -> None:
     """Raises: UsageError where the output would replace the input, or cannot be written."""
     names: dict[str, str] = {}
     folders: set[Path] = set()
+    check_reports(plan.reports)
     for source in plan.sources:
         place = plan.destination(source)
         other = names.setdefault(source.name.casefold(), source.name)
@@ -158,7 +171,7 @@ def _check_places(plan: Plan) -> None:
                     f"--output {plan.output}: would replace the input {source.path}; ask for it "
                     "with --inplace"
                 )
-            check_writable(place)
+            check_file_writable(place)
         if place.parent not in folders:  # a new file, in place too
             check_writable(place.parent)
             folders.add(place.parent)

@@ -13,7 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.files import replacing
+from fabe_ds.errors import UsageError, first_line
+from fabe_ds.files import check_file_writable, replacing
 from fabe_ds.result import FAILURES, SAMPLES, read_lines, read_report
 
 PAGE = Path(__file__).parent / "report.html.j2"
@@ -43,16 +44,33 @@ def write_page(report: Path, place: Path | None = None) -> Path:
 
     Raises: UsageError where the report is not one.
     """
+    place = place or report.with_name(f"{report.name.removesuffix('.run.json')}.html")
+    check_file_writable(place)
+    run = read_report(report)
+    try:
+        page = _page(run, report)
+    except UsageError:
+        raise
+    except Exception as error:  # of files that anything may have been done to
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(
+            f"{report}: not as a run leaves it, or a file beside it is not ({what})"
+        ) from None
+    with replacing(place) as file:
+        file.write(page.encode("utf-8", "backslashreplace"))
+    return place
+
+
+def _page(run: dict[str, Any], report: Path) -> str:
     import jinja2
 
-    run = read_report(report)
     stem = report.name.removesuffix(".run.json")
     failures, samples = (
         read_lines(path) if (path := report.with_name(f"{stem}.{name}")).exists() else []
         for name in (FAILURES, SAMPLES)
     )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         name=stem,
         run=run,
         tiles=_tiles(run),
@@ -65,10 +83,6 @@ def write_page(report: Path, place: Path | None = None) -> Path:
             key: value for key, value in run["config"].items() if value not in (None, "", [], {})
         },
     )
-    place = place or report.with_name(f"{stem}.html")
-    with replacing(place) as file:
-        file.write(page.encode())
-    return place
 
 
 def _tiles(run: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.config import MAYBE_FILES, RunConfig, setting
-from fabe_ds.errors import RECORDS_FAILED, UsageError
-from fabe_ds.files import replacing
+from fabe_ds.config import MAYBE_FILES, SCHEMA_FILE, RunConfig, setting
+from fabe_ds.errors import RECORDS_FAILED, UsageError, first_line, reason
+from fabe_ds.files import is_text, remove, replacing
 from fabe_ds.network import without_secrets
 from fabe_ds.records.discover import LEFT_BEHIND
 from fabe_ds.version import __version__
@@ -84,23 +84,41 @@ def read_report(report: Path) -> dict[str, Any]:
     """What a run has left as its report. Raises: UsageError where the file is not one."""
     try:
         run: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        _ = run["config"], run["failed"], run["outputs"]
+        defaults = {
+            name: declared.get_default(call_default_factory=True)
+            for name, declared in RunConfig.model_fields.items()
+        }
+        run["config"] = {**defaults, **run["config"]}
+        if not (isinstance(run["failed"], int) and all(isinstance(p, str) for p in run["outputs"])):
+            raise TypeError("of another shape")
+        if not isinstance(run.setdefault("failures_file", None), str | None):
+            raise TypeError("of another shape")
     except OSError as error:
-        raise UsageError(f"{report}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{report}: {reason(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{report}: not the report of a run (outputs.run.json)") from None
     return run
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file."""
-    with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 too
-        return [json.loads(line) for line in lines]
+    """The objects of a JSON-lines file that a run has left. Raises: UsageError."""
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 too
+            rows.extend(json.loads(line) for line in lines)
+    except OSError as error:
+        raise UsageError(f"{path}: {reason(error)}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path}:{len(rows) + 1}: damaged; a new run makes it anew") from None
+    return rows
 
 
 def beside(path: Path, name: str) -> Path:
     """`outputs/` -> `outputs.run.json`: beside the output, where no later run takes it for data."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:  # a folder that is gone, links in a circle
+        raise UsageError(f"{path}: {first_line(error)}") from None
     return path.with_name(f"{path.name}.{name}")
 
 
@@ -123,7 +141,7 @@ def write_failures(failures: Iterable[dict[str, Any]], path: Path) -> None:
     rows = iter(failures)
     first = next(rows, None)
     if first is None:
-        path.unlink(missing_ok=True)
+        remove(path)
         return
     with replacing(path) as file:
         for failure in (first, *rows):
@@ -164,6 +182,10 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
         for name in RunConfig.model_fields
         if name != "api_key" and setting(name, "panel")
     }
+    check = config.validate_with
+    if check and check.startswith(SCHEMA_FILE):
+        schema = _from_anywhere(check.removeprefix(SCHEMA_FILE))
+        settings["validate_with"] = f"{SCHEMA_FILE}{schema}"
     if config.base_url:
         settings["base_url"] = without_secrets(config.base_url)
     for name, value in settings.items():
@@ -172,8 +194,11 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
     ended = f"{datetime.now():%Y-%m-%d %H:%M}"
     body = {"fabe_ds": __version__, "ended": ended, "config": settings, **asdict(result), **course}
     body["outputs"] = [path.absolute() for path in result.outputs]
+    report = json.dumps(body, indent=2, ensure_ascii=False, default=str)
+    if not is_text(report):  # a name that is no UTF-8: JSON has an escape for its bytes
+        report = json.dumps(body, indent=2, default=str)
     with replacing(result.report) as file:
-        file.write(json.dumps(body, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+        file.write(report.encode() + b"\n")
 
 
 def _from_anywhere(value: Path | str | None) -> Path | str | None:

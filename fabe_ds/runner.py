@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds import rules
-from fabe_ds.config import RunConfig
+from fabe_ds.config import RunConfig, by_name, signature_of, validated
 from fabe_ds.course import ANSWERING, LOADING, WRITING, Course, Watch, size_of
 from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item
 from fabe_ds.engine.tally import gathered
 from fabe_ds.errors import UsageError, reason
-from fabe_ds.files import digest
+from fabe_ds.files import digest, remove, scratch_folder, scratch_in
 from fabe_ds.history import Point, recorded
 from fabe_ds.plan import Plan, make_plan
 from fabe_ds.quiet import quiet_datasets
@@ -43,21 +43,47 @@ KEYS_SHOWN = 20
 MAP_ROWS = 1000  # part of the fingerprint, so it is the same for every run
 
 
-def run(config: RunConfig, watch: Watch | None = None) -> RunResult:
+def run(
+    config: RunConfig | None = None,
+    watch: Watch | None = None,
+    *,
+    progress: bool = True,
+    **options: Any,
+) -> RunResult:
     """Rewrites the field of every record of the input, and writes the records back.
 
     JSON comes back byte for byte but for the field; a table (Parquet, CSV, Arrow, a Dataset) comes
     back with its other columns as they were.
 
-    A failed record keeps its original and is listed in the failures file.
+    Takes a configuration, or the command line's options by their names in Python (`RunConfig` lists
+    them): `run(input="data.jsonl", provider="openai", ...)`. `watch` shows how far the run is; by
+    default, a terminal and a notebook do, and the log elsewhere; with `progress=False`, nothing
+    does. A failed record keeps its original and is listed in the failures file.
+
     Raises: FabeError.
     """
+    from fabe_ds.progress import watching
     from fabe_ds.tables import is_table, run_table
 
+    if config is not None and options:
+        config = validated(RunConfig, {**dict(config), **by_name(options)}, {})
+    config = config or validated(RunConfig, by_name(options), {})
+    if watch is None and progress:
+        watch = watching
     course = Course()
     with watch(course) if watch else contextlib.nullcontext(), quiet_datasets():
         course.begin(LOADING)
         return run_table(config, course) if is_table(config) else _run_json(config, course)
+
+
+run.__signature__ = signature_of(  # type: ignore[attr-defined]
+    RunConfig,
+    *(
+        parameter
+        for parameter in inspect.signature(run).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ),
+).replace(return_annotation="RunResult")
 
 
 def _run_json(config: RunConfig, course: Course) -> RunResult:
@@ -77,6 +103,7 @@ def _run_json(config: RunConfig, course: Course) -> RunResult:
         course.tick,
     )
     _look_at(loaded.dataset, transform)
+    rules.remark(config, transform.provider)
     state = _State.of(loaded.dataset, transform)
     try:
         course.stats = transform.session.stats
@@ -174,15 +201,14 @@ class _State:
 
     def save(self) -> None:
         """Remembers it, as far as there is room: without it, a run is but done anew."""
-        scratch = self.path.with_suffix(f".{os.getpid()}.tmp")
+        scratch = scratch_in(self.path.parent)
         try:
             told = {"answers": self._digests(), "exports": self.exports}
             scratch.write_text(json.dumps(told))
             scratch.replace(self.path)
         except OSError as error:
             log.warning("%s: not remembered as finished: %s", self.path, reason(error))
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
+            remove(scratch)
 
     def is_current(self, path: Path) -> bool:
         """Whether the file is what an earlier run of this very job exported."""
@@ -212,8 +238,8 @@ def _map(
     with contextlib.ExitStack() as stack:
         workers: dict[str, Any] = {}
         if several:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            stack.enter_context(gathered(Path(folder), stats))
+            counts = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(gathered(Path(counts), stats))
             stack.enter_context(_spawning())
             workers = {"num_proc": len(config.devices), "with_rank": True}
         if config.runner == "ray" and not (finished and place.exists()):
@@ -224,18 +250,22 @@ def _map(
                 rows, len(dataset), transform, config, result_features(), place, carrier=True
             )
         else:
+            # A run with failures is never answered from the fingerprint cache, or they would
+            # stay for ever; the record cache makes that cheap.
+            folder = place.parent if finished else stack.enter_context(scratch_folder(place.parent))
             result = dataset.map(
                 transform,
                 batched=True,
                 batch_size=MAP_ROWS,
                 remove_columns=dataset.column_names,
                 features=result_features(),
-                cache_file_name=str(place),
-                # A run with failures is never answered from the fingerprint cache, or they would
-                # stay for ever; the record cache makes that cheap.
+                cache_file_name=str(folder / place.name),
                 load_from_cache_file=finished,
                 **workers,
             )
+            if not finished:
+                for path in folder.iterdir():
+                    path.replace(place.parent / path.name)
     if result.data.column("failure").null_count != len(result):
         return datasets.concatenate_datasets([dataset, result], axis=1)
     state.clean = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fabe_ds.errors import UsageError
+from fabe_ds.files import Replacing, check_file_writable
 from fabe_ds.providers import provider_class
 
 CONFIG = """\
@@ -65,12 +66,11 @@ def write_project(folder: Path, provider: str, force: bool = False) -> list[Path
         prompt: PROMPT,
     }
     for path in texts:
+        check_file_writable(path)
         if path.exists() and not force:
             raise UsageError(f"{path}: is there already; --force replaces it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with Replacing() as files:
         for path, text in texts.items():
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written: {error.strerror}") from None
+            with files.open(path) as file:
+                file.write(text.encode())
     return list(texts)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.config import TransformConfig
+from fabe_ds.config import RunConfig, TransformConfig
 from fabe_ds.engine import Accept, Item, LocalEngine, Outcome, RecordCache, Stats
 from fabe_ds.engine.cache import Completions
 from fabe_ds.engine.intake import Intake, Reask
@@ -70,6 +70,8 @@ class Session:
                 rpm=config.rpm,
                 tpm=config.tpm,
                 stream=config.stream,
+                # A run keeps failed records in any case, and is better stopped.
+                patient=config.on_error == "keep" and not isinstance(config, RunConfig),
             )
             if config.batch_api:
                 refuse_caps(config, "--batch-api")

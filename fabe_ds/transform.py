@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fabe_ds.config import TransformConfig, flag, setting, validated
+from fabe_ds.config import TransformConfig, by_name, flag, setting, signature_of, validated
 from fabe_ds.engine import Item, Outcome, Stats, tally
 from fabe_ds.engine.cache import Completions
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
@@ -73,6 +74,7 @@ def transform_fn(**options: Any) -> Transform:
     Raises: UsageError. The map raises FabeError after a batch in which records failed, so that no
     failure is cached; with on_error="keep" they keep their originals instead.
     """
+    options = by_name(options)
     if "n" in options:
         options["samples"] = options.pop("n")
     if isinstance(options.get("field"), list | tuple):
@@ -80,6 +82,17 @@ def transform_fn(**options: Any) -> Transform:
             raise UsageError("field: an empty list; name a field")
         options["field"], *options["also_fields"] = options["field"]
     return Transform(validated(TransformConfig, options, {}))
+
+
+transform_fn.__signature__ = signature_of(  # type: ignore[attr-defined]
+    TransformConfig,
+    inspect.Parameter(
+        "field",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=TransformConfig.model_fields["field"].default,
+        annotation=str | list[str],
+    ),
+).replace(return_annotation="Transform")
 
 
 class Transform:

@@ -86,6 +86,7 @@ class Box:
                 process.kill()
                 raise
         assert "Traceback" not in err, err
+        assert "a fault of fabe-ds" not in err, err
         return Ended(process.returncode, out, err)
 
     def kill(self, process: subprocess.Popen[str]) -> None:

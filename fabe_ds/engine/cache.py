@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from filelock import FileLock
 
-from fabe_ds.errors import CacheError
+from fabe_ds.errors import CacheError, reason
 from fabe_ds.files import is_locked, private_folder
 from fabe_ds.providers.base import Completion
 
@@ -101,7 +101,13 @@ class RecordCache:
     @classmethod
     def existing(cls, folder: Path) -> RecordCache | None:
         """The cache where there is one already; none is made."""
-        return cls(folder) if (folder / "records.sqlite").exists() else None
+        try:
+            (folder / "records.sqlite").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CacheError(f"--cache-dir {folder}: {reason(error)}") from None
+        return cls(folder)
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -109,9 +115,9 @@ class RecordCache:
             with FileLock(self.folder / "opening.lock", mode=0o600):
                 return self._connect()
         except OSError as error:
-            raise CacheError(f"{self.path}: {error.strerror}") from None
+            raise CacheError(f"{error.filename or self.path}: {reason(error)}") from None
         except sqlite3.OperationalError as error:
-            raise CacheError(f"{self.path}: {error}; is it on a local disk, with room?") from None
+            raise CacheError(f"{self.path}: {error}{_hint(error)}") from None
         except sqlite3.DatabaseError as error:
             self._set_aside(error)
             return self._connect()
@@ -155,7 +161,7 @@ class RecordCache:
             except sqlite3.OperationalError as error:
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
-                raise CacheError(f"{self.path}: {error}") from None
+                raise CacheError(f"{self.path}: {error}{_hint(error)}") from None
             except sqlite3.DatabaseError as error:
                 self._connection.close()
                 self._set_aside(error)
@@ -333,8 +339,12 @@ class RecordCache:
     def _own(self) -> str:
         if self._owner is None:
             owner = uuid.uuid4().hex
-            self._owner_lock = FileLock(self._lock_path(owner), mode=0o600, thread_local=False)
-            self._owner_lock.acquire(timeout=0)
+            try:
+                self._owner_lock = FileLock(self._lock_path(owner), mode=0o600, thread_local=False)
+                self._owner_lock.acquire(timeout=0)
+            except OSError as error:
+                where = error.filename or self.folder
+                raise CacheError(f"{where}: cannot be written: {reason(error)}") from None
             self._owner = owner
         return self._owner
 
@@ -353,9 +363,17 @@ class RecordCache:
         return folder / f"{owner}.lock"
 
 
+def _hint(error: sqlite3.OperationalError) -> str:
+    """What a person may do about it."""
+    if "full" in str(error):
+        return "; make room, then run the same command again: what was answered is kept"
+    return "; is it on a local disk, with room?" if "lock" not in str(error) else ""
+
+
 def written_mark(job: str, path: str, index: int, value: str) -> bytes:
     """Names one value that job `job` wrote into record `index` of the file `path`."""
-    return hashlib.sha256(f"{job}\0{path}\0{index}\0{value}".encode()).digest()[:16]
+    seed = f"{job}\0{path}\0{index}\0{value}"
+    return hashlib.sha256(seed.encode("utf-8", "surrogateescape")).digest()[:16]
 
 
 def _readable(path: Path) -> Iterator[tuple[object, ...]]:

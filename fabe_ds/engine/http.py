@@ -53,6 +53,8 @@ class Policy:
     rpm: float | None = None
     tpm: float | None = None
     stream: bool = False
+    patient: bool = False
+    """Whether to go on where the first records all fail."""
 
     @property
     def window(self) -> int:

@@ -354,6 +354,8 @@ class Job:
     def _tell(self) -> None:
         """Puts what holds the run up into its counts, and into the log where it lasts."""
         state = self._state()
+        if state and not self.intake.stats.state:
+            log.debug("%s", state)
         self.intake.stats.state = state
         if not state:
             self._held_since, self._held_said = None, False
@@ -416,6 +418,8 @@ class Job:
     def _failed_first(self, message: str) -> None:
         """Stops the run where nothing has gone well, and so many records have failed."""
         self._bad += 1
+        if self.policy.patient:
+            return
         nothing_went_well = not self.intake.stats.done and not self.intake.stats.cached
         if nothing_went_well and self._bad == max(SUSPICIOUS, self.engine.limiter.limit):
             self.fatal(RunStopped(f"the first {self._bad} records all failed; the last: {message}"))
@@ -485,6 +489,7 @@ class Job:
         )
 
     def _sleep(self, task: Task, seconds: float) -> None:
+        log.debug("again in %.1f s, retry %d of %d", seconds, task.tries, self.policy.retry)
         timer = asyncio.get_running_loop().call_later(seconds, self._again, task)
         self._sleeping[task] = timer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, n
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fabe_ds.errors import RecordFailed, TemplateError, UsageError
+from fabe_ds.errors import RecordFailed, TemplateError, UsageError, first_line, reason
 
 _FILE_SUFFIXES = (".j2", ".jinja", ".jinja2", ".txt", ".md", ".prompt")
 _MAX_PROMPT = 64 << 20  # characters; a template can multiply text, and must not fill the memory
@@ -26,16 +27,21 @@ def load_instruction(instruction: str) -> tuple[str, str]:
     path = Path(instruction)
     looks_like_file = instruction.lower().endswith(_FILE_SUFFIXES) and "\n" not in instruction
     try:
-        is_file = bool(instruction) and (path.exists() or looks_like_file)
-    except (OSError, ValueError):  # a text too long for a name, or with a NUL in it
+        is_file = bool(instruction) and (path.is_symlink() or path.exists() or looks_like_file)
+    except ValueError:  # a text with a NUL in it
+        is_file = False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a text too long for a name is a text
+            raise UsageError(f"--instruction {instruction}: {reason(error)}") from None
         is_file = False
     if not is_file:
         return instruction, "instruction"
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(f"--instruction {instruction}: {reason}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--instruction {instruction}: not UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"--instruction {instruction}: {reason(error)}") from None
     if not text.strip():
         raise UsageError(f"--instruction {instruction}: an empty file")
     return text, instruction
@@ -66,8 +72,11 @@ class Instruction:
             self._template = environment.from_string(tree)
         except TemplateSyntaxError as error:
             raise TemplateError(f"{name}:{error.lineno}: {error.message}") from None
+        except (RecursionError, SyntaxError, MemoryError, ValueError, OverflowError) as error:
+            # Nested too deep for Python's compiler, or with a constant too large.
+            raise TemplateError(f"{name}: cannot be compiled: {first_line(error)}") from None
         self._template.filename = self._template.name = name
-        used = meta.find_undeclared_variables(tree)
+        used = _undeclared(name, tree)
         self.needs_record = "record" in used
         self._mentions = bool(used & {"text", self.field}) or _record_mentions(tree, path[0])
         alone = not self._mentions and not self.needs_record
@@ -116,6 +125,13 @@ class Instruction:
                 line = traceback.tb_lineno
             traceback = traceback.tb_next
         return line
+
+
+def _undeclared(name: str, tree: nodes.Template) -> set[str]:
+    try:
+        return meta.find_undeclared_variables(tree)
+    except RecursionError:
+        raise TemplateError(f"{name}: nested too deep") from None
 
 
 def _record_mentions(tree: nodes.Template, key: str) -> bool:

@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line, reason
 
 if TYPE_CHECKING:
     from referencing import Registry
@@ -146,7 +146,8 @@ def _json_schema(file: str) -> Callable[[str], str | None]:
         for reference in _references(schema):  # now, not at the first answer
             registry.resolver_with_root(root).lookup(reference)
     except (OSError, ValueError, jsonschema.SchemaError, *_NESTED) as error:
-        raise UsageError(f"{what}: {first_line(error)}") from None
+        why = reason(error) if isinstance(error, OSError) else first_line(error)
+        raise UsageError(f"{what}: {why}") from None
     except referencing.exceptions.Unresolvable as error:
         raise UsageError(
             f"{what}: $ref {error.ref!r} is not in it, nor a file beside it (nothing is fetched)"

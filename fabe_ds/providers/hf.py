@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fabe_ds.errors import first_line
+from fabe_ds.errors import FabeError, first_line
 from fabe_ds.providers.base import Requirement
 from fabe_ds.providers.checkpoint import wanted_files
 from fabe_ds.providers.local import TransformersProvider
@@ -16,7 +16,6 @@ class HFProvider(TransformersProvider):
     def fetch(self, model: str, one: str | None = None) -> Path:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import (
-            HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
         )
@@ -42,7 +41,9 @@ class HFProvider(TransformersProvider):
                 f"--model {model}: not in the local Hugging Face cache; download it, or allow it "
                 "with --no-local-files-only"
             ) from None
-        except (HfHubHTTPError, OSError) as error:
+        except FabeError:
+            raise
+        except Exception as error:  # of whatever the Hub is asked through
             raise Requirement(
                 f"--model {model}: cannot be fetched from the Hub: {first_line(error)}"
             ) from None

@@ -124,7 +124,8 @@ def walk(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) ->
                     left += _left_by_run(Path(place))
             elif globs or link or kind_of(name):
                 found.unread.append(InputError(entry.path, _not_a_file(entry)))
-    found.files.sort(key=lambda name: name.split("/"))
+    for names in (found.files, found.hidden, found.others):
+        names.sort(key=lambda name: name.split("/"))
     if left:
         places = {name: os.path.realpath(root / name) for name in found.files}
         found.files = [

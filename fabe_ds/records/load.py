@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from fabe_ds.errors import CacheError, InputError, UsageError, reason
-from fabe_ds.files import digest, private_folder
+from fabe_ds.errors import InputError, UsageError
+from fabe_ds.files import (
+    clear_scratch,
+    digest,
+    is_text,
+    not_kept,
+    private_folder,
+    remove,
+    scratch_in,
+    usable_folder,
+)
 from fabe_ds.records.discover import Source, discover
 from fabe_ds.records.read import Broken, Record, Tail, no_tick, read_records
 from fabe_ds.records.scan import Field, Target, parse_path
@@ -118,6 +126,7 @@ def load(
     `tick` is told the bytes of the input that were read, as they are.
     """
     target = field_target(field, backup_field)
+    usable_folder(cache_dir)
     contents, readable, unread = _digests(sources, on_bad_input)
     options = (field, backup_field, records_key, on_bad_input)
     fingerprint = _fingerprint(contents, *options)
@@ -126,7 +135,7 @@ def load(
     if kept is None:
         if folder.exists():
             log.warning("%s was damaged; the input is loaded again", folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         kept = _write(folder, readable, target, records_key, on_bad_input, tick)
     os.utime(folder)  # its last use, which `cache prune` looks at
     files = [*kept, *unread]
@@ -321,8 +330,10 @@ def _write(
     """
     skip = on_bad_input == "skip"
     files = []
+    clear_scratch(folder.parent)
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+        scratch = scratch_in(folder.parent)
+        scratch.mkdir(mode=0o700)
         try:
             with (
                 pa.OSFile(str(scratch / "records.arrow"), "wb") as sink,
@@ -352,7 +363,7 @@ def _write(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise CacheError(f"--cache-dir {folder.parents[1]}: {reason(error)}") from None
+        raise not_kept(folder.parents[1], error) from None
     return files
 
 
@@ -369,5 +380,6 @@ def _broken(source: Source, field: Field, records_key: str | None) -> str | None
 def _open(path: Path, fingerprint: str) -> Dataset:
     from datasets import Dataset
 
-    found = Dataset.from_file(os.fspath(path.resolve()))
+    whole = os.fspath(path.resolve())
+    found = Dataset.from_file(whole if is_text(whole) else os.fspath(path))
     return Dataset(found.data, info=found.info, split=found.split, fingerprint=fingerprint)

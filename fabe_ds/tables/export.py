@@ -6,8 +6,6 @@ import base64
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -16,9 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import STANDARD, RunConfig
-from fabe_ds.errors import UsageError
-from fabe_ds.files import check_writable, replacing
-from fabe_ds.plan import output_of, reports_of
+from fabe_ds.errors import ExportError, UsageError, reason
+from fabe_ds.files import (
+    check_file_writable,
+    check_writable,
+    clear_scratch,
+    remove,
+    replacing,
+    scratch_in,
+)
+from fabe_ds.plan import check_reports, output_of, reports_of
 from fabe_ds.tables.csv import ROW, read_head, write_csv, write_csv_like
 from fabe_ds.tables.load import SEPARATORS, Table, is_saved
 from fabe_ds.tables.parquet import refuse_unheld, write_parquet_like
@@ -52,7 +57,11 @@ def table_place(config: RunConfig) -> tuple[Path, Path]:
         raise UsageError(f"--output {output}: would replace the input {path}; name another")
     if config.output_path == STANDARD and kind == "dataset":
         raise UsageError("--output -: a saved Dataset is a folder; give an --output-format")
-    check_writable(place)
+    if kind == "dataset":
+        check_writable(place)
+    else:
+        check_file_writable(place)
+    check_reports(reports)
     return place, reports
 
 
@@ -127,15 +136,18 @@ def _kind_of(config: RunConfig) -> str:
 
 
 def _save(dataset: Dataset, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=place.parent))
+    scratch = scratch_in(place.parent)
     try:
+        scratch.mkdir(parents=True)
+        clear_scratch(place.parent)
         dataset.save_to_disk(str(scratch / "saved"))
         if place.exists():
             place.rename(scratch / "old")
         (scratch / "saved").rename(place)
+    except OSError as error:
+        raise ExportError(f"{place}: cannot be written: {reason(error)}") from None
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)
 
 
 def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:

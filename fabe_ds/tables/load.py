@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fabe_ds.config import RunConfig
-from fabe_ds.errors import FabeError, InputError, UsageError, first_line
-from fabe_ds.files import private_folder
+from fabe_ds.errors import FabeError, InputError, UsageError, first_line, reason
+from fabe_ds.files import NO_ROOM, clear_scratch, not_kept, private_folder, usable_folder
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.records.discover import (
     LEFT_BEHIND,
@@ -137,9 +137,12 @@ def load_table(config: RunConfig) -> Table:
     except FabeError:
         raise
     except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            raise not_kept(config.cache_dir, cause) from None
         if wrong := next(filter(None, map(_broken, files)), None):
             raise wrong from None
-        message = first_line(error.__cause__ or error)
+        message = reason(cause) if isinstance(cause, OSError) else first_line(cause)
         if isinstance(error, FileNotFoundError | ConnectionError | ValueError):
             raise UsageError(f"--input {path}: {message}") from None
         raise InputError(path, f"cannot be read: {message}") from None
@@ -153,11 +156,15 @@ def _files(config: RunConfig) -> tuple[list[Path], list[str]]:
     path = config.input_path
     assert path is not None
     if not path.is_dir():
+        check_readable(path)
         return [path], []
     tables, found = _tables(config)
     refuse_unread(found.unread, config.on_bad_input)
     say_hidden(path, found)
     files, bad = _alike(path, tables), list(map(str, found.unread))
+    if config.on_bad_input == "fail":
+        for file in files:
+            check_readable(file)
     if config.on_bad_input == "skip":
         for file in list(files):
             if wrong := _broken(file):
@@ -167,6 +174,15 @@ def _files(config: RunConfig) -> tuple[list[Path], list[str]]:
         if not files:
             raise UsageError(f"--input {path}: none of its files can be read; {bad[-1]}")
     return files, bad
+
+
+def check_readable(file: Path) -> None:
+    """Raises: InputError."""
+    try:
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(file, f"cannot be read: {reason(error)}") from None
 
 
 def _broken(file: Path) -> InputError | None:
@@ -236,7 +252,9 @@ def load_files(files: list[Path], cache_dir: Path) -> Dataset:
     import datasets
 
     suffix = files[0].suffix.lower()
+    usable_folder(cache_dir)
     place = private_folder(private_folder(cache_dir) / "tables")
+    clear_scratch(place)
     if suffix in SEPARATORS:
         return load_csv(files, SEPARATORS[suffix], place)
     options: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from fabe_ds.config import RunConfig
 from fabe_ds.course import ANSWERING, WRITING, Course
 from fabe_ds.engine.intake import Item
 from fabe_ds.errors import UsageError
-from fabe_ds.files import private_folder
+from fabe_ds.files import private_folder, scratch_folder
 from fabe_ds.history import recorded
 from fabe_ds.result import FAILURES, REPORT, RunResult, beside, leave, sizes, spread
 from fabe_ds.tables.export import export_table, table_place
@@ -46,6 +46,7 @@ def run_table(config: RunConfig, course: Course) -> RunResult:
     table = load_table(config)
     dataset = table.dataset
     check_columns(dataset, transform)
+    rules.remark(config, transform.provider)
     try:
         course.stats = transform.session.stats
         with recorded(course.stats) as history:
@@ -108,14 +109,17 @@ def _map(dataset: Dataset, transform: Transform, config: RunConfig) -> Dataset:
     if config.runner == "ray":
         return _on_ray(dataset, transform, config, features, place)
     transform.look_ahead(table_items(dataset, transform))
-    return dataset.map(
-        transform,
-        batched=True,
-        batch_size=ROWS,
-        features=features,
-        cache_file_name=str(place),
-        load_from_cache_file=False,
-    )
+    with scratch_folder(folder) as scratch:
+        result = dataset.map(
+            transform,
+            batched=True,
+            batch_size=ROWS,
+            features=features,
+            cache_file_name=str(scratch / place.name),
+            load_from_cache_file=False,
+        )
+        (scratch / place.name).replace(place)
+    return result
 
 
 def _on_ray(
