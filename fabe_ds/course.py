@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,20 @@ class Course:
     known. `stats` are the counts of the answers."""
 
     phase: str = ""
+    began: float = 0.0
+    """When the phase began, on the monotonic clock."""
     done: int = 0
     total: int = 0
     stats: Stats = field(default_factory=Stats)
 
     def begin(self, phase: str, total: int = 0) -> None:
+        self.began = time.monotonic()
         self.phase, self.done, self.total = phase, 0, total
+
+    @property
+    def seconds(self) -> float:
+        """Since the phase began."""
+        return time.monotonic() - self.began
 
     def tick(self, amount: int) -> None:
         self.done += amount

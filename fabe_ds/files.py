@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, cast
@@ -57,9 +57,9 @@ class Replacing:
     def __init__(self) -> None:
         self.digests: dict[Path, str] = {}
         """SHA-256 of each file, by the path that it was opened as."""
-        self._waiting: list[tuple[Path, Path]] = []  # where a file is, and where it belongs
+        self._waiting: list[tuple[str, str]] = []  # where a file is, and where it belongs
         self._bytes = 0
-        self._folders: dict[Path, Path] = {}
+        self._folders: dict[str, str] = {}
 
     def __enter__(self) -> Replacing:
         return self
@@ -69,65 +69,63 @@ class Replacing:
             if kind is None:
                 self._settle()
         finally:
-            for scratch, _path in self._waiting:
-                scratch.unlink(missing_ok=True)
+            for scratch, _place in self._waiting:
+                _unlink(scratch)
 
     @contextlib.contextmanager
     def open(self, path: Path, compress: bool | None = None) -> Iterator[IO[bytes]]:
         """A file to write, which is to take the place of `path`. Raises: ExportError."""
+        scratch = ""
         try:
-            place = self._real(path)
-            scratch = scratch_in(place.parent)
-            file = _made_for(place, scratch)
-        except OSError as error:
-            raise _not_written(path, error) from None
-        ended = False
-        try:
-            with file:
+            folder, name = self._real(os.fspath(path))
+            place, scratch = f"{folder}/{name}", f"{folder}/{_scratch_name()}"
+            with _made_for(place, scratch) as file:
                 hashed = _Hashed(file)
-                if path.suffix.lower() == ".gz" if compress is None else compress:
+                if name.lower().endswith(".gz") if compress is None else compress:
                     with gzip.GzipFile(
                         "", "wb", fileobj=cast(IO[bytes], hashed), mtime=0
                     ) as packed:
                         yield cast(IO[bytes], packed)
                 else:
                     yield cast(IO[bytes], hashed)
-            ended = True
-        except OSError as error:
-            raise _not_written(path, error) from None
-        finally:
-            if not ended:
-                scratch.unlink(missing_ok=True)
+        except BaseException as error:
+            if scratch:
+                _unlink(scratch)
+            if isinstance(error, OSError):
+                raise _not_written(path, error) from None
+            raise
         self.digests[path] = hashed.hexdigest()
         self._waiting.append((scratch, place))
         self._bytes += hashed.size
         if len(self._waiting) >= GROUP_FILES or self._bytes >= GROUP_BYTES:
             self._settle()
 
-    def _real(self, path: Path) -> Path:
-        """The file that a path stands for. Its folder is made where there is none."""
-        if path.is_symlink():
-            path = Path(os.path.realpath(path))
-        folder = self._folders.get(path.parent)
+    def _real(self, path: str) -> tuple[str, str]:
+        """The folder and the name of the file that a path stands for. The folder is made where
+        there is none."""
+        if os.path.islink(path):  # noqa: PTH114 - there may be very many
+            path = os.path.realpath(path)
+        parent, name = os.path.split(path)
+        folder = self._folders.get(parent)
         if folder is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folder = self._folders[path.parent] = Path(os.path.realpath(path.parent))
-            clear_scratch(folder)
-        return folder / path.name
+            Path(parent).mkdir(parents=True, exist_ok=True)
+            folder = self._folders[parent] = os.path.realpath(parent)
+            clear_scratch(Path(folder))
+        return folder, name
 
     def _settle(self) -> None:
         """Brings the files that wait to the disk, and to their places. Raises: ExportError."""
-        folders = {path.parent for _, path in self._waiting}
-        path = None
+        folders = {os.path.split(place)[0] for _, place in self._waiting}
+        place = ""
         try:
             _sync([scratch for scratch, _ in self._waiting])
             while self._waiting:
-                scratch, path = self._waiting[-1]
-                scratch.replace(path)
+                scratch, place = self._waiting[-1]
+                os.replace(scratch, place)  # noqa: PTH105
                 self._waiting.pop()
             _sync(folders)
         except OSError as error:
-            raise _not_written(path or self._waiting[0][1], error) from None
+            raise _not_written(place or self._waiting[0][1], error) from None
         self._bytes = 0
 
 
@@ -165,17 +163,18 @@ class _Hashed:
         return self._hash.hexdigest()
 
 
-def _made_for(place: Path, scratch: Path) -> IO[bytes]:
+def _made_for(place: str, scratch: str) -> IO[bytes]:
     """A new file at `scratch`, with the mode and the owner of the one that it is to replace."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
-        status = place.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, NO_FILE)
+        status = os.stat(place)  # noqa: PTH116
     except FileNotFoundError:
-        return os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
+        return os.fdopen(os.open(scratch, flags, 0o666), "wb")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, NO_FILE)
     if status.st_nlink > 1:
         log.warning("%s has other hard links; they keep the old contents", place)
-    handle = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    handle = os.open(scratch, flags, 0o600)
     with contextlib.suppress(PermissionError):  # only root gives files away; CIFS has no modes
         os.fchown(handle, status.st_uid, status.st_gid)
     with contextlib.suppress(PermissionError):
@@ -183,10 +182,19 @@ def _made_for(place: Path, scratch: Path) -> IO[bytes]:
     return os.fdopen(handle, "wb")
 
 
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        Path(path).unlink()
+
+
+def _scratch_name() -> str:
+    return f".fabe-ds-{_HOST}-{os.getpid()}-{next(_numbers)}"
+
+
 def scratch_in(folder: Path) -> Path:
     """The path of something that is to be made in the folder, and to get its own name when it is
     whole. What killed processes leave under such names is known by them."""
-    return folder / f".fabe-ds-{_HOST}-{os.getpid()}-{next(_numbers)}"
+    return folder / _scratch_name()
 
 
 @contextlib.contextmanager
@@ -221,10 +229,11 @@ def is_in_use(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that is in it, if it is there and can be."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+    """Removes something of ours: a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        _unlink(str(path))
 
 
 def _is_alive(process: int) -> bool:
@@ -237,12 +246,11 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _sync(paths: Iterable[Path]) -> None:
+def _sync(paths: Collection[str]) -> None:
     """Brings files, or the names in folders, to the disk; many of them with their whole disk."""
-    paths = list(paths)
     together = len(paths) > FEW and _syncfs is not None
     if together:
-        paths = list({path.stat().st_dev: path for path in paths}.values())
+        paths = list({os.stat(path).st_dev: path for path in paths}.values())  # noqa: PTH116
     for path in paths:
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -251,7 +259,7 @@ def _sync(paths: Iterable[Path]) -> None:
             finally:
                 os.close(handle)
         except OSError as error:
-            if error.errno not in _UNSYNCABLE or not path.is_dir():
+            if error.errno not in _UNSYNCABLE or not Path(path).is_dir():
                 raise
 
 
@@ -263,7 +271,7 @@ def _sync_disk(handle: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _not_written(path: Path, error: OSError) -> ExportError:
+def _not_written(path: Path | str, error: OSError) -> ExportError:
     return ExportError(f"{path}: cannot be written: {reason(error)}")
 
 

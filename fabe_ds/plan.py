@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from fabe_ds.config import STANDARD, RunConfig, flag
@@ -24,7 +25,7 @@ NAME_BYTES = 200
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".arrow")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """`output` is the folder that mirrors the input, or, where `single`, the one file; None where
     the input files are replaced. `reports` is what the report stands beside."""
@@ -36,10 +37,14 @@ class Plan:
     single: bool = False
     unread: list[InputError] = field(default_factory=list)
 
-    def destination(self, source: Source) -> Path:
+    @cached_property
+    def places(self) -> dict[str, Path]:
+        """Where each file goes, by the name of its source."""
         if self.output is None:
-            return source.path
-        return self.output if self.single else self.output / real_name(source.name)
+            return {source.name: source.path for source in self.sources}
+        if self.single:
+            return {source.name: self.output for source in self.sources}
+        return {source.name: self.output / real_name(source.name) for source in self.sources}
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -158,20 +163,28 @@ def check_reports(reports: Path) -> None:
 def _check_places(plan: Plan) -> None:
     """Raises: UsageError where the output would replace the input, or cannot be written."""
     names: dict[str, str] = {}
-    folders: set[Path] = set()
+    folders: dict[str, bool] = {}  # and whether they are there
     check_reports(plan.reports)
     for source in plan.sources:
-        place = plan.destination(source)
         other = names.setdefault(source.name.casefold(), source.name)
         if other != source.name:
             log.warning("%s and %s differ in case alone", other, source.name)
-        if place.exists():
-            if plan.output is not None and place.samefile(source.path):
+        place = os.fspath(plan.places[source.name])
+        folder = os.path.split(place)[0]
+        if folder not in folders:  # a new file, in place too
+            check_writable(Path(folder))
+            folders[folder] = os.path.isdir(folder)  # noqa: PTH112
+        if folders[folder] and os.path.lexists(place):
+            if plan.output is not None and _is_same(place, source.path):
                 raise UsageError(
                     f"--output {plan.output}: would replace the input {source.path}; ask for it "
                     "with --inplace"
                 )
-            check_file_writable(place)
-        if place.parent not in folders:  # a new file, in place too
-            check_writable(place.parent)
-            folders.add(place.parent)
+            check_file_writable(Path(place))
+
+
+def _is_same(place: str, source: Path) -> bool:
+    try:
+        return os.path.samefile(place, source)  # noqa: PTH121
+    except OSError:
+        return False

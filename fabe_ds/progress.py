@@ -44,22 +44,9 @@ def in_notebook() -> bool:
     return type(running).__name__ == "ZMQInteractiveShell"
 
 
-class Pace:
-    """Seconds that a run has been in its phase."""
-
-    def __init__(self, course: Course) -> None:
-        self._course, self._phase = course, course.phase
-        self._since = time.monotonic()
-
-    def seconds(self) -> float:
-        if self._course.phase != self._phase:
-            self._phase, self._since = self._course.phase, time.monotonic()
-        return time.monotonic() - self._since
-
-
-def describe(course: Course, seconds: float) -> str:
-    """One line: the phase, how far it is, and the time that it has left. `seconds`: since the
-    phase began."""
+def describe(course: Course) -> str:
+    """One line: the phase, how far it is, and the time that it has left."""
+    seconds = course.seconds
     if course.phase == ANSWERING:
         return _answering(course.stats, course.total, seconds)
     if not course.total:
@@ -111,9 +98,9 @@ def _size(count: int) -> str:
 
 
 def _lines(course: Course, over: threading.Event) -> None:
-    started, pace = time.monotonic(), Pace(course)
+    started = time.monotonic()
     while not over.wait(_line_seconds(time.monotonic() - started)):
-        log.info("%s", describe(course, pace.seconds()))
+        log.info("%s", describe(course))
 
 
 def _line_seconds(seconds: float) -> float:
@@ -121,9 +108,9 @@ def _line_seconds(seconds: float) -> float:
 
 
 def _one_line(course: Course, over: threading.Event) -> None:
-    pace, width = Pace(course), 0
+    width = 0
     while not over.wait(NOTEBOOK_SECONDS):
-        line = describe(course, pace.seconds())
+        line = describe(course)
         sys.stderr.write(f"\r{line:<{width}}")
         sys.stderr.flush()
         width = len(line)
@@ -135,12 +122,11 @@ def _bar(course: Course, over: threading.Event) -> None:
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    pace = Pace(course)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("")
         while not over.wait(BAR_SECONDS):
-            text = describe(course, pace.seconds())
+            text = describe(course)
             done = course.stats.settled if course.phase == ANSWERING else course.done
             total = course.total or None
             progress.update(task, completed=done, total=total, description=escape(text))

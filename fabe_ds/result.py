@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config import MAYBE_FILES, SCHEMA_FILE, RunConfig, setting
 from fabe_ds.errors import RECORDS_FAILED, UsageError, first_line, reason
-from fabe_ds.files import is_text, remove, replacing
+from fabe_ds.files import is_text, replacing
 from fabe_ds.network import without_secrets
 from fabe_ds.records.discover import LEFT_BEHIND
 from fabe_ds.version import __version__
@@ -141,7 +141,7 @@ def write_failures(failures: Iterable[dict[str, Any]], path: Path) -> None:
     rows = iter(failures)
     first = next(rows, None)
     if first is None:
-        remove(path)
+        path.unlink(missing_ok=True)
         return
     with replacing(path) as file:
         for failure in (first, *rows):

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -129,10 +130,11 @@ def _look_at(dataset: Dataset, transform: Transform) -> None:
     for (name, backup), part in zip(transform.targets, by_target(dataset), strict=False):
         table = part.with_format("arrow")[:]
         skip = table.column("skip")
-        readable = table.filter(pc.is_null(table.column("error")))
-        missing = pc.equal(readable.column("skip").fill_null(""), "missing")
-        if len(readable) and pc.all(missing).as_py():
-            raise no_such_field(name, len(readable), readable.column("raw")[0].as_py())
+        readable = pc.is_null(table.column("error"))
+        missing = pc.equal(skip.fill_null(""), "missing")
+        if pc.any(readable).as_py() and not pc.any(pc.and_not(readable, missing)).as_py():
+            first = pc.index(readable, True).as_py()
+            raise no_such_field(name, pc.sum(readable).as_py(), table.column("raw")[first].as_py())
         if backup and (kept := _holding(table)):
             log.info(
                 "%d records hold %r already: it stays as it is, and no other original is kept",
@@ -182,6 +184,8 @@ class _State:
     answers: Path
     """The file of the answers; a process each has one like it, where there are several."""
     clean: bool = False
+    digests: list[str] = field(default_factory=list)
+    """Of the answers."""
     exports: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -191,7 +195,8 @@ class _State:
         try:
             told = json.loads(state.path.read_text())
             state.exports = {str(path): str(digest) for path, digest in told["exports"].items()}
-            state.clean = told["answers"] == state._digests()
+            state.digests = state._digests()
+            state.clean = told["answers"] == state.digests
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         return state
@@ -199,11 +204,17 @@ class _State:
     def _digests(self) -> list[str]:
         return [digest(path) for path in sorted(self.path.parent.glob(f"{self.answers.stem}*"))]
 
+    def remember(self) -> None:
+        """The answers are there, and none of them is a failure."""
+        with contextlib.suppress(OSError):
+            self.digests, self.clean = self._digests(), True
+            self.save()
+
     def save(self) -> None:
         """Remembers it, as far as there is room: without it, a run is but done anew."""
         scratch = scratch_in(self.path.parent)
         try:
-            told = {"answers": self._digests(), "exports": self.exports}
+            told = {"answers": self.digests, "exports": self.exports}
             scratch.write_text(json.dumps(told))
             scratch.replace(self.path)
         except OSError as error:
@@ -212,8 +223,15 @@ class _State:
 
     def is_current(self, path: Path) -> bool:
         """Whether the file is what an earlier run of this very job exported."""
-        expected = self.exports.get(str(path.absolute()))
-        return expected is not None and path.is_file() and digest(path) == expected
+        expected = self.exports.get(_absolute(path))
+        try:
+            return expected is not None and digest(path) == expected
+        except OSError:
+            return False
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)
 
 
 def _map(
@@ -268,8 +286,8 @@ def _map(
                     path.replace(place.parent / path.name)
     if result.data.column("failure").null_count != len(result):
         return datasets.concatenate_datasets([dataset, result], axis=1)
-    state.clean = True
-    state.save()
+    if not finished:
+        state.remember()
     return datasets.concatenate_datasets([dataset, result], axis=1)
 
 
@@ -355,9 +373,7 @@ def _export(
     """Writes the files, unless an earlier run of this very job has; gives their paths."""
     usable = {file.name for file in loaded.files if not file.error}
     empty = {file.name for file in loaded.files if not file.error and not file.records}
-    places = {
-        source.name: plan.destination(source) for source in plan.sources if source.name in usable
-    }
+    places = {name: place for name, place in plan.places.items() if name in usable}
     if plan.output is None:
         if written.data.column("completion").null_count < len(written):
             write_files(written, places.__getitem__, course.tick)
@@ -369,7 +385,7 @@ def _export(
         if source.name in empty:
             digests[places[source.name]] = copy_unchanged(source, places[source.name])
     if state.clean:
-        state.exports |= {str(path.absolute()): digest for path, digest in digests.items()}
+        state.exports |= {_absolute(path): digest for path, digest in digests.items()}
         state.save()
     return list(digests)
 

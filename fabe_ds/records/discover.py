@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from fabe_ds.errors import InputError, UsageError, reason
@@ -42,11 +42,11 @@ class Source:
 
     @property
     def kind(self) -> str | None:
-        return kind_of(self.path.name)
+        return kind_of(self.name)
 
     @property
     def compressed(self) -> bool:
-        return self.path.suffix.lower() == ".gz"
+        return self.name.lower().endswith(".gz")
 
     def open(self) -> BinaryIO:
         """The file's bytes, uncompressed."""
@@ -64,7 +64,8 @@ class Source:
 
 def kind_of(name: str) -> str | None:
     """JSON or LINES, by the suffix of a file's name (before .gz); None for any other."""
-    return _KINDS.get(PurePath(name.lower().removesuffix(".gz")).suffix)
+    stem, dot, suffix = name.lower().removesuffix(".gz").rpartition(".")
+    return _KINDS.get(dot + suffix) if stem.rpartition("/")[2] else None
 
 
 @dataclass(slots=True)

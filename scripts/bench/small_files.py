@@ -42,7 +42,7 @@ def main(sizes: list[int]) -> None:
             cwd = Path(name)
             (cwd / "in").mkdir()
             for number in range(size):
-                record = {"id": number, "code": base[number % len(base)]}
+                record = {"id": number, **base[number % len(base)]}
                 (cwd / f"in/{number:06}.json").write_text(json.dumps(record))
             loop = [sys.executable, "-c", LOOP, "in", "outputs"]
             run = [str(Path(sys.executable).parent / "fabe-ds"), "run", "--input", "in"]
