@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,8 +193,10 @@ def write_report(config: RunConfig, result: RunResult, course: dict[str, Any]) -
         if isinstance(value, Path) or name in MAYBE_FILES:
             settings[name] = _from_anywhere(value)
     ended = f"{datetime.now():%Y-%m-%d %H:%M}"
-    body = {"fabe_ds": __version__, "ended": ended, "config": settings, **asdict(result), **course}
-    body["outputs"] = [path.absolute() for path in result.outputs]
+    counts = {field.name: getattr(result, field.name) for field in fields(result)}
+    body = {"fabe_ds": __version__, "ended": ended, "config": settings, **counts, **course}
+    # There may be very many.
+    body["outputs"] = [os.path.abspath(path) for path in result.outputs]  # noqa: PTH100
     report = json.dumps(body, indent=2, ensure_ascii=False, default=str)
     if not is_text(report):  # a name that is no UTF-8: JSON has an escape for its bytes
         report = json.dumps(body, indent=2, default=str)

@@ -231,7 +231,7 @@ class _State:
 
 
 def _absolute(path: Path) -> str:
-    return os.path.abspath(path)
+    return os.path.abspath(path)  # noqa: PTH100 - there may be very many
 
 
 def _map(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from json.decoder import JSONDecodeError
@@ -87,9 +88,13 @@ class _Ticking:
         self._file, self._tick = file, tick
         self._on_disk = getattr(file, "fileobj", file)  # of a GzipFile, what it reads from
         self._told = 0
+        # A buffer of megabytes for each of many small files would take longer than the files.
+        self._most = (
+            os.fstat(self._on_disk.fileno()).st_size + 1 if self._on_disk is file else CHUNK
+        )
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(size)
+        data = self._file.read(min(size, max(self._most - self._told, 1)))
         position = self._on_disk.tell()
         self._tick(position - self._told)
         self._told = position
