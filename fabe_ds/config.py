@@ -450,12 +450,11 @@ def signature_of(model: type[BaseModel], *first: inspect.Parameter) -> inspect.S
 
 def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str]) -> C:
     """The configuration of these values; `named` is how each was given, for the error."""
-    for name, value in values.items():
-        texts = value if isinstance(value, list) else [value]
-        if name not in _PATHS and not all(is_text(t) for t in texts if isinstance(t, str)):
-            raise UsageError(f"{named.get(name, name)}: not UTF-8")
     try:
-        return model(**values)
+        return model(**{n: v if n in _PATHS else _as_text(v) for n, v in values.items()})
+    except UnicodeDecodeError:
+        wrong = next(n for n, v in values.items() if n not in _PATHS and not _is_text(v))
+        raise UsageError(f"{named.get(wrong, wrong)}: not UTF-8") from None
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -468,6 +467,24 @@ def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str
         message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
         given = "" if name == "api_key" else f" {_short(first['input'])}"
         raise UsageError(f"{named.get(name, name)}{given}: {message}") from None
+
+
+def _as_text(value: Any) -> Any:
+    """A value of the command line, whose bytes are UTF-8 whatever the locale says.
+
+    Raises: UnicodeDecodeError.
+    """
+    if isinstance(value, str) and not is_text(value):
+        return os.fsencode(value).decode()
+    return [_as_text(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        _as_text(value)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

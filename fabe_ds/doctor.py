@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fabe_ds import network, rules
 from fabe_ds.config import RunConfig
 from fabe_ds.errors import CacheError, FabeError, RunStopped, UsageError
-from fabe_ds.files import check_writable
+from fabe_ds.files import check_writable, usable_folder
 from fabe_ds.plan import make_plan
 from fabe_ds.providers import Endpoint, HttpProvider
 from fabe_ds.providers.openai import OpenAIProvider
@@ -139,6 +139,9 @@ def _cache(folder: Path) -> Iterator[Finding]:
 
     try:
         check_writable(folder)
+        usable_folder(folder)
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder}: not a folder")
     except UsageError as error:
         yield Finding("bad", "cache", str(error))
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 NAMES_SHOWN = 5
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
@@ -21,6 +22,11 @@ def listed(names: Sequence[str]) -> str:
     """The first few of the names, and how many more there are."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(map(shown_name, names[:NAMES_SHOWN])) + more
+
+
+def as_path(text: str) -> Path:
+    """The file that a text names, also where the locale is not UTF-8."""
+    return Path(os.fsdecode(text.encode()))
 
 
 def shown_name(name: str) -> str:

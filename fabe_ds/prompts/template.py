@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +13,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fabe_ds.errors import RecordFailed, TemplateError, UsageError, first_line, reason
+from fabe_ds.text import as_path
 
 _FILE_SUFFIXES = (".j2", ".jinja", ".jinja2", ".txt", ".md", ".prompt")
 _MAX_PROMPT = 64 << 20  # characters; a template can multiply text, and must not fill the memory
@@ -24,7 +24,7 @@ def load_instruction(instruction: str) -> tuple[str, str]:
 
     Raises: UsageError where what looks like a file cannot be read.
     """
-    path = Path(instruction)
+    path = as_path(instruction)
     looks_like_file = instruction.lower().endswith(_FILE_SUFFIXES) and "\n" not in instruction
     try:
         is_file = bool(instruction) and (path.is_symlink() or path.exists() or looks_like_file)

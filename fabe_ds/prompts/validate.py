@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line, reason
+from fabe_ds.text import as_path
 
 if TYPE_CHECKING:
     from referencing import Registry
@@ -137,10 +138,10 @@ def _json_schema(file: str) -> Callable[[str], str | None]:
 
     what = f"--validate json-schema:{file}"
     try:
-        schema = json.loads(Path(file).read_text(encoding="utf-8"))
+        schema = json.loads(as_path(file).read_text(encoding="utf-8"))
         kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
         kind.check_schema(schema)
-        registry = _beside(Path(file).parent)
+        registry = _beside(as_path(file).parent)
         validator = kind(schema, registry=registry)
         root = referencing.Resource.from_contents(schema, DRAFT202012)
         for reference in _references(schema):  # now, not at the first answer
