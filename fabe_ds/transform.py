@@ -108,9 +108,10 @@ class Transform:
         # A misspelled name is said before what else is missing.
         self._provider_class = provider_class(config.provider)
         config = config.model_copy(update={"base_url": self._base_url(config)})
-        if not config.instruction and config.provider != "echo":
+        asks = self._provider_class.asks
+        if asks and not config.instruction:
             raise UsageError("--instruction is required: a text or a template file")
-        if not config.model and config.provider != "echo":
+        if asks and not config.model:
             raise UsageError("--model is required (or MODEL_PATH in the environment)")
         try:
             self.paths = [parse_path(name) for name in (config.field, *config.also_fields)]
@@ -143,7 +144,7 @@ class Transform:
             config.seed,
             tuple(config.stop),
         )
-        if config.samples > 1 and not self._sampling.samples and config.provider != "echo":
+        if config.samples > 1 and asks and not self._sampling.samples:
             raise UsageError("--samples: equal answers without sampling; give a --temperature")
         self._system, self._chat = config.system_prompt or None, config.use_chat_template
         self._language = config.template_vars.get("language", "python")

@@ -134,6 +134,8 @@ class Provider(ABC):
     needs: ClassVar[str] = "nothing"
     cached: ClassVar[bool] = True
     """False where an answer costs less than looking it up."""
+    asks: ClassVar[bool] = True
+    """Whether there is a model to name, and an instruction to give it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint

@@ -33,6 +33,7 @@ def comment(text: str, language: str) -> str:
 class EchoProvider(LocalProvider):
     name = "echo"
     cached: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
 
     def body(self, request: Request) -> dict[str, Any]:
         return {"model": self.endpoint.model, "text": request.text, "language": request.language}

@@ -106,7 +106,10 @@ def read_head(path: Path, separator: str) -> Head:
             separator = named[1]
         elif separator == ",":
             separator = _separator(path, lines.first)
-        row, names = next(_parsed(path, lines, separator, 0), ("", []))
+        rows = _parsed(path, lines, separator, 0)
+        row, names = next(rows, ("", []))
+        if next(rows, None) is None:  # what follows belongs to no other row
+            row += "".join(lines.taken)
         if not names:
             raise InputError(path, "empty: its first line must name the columns")
         if twice := next((name for name in names if names.count(name) > 1), None):

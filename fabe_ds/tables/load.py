@@ -237,7 +237,8 @@ def _split_of(found: Dataset | DatasetDict, split: str) -> Table:
         rows = named[part.splitname]
         end = len(rows) if part.to is None else min(part.to, len(rows))
         first = min(part.from_ or 0, end)
-        chosen.append(rows if (first, end) == (0, len(rows)) else rows.select(range(first, end)))
+        part_of = range(first, end) if first < end else range(0)
+        chosen.append(rows if (first, end) == (0, len(rows)) else rows.select(part_of))
         ranges.append((first, end))
     whole = chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
     return Table(whole, ranges=ranges)

@@ -91,7 +91,7 @@ def check_columns(dataset: Dataset, transform: Transform) -> None:
                 f"{listed(there)}"
             )
         kind = getattr(dataset.features[column], "dtype", None)
-        if not inner and kind not in ("string", "large_string"):
+        if not inner and kind not in ("string", "large_string", "string_view"):
             raise UsageError(f"--field {name}: the column is {kind or 'nested'}, not text")
 
 
