@@ -66,7 +66,9 @@ class Box:
         """The command, begun: forked from a process that is warm (tests/warm.py), or afresh where
         something is read when an interpreter or a library starts."""
         words = [*map(str, args)]
-        fresh = "ray" in words or any(name.startswith(AT_START) for name in environment)
+        fresh = "ray" in words or any(
+            name.startswith(AT_START) and name != "PYTHONPATH" for name in environment
+        )
         begin = subprocess.Popen if fresh else WarmCommand
         return begin(
             [*COMMAND, *words] if fresh else words,

@@ -18,20 +18,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import COMMAND, Box, Ended, wait_for
+from tests.conftest import AT_START, COMMAND, Box, Ended, wait_for
 from tests.server import ModelServer
+from tests.warm import WITHOUT_RIGHTS
 
 ROOT = os.getuid() == 0
-WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+SETPRIV = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
 ECHO = "# echo: local\n"
 
 
-def ran(box: Box, *args: object, stdin: bytes | None = None, **environment: str) -> Ended:
-    """The command afresh, obeying the permissions of files even where we are root."""
-    command = [*(WITHOUT_RIGHTS if ROOT else []), *COMMAND, *map(str, args)]
+def ran(box: Box, *args: object, **environment: str) -> Ended:
+    """The command, obeying the permissions of files even where we are root."""
+    if not any(name.startswith(AT_START) for name in environment):
+        return box.fabe(*args, **{WITHOUT_RIGHTS: "1"}, **environment)
+    command = [*(SETPRIV if ROOT else []), *COMMAND, *map(str, args)]
     ended = subprocess.run(
         command, cwd=box.path, env={**box.environment, **environment}, capture_output=True,
-        input=stdin, check=False, timeout=60,
+        check=False, timeout=60,
     )  # fmt: skip
     out, err = (text.decode("utf-8", "replace") for text in (ended.stdout, ended.stderr))
     assert "Traceback" not in err, err
@@ -373,7 +376,7 @@ def test_without_a_home(box, closed, home, kind):
         closed.append(box.path / "home")
     if home != "none":
         environment["HOME"] = str(box.path / "home")
-    command = [*(WITHOUT_RIGHTS if ROOT else []), *COMMAND, "run", "--input", source]
+    command = [*(SETPRIV if ROOT else []), *COMMAND, "run", "--input", source]
     ended = subprocess.run(
         command, cwd=box.path, env=environment, capture_output=True, text=True, check=False
     )

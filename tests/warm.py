@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -25,6 +26,8 @@ from typing import Any
 LOCAL = ("hf", "modelscope")
 """Providers whose models run in the command's own process."""
 MESSAGE = 1 << 20
+WITHOUT_RIGHTS = "TEST_WITHOUT_RIGHTS"
+"""The variable of commands that obey the permissions of files whoever runs them."""
 _FD = array.array("i").itemsize
 
 
@@ -149,7 +152,22 @@ def _become(asked: dict[str, Any], pipes: array.array[int]) -> list[str]:
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
+    sys.path[1:1] = os.environ.get("PYTHONPATH", "").split(":")
+    if WITHOUT_RIGHTS in os.environ:
+        give_up_rights()
     return list(asked["args"])
+
+
+def give_up_rights() -> None:
+    """Obeys the permissions of files, also where the user is root (capabilities(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    version, overrides = 0x20080522, 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    header = (ctypes.c_uint32 * 2)(version, 0)
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice 32 of each
+    assert libc.capget(header, data) == 0
+    for index in range(2):
+        data[index] &= ~overrides
+    assert libc.capset(header, data) == 0
 
 
 if __name__ == "__main__":
@@ -184,12 +202,11 @@ if __name__ == "__main__":
         get_checkpoint_conversion_mapping("llama")  # makes those of all
         torch.set_num_threads(1)  # others would not survive a fork
         _ = (gguf, transformers)
-    models = "models" in sys.argv[2:]
     sys.argv = ["fabe-ds", *serve(sys.argv[1])]
     try:
         fabe_ds.cli.main()
     except SystemExit as ended:
-        if models and isinstance(ended.code, int):  # taking torch apart takes half a second
+        if isinstance(ended.code, int):  # taking all that was imported apart takes a while
             threading._shutdown()
             atexit._run_exitfuncs()
             sys.stdout.flush()

@@ -149,11 +149,17 @@ def _kept(folder: Path) -> list[LoadedFile] | None:
     """What became of each file, where the folder holds a carrier that is what was written."""
     try:
         told = json.loads((folder / "files.json").read_text())
-        if told["digest"] == digest(folder / "records.arrow"):
+        if told["digest"] == _seal(folder, told["files"]):
             return [LoadedFile(*entry) for entry in told["files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
+
+
+def _seal(folder: Path, files: Sequence[Sequence[Any]]) -> str:
+    """Names what a carrier's folder holds: the records, and what became of each file."""
+    seed = f"{digest(folder / 'records.arrow')}\0{json.dumps(files)}"
+    return hashlib.sha256(seed.encode()).hexdigest()
 
 
 def _digests(
@@ -336,7 +342,7 @@ def _write(
     Raises: InputError, CacheError.
     """
     skip = on_bad_input == "skip"
-    files = []
+    loaded = []
     clear_scratch(folder.parent)
     try:
         scratch = scratch_in(folder.parent)
@@ -355,11 +361,12 @@ def _write(
                             source, field, records_key, keep_broken=skip, tick=tick
                         )
                         count = rows.take(source.name, items)
-                    files.append(LoadedFile(source.name, count, error))
+                    loaded.append(LoadedFile(source.name, count, error))
                 rows.flush()
+            files = [(file.name, file.records, file.error) for file in loaded]
             told = {
-                "files": [(file.name, file.records, file.error) for file in files],
-                "digest": digest(scratch / "records.arrow"),
+                "files": files,
+                "digest": _seal(scratch, files),
             }
             (scratch / "files.json").write_text(json.dumps(told))
             try:
@@ -371,7 +378,7 @@ def _write(
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise not_kept(folder.parents[1], error) from None
-    return files
+    return loaded
 
 
 def _broken(source: Source, field: Field, records_key: str | None) -> str | None:
