@@ -459,7 +459,7 @@ def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str
         first = error.errors()[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise UsageError(unknown(name, list(model.model_fields))) from None
+            raise UsageError(unknown(name, [*model.model_fields, *_SPELLED])) from None
         if name == "device":
             raise UsageError(
                 f"--device {first['input']}: write cpu, cuda, cuda:0, cuda:0,1, mps or auto"
@@ -516,7 +516,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         name = str(given).removeprefix("--").replace("-", "_")
         name = _SPELLED.get(name, name)
         if name not in RunConfig.model_fields:
-            raise UsageError(f"--config {file}: {unknown(str(given), names)}")
+            raise UsageError(f"--config {file}: {unknown(str(given), [*names, *_SPELLED])}")
         if name in values:
             raise UsageError(f"--config {file}: {given} is there twice, under two names")
         values[name] = value

@@ -235,7 +235,6 @@ def test_a_full_disk_is_one_line_and_then_the_run_goes_on(box, disk, kind, where
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_disk_that_fills_while_answers_arrive(box, disk, server, kind):
-    server.change = lambda text: text.upper()
     disk.mount("600k")
     source = records(box, kind, 300)
     args = openai(server, source, "--cache-dir", "m/c", "--concurrency", 4, "--backup-field", "")
@@ -410,7 +409,7 @@ def test_cache_folders_that_cannot_be(box, name):
 
 
 def test_a_terminal_that_hangs_up_ends_a_run_politely(box, server):
-    server.delay = 0.05
+    server.latency = 0.05
     box.lines("d.jsonl", [{"code": f"x = {i}"} for i in range(400)])
     process = box.start(*openai(server, "d.jsonl", "--concurrency", 2))
     wait_for(lambda: len(server.calls) > 10)
@@ -418,13 +417,13 @@ def test_a_terminal_that_hangs_up_ends_a_run_politely(box, server):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "run the same command again to go on" in err
-    server.delay = 0.0
+    server.latency = 0.0
     assert box.fabe(*openai(server, "d.jsonl", "--concurrency", 2)).code == 0
     assert len(server.calls) <= 402
 
 
 def test_nohup_is_obeyed(box, server):
-    server.delay = 0.02
+    server.latency = 0.02
     box.lines("d.jsonl", [{"code": f"x = {i}"} for i in range(60)])
     command = ["nohup", *COMMAND, *map(str, openai(server, "d.jsonl"))]
     process = subprocess.Popen(
