@@ -57,7 +57,7 @@ class Replacing:
     before: to bring each to the disk by itself takes ten times as long as to write a small one."""
 
     def __init__(self) -> None:
-        self.digests: dict[Path, str] = {}
+        self.digests: dict[str, str] = {}
         """SHA-256 of each file, by the path that it was opened as."""
         self._waiting: list[tuple[str, str]] = []  # where a file is, and where it belongs
         self._bytes = 0
@@ -75,7 +75,7 @@ class Replacing:
                 _unlink(scratch)
 
     @contextlib.contextmanager
-    def open(self, path: Path, compress: bool | None = None) -> Iterator[IO[bytes]]:
+    def open(self, path: Path | str, compress: bool | None = None) -> Iterator[IO[bytes]]:
         """A file to write, which is to take the place of `path`. Raises: ExportError."""
         scratch = ""
         try:
@@ -102,7 +102,7 @@ class Replacing:
             if isinstance(error, OSError):
                 raise _not_written(path, error) from None
             raise
-        self.digests[path] = hashed.hexdigest()
+        self.digests[os.fspath(path)] = hashed.hexdigest()
         self._waiting.append((scratch, place))
         self._bytes += hashed.size
         if len(self._waiting) >= GROUP_FILES or self._bytes >= GROUP_BYTES:

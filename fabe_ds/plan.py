@@ -38,13 +38,14 @@ class Plan:
     unread: list[InputError] = field(default_factory=list)
 
     @cached_property
-    def places(self) -> dict[str, Path]:
+    def places(self) -> dict[str, str]:
         """Where each file goes, by the name of its source."""
         if self.output is None:
-            return {source.name: source.path for source in self.sources}
+            return {source.name: source.location for source in self.sources}
+        output = os.fspath(self.output)
         if self.single:
-            return {source.name: self.output for source in self.sources}
-        return {source.name: self.output / real_name(source.name) for source in self.sources}
+            return {source.name: output for source in self.sources}
+        return {source.name: f"{output}/{real_name(source.name)}" for source in self.sources}
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -91,7 +92,7 @@ def output_of(config: RunConfig) -> tuple[Path, bool]:
     if not os.path.isdir(output):  # noqa: PTH112 - Path.is_dir raises where it may not look
         check_writable(output if named else output.parent)
     if named and not output.is_dir():
-        if root.is_dir() and kind_of(output.name):
+        if root.is_dir() and kind_of(output.name) and not _is_table_folder(config):
             raise UsageError(f"--output {output}: the input is a folder, so name a folder")
         return output, True
     if output.exists() and not output.is_dir():
@@ -139,7 +140,7 @@ def _input_of(report: Path) -> str | None:
     """The input of the run that has left this report; None where there is no such report."""
     try:
         return str(json.loads(report.read_text(encoding="utf-8"))["config"]["input_path"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -169,8 +170,8 @@ def _check_places(plan: Plan) -> None:
         other = names.setdefault(source.name.casefold(), source.name)
         if other != source.name:
             log.warning("%s and %s differ in case alone", other, source.name)
-        place = os.fspath(plan.places[source.name])
-        folder = os.path.split(place)[0]
+        place = plan.places[source.name]
+        folder = os.path.split(place)[0] or "."
         if folder not in folders:  # a new file, in place too
             check_writable(Path(folder))
             folders[folder] = os.path.isdir(folder)  # noqa: PTH112

@@ -221,16 +221,16 @@ class _State:
             log.warning("%s: not remembered as finished: %s", self.path, reason(error))
             remove(scratch)
 
-    def is_current(self, path: Path) -> bool:
+    def is_current(self, path: str) -> bool:
         """Whether the file is what an earlier run of this very job exported."""
         expected = self.exports.get(_absolute(path))
         try:
-            return expected is not None and digest(path) == expected
+            return expected is not None and digest(Path(path)) == expected
         except OSError:
             return False
 
 
-def _absolute(path: Path) -> str:
+def _absolute(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - there may be very many
 
 
@@ -377,9 +377,9 @@ def _export(
     if plan.output is None:
         if written.data.column("completion").null_count < len(written):
             write_files(written, places.__getitem__, course.tick)
-        return list(places.values())
+        return list(map(Path, places.values()))
     if state.clean and state.exports and all(map(state.is_current, places.values())):
-        return list(places.values())
+        return list(map(Path, places.values()))
     digests = write_files(written, places.__getitem__, course.tick)
     for source in plan.sources:
         if source.name in empty:
@@ -387,7 +387,7 @@ def _export(
     if state.clean:
         state.exports |= {_absolute(path): digest for path, digest in digests.items()}
         state.save()
-    return list(digests)
+    return list(map(Path, digests))
 
 
 def _report(

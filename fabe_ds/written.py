@@ -42,7 +42,7 @@ def written_records(run: dict[str, Any]) -> Dataset:
             return load_files(outputs, cache_dir)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise FabeError(f"{first}: {first_line(error.__cause__ or error)}") from None
-    sources = [Source(path, path.name) for path in outputs]
+    sources = [Source(str(path), path.name) for path in outputs]
     seed = repr([config["field"], config["records_key"], *(file.digest() for file in sources)])
     name = hashlib.sha256(seed.encode()).hexdigest()[:32]
     place = private_folder(private_folder(cache_dir) / "typed") / f"{name}.arrow"

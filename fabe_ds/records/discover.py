@@ -37,8 +37,12 @@ class Source:
     """One input file. `name` is its path below the input root, with forward slashes; bytes in it
     that are no UTF-8 are shown as `\\xNN`."""
 
-    path: Path
+    location: str  # not a Path, which takes ten times the room: there may be very many
     name: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
 
     @property
     def kind(self) -> str | None:
@@ -208,7 +212,7 @@ def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()
     """
     check_there(root)
     if not root.is_dir():
-        source = Source(root, shown_name(root.name))
+        source = Source(os.fspath(root), shown_name(root.name))
         if source.kind is None:
             raise UsageError(f"--input {root}: not a .json, .jsonl or .ndjson file (or .gz of one)")
         return Discovered([source])
@@ -221,7 +225,9 @@ def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()
     say_hidden(root, found)
     if not names and not found.unread:
         raise UsageError(f"--input {root}: {nothing_matches(globs, found)}")
-    return Discovered([Source(root / name, shown_name(name)) for name in names], found.unread)
+    below = os.path.join(root, "")  # noqa: PTH118
+    sources = [Source(f"{below}{name}", shown_name(name)) for name in names]
+    return Discovered(sources, found.unread)
 
 
 def check_there(path: Path) -> None:

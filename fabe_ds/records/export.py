@@ -66,15 +66,16 @@ def export_records(
     def place(name: str) -> Path:
         return base if inplace and base.is_file() else base / real_name(name)
 
-    return list(write_files(dataset, place))
+    return [Path(path) for path in write_files(dataset, place)]
 
 
 def write_files(
-    dataset: Dataset, place: Callable[[str], Path], tick: Callable[[int], None] = no_tick
-) -> dict[Path, str]:
+    dataset: Dataset, place: Callable[[str], Path | str], tick: Callable[[int], None] = no_tick
+) -> dict[str, str]:
     """Writes the files of a transformed carrier, each to the place that there is for its name.
 
-    `tick` is told the records that were written, as they are. Gives the SHA-256 of each file.
+    `tick` is told the records that were written, as they are. Gives the SHA-256 of each file by
+    its path.
     Raises: UsageError, ExportError.
     """
     if not len(dataset):
@@ -91,7 +92,7 @@ def write_files(
     return files.digests
 
 
-def copy_unchanged(source: Source, path: Path) -> str:
+def copy_unchanged(source: Source, path: str) -> str:
     """A file with no records in it goes through as it is. Gives its SHA-256."""
     with Replacing() as files, files.open(path, compress=False) as file:
         file.write(source.path.read_bytes())

@@ -70,7 +70,7 @@ def load_csv(files: Sequence[Path], separator: str, folder: Path) -> Dataset:
     """
     from datasets import Dataset
 
-    digests = [Source(path, path.name).digest() for path in files]
+    digests = [Source(str(path), path.name).digest() for path in files]
     seed = repr([LOADER_VERSION, separator, digests])
     name = hashlib.sha256(seed.encode()).hexdigest()[:32]
     place = folder / f"csv-{name}.arrow"

@@ -22,7 +22,7 @@ def typed(folder, rows):
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     place = folder / "typed.arrow"
-    typed_records([Source(path, path.name)], Field(("code",), None), None, place)
+    typed_records([Source(str(path), path.name)], Field(("code",), None), None, place)
     return datasets.Dataset.from_file(str(place))
 
 
@@ -89,7 +89,7 @@ def test_a_record_that_is_no_object_is_named(tmp_path):
     path.write_text('{"a": 1}\n[2]\n')
     with pytest.raises(InputError, match=r"data\.jsonl:2: a record that is no object"):
         typed_records(
-            [Source(path, path.name)], Field(("a",), None), None, tmp_path / "typed.arrow"
+            [Source(str(path), path.name)], Field(("a",), None), None, tmp_path / "typed.arrow"
         )
 
 
