@@ -320,9 +320,9 @@ def read_yaml(file: Path) -> Any:
         raise ValueError(f": {error}") from None
 
 
-def digest(path: Path) -> str:
+def digest(path: Path | str) -> str:
     """SHA-256 of a file. Raises: OSError."""
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - there may be very many
         # Not file_digest: it clears a quarter of a megabyte for every file, however small.
         sha256 = hashlib.sha256(file.read(_PIECE))
         while data := file.read(_PIECE):

@@ -94,7 +94,7 @@ def _run_json(config: RunConfig, course: Course) -> RunResult:
     plan = make_plan(config)
     config = config.model_copy(update={"base_url": transform.config.base_url})
     fields = len(transform.targets)
-    course.begin(LOADING, fields * size_of([source.path for source in plan.sources]))
+    course.begin(LOADING, fields * size_of(source.location for source in plan.sources))
     loaded = load_fields(
         plan.sources,
         transform.targets,
@@ -225,7 +225,7 @@ class _State:
         """Whether the file is what an earlier run of this very job exported."""
         expected = self.exports.get(_absolute(path))
         try:
-            return expected is not None and digest(Path(path)) == expected
+            return expected is not None and digest(path) == expected
         except OSError:
             return False
 

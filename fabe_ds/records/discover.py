@@ -55,13 +55,13 @@ class Source:
     def open(self) -> BinaryIO:
         """The file's bytes, uncompressed."""
         if self.compressed:
-            return cast(BinaryIO, gzip.open(self.path, "rb"))
-        return self.path.open("rb")
+            return cast(BinaryIO, gzip.open(self.location, "rb"))
+        return cast(BinaryIO, open(self.location, "rb", buffering=0))  # noqa: PTH123
 
     def digest(self) -> str:
         """SHA-256 of the file as it lies on disk. Raises: InputError."""
         try:
-            return digest(self.path)
+            return digest(self.location)
         except OSError as error:
             raise InputError(self.path, f"cannot be read: {reason(error)}") from None
 
