@@ -160,7 +160,7 @@ def sizes(column: Any) -> dict[int, int]:
 def spread(indices: Sequence[int]) -> list[int]:
     """So many of the indices as samples are kept of, evenly spaced."""
     step = max(1, math.ceil(len(indices) / SAMPLES_KEPT))
-    return list(indices[::step])
+    return [int(index) for index in indices[::step]]
 
 
 def write_samples(samples: Iterable[tuple[str, str, str]], path: Path) -> None:

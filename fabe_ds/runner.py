@@ -474,7 +474,8 @@ def _samples(written: Dataset) -> Iterator[tuple[str, str, str]]:
 
     table = written.data.table.select(["file", "line", "index", "text", "completion"])
     there = pc.indices_nonzero(pc.is_valid(table.column("completion")))
-    for row in table.take(spread(there.to_pylist())).to_pylist() if len(there) else []:
+    for index in spread(there.to_numpy()):
+        (row,) = table.slice(index, 1).to_pylist()  # take would make one copy of all the texts
         where = f"{row['file']}:{row['line']} (record {row['index']})"
         yield where, row["text"], row["completion"]
 
