@@ -91,6 +91,8 @@ def _write_arrow(files: Sequence[Path], separator: str, place: Path) -> None:
             if head.names != first.names:
                 raise InputError(path, f"other columns than {files[0]} has", 1)
             rows = read_rows(path, head)
+            if head.separator != first.separator:  # no text to put values into: it is written anew
+                rows = ((*row[:-1], "") for row in rows)
             while part := list(islice(rows, ROWS)):
                 columns = [pa.array(column, pa.string()) for column in zip(*part, strict=True)]
                 columns[-1] = columns[-1].cast(pa.large_string())
@@ -260,6 +262,8 @@ class _Splice:
         )
 
     def __call__(self, text: str, values: Sequence[Any]) -> str:
+        if not text:
+            return self._anew(values)
         width = len(self._names)
         position = _BLANK.match(text).end() if width > 1 else 0  # type: ignore[union-attr]
         parts, quoted = [text[:position]], False

@@ -77,6 +77,15 @@ def test_csv_files_of_a_folder_become_one(box):
     )
 
 
+def test_csv_files_with_other_separators_become_one(box):
+    box.write("in/a.csv", "id,code\n1,x\n")
+    box.write("in/b.csv", "id;code\n2;y,z\n")
+    assert box.fabe("run", "--input", "in", "--backup-field", "", "--output", "o.csv").code == 0
+    assert (box.path / "o.csv").read_bytes().decode() == (
+        'id,code\n1,"# echo: local\nx"\n2,"# echo: local\ny,z"\n'
+    )
+
+
 def test_csv_as_something_else(box):
     box.write("d.csv", "id;code\n1;x\n")
     for name in ("o.tsv", "o.parquet", "o.jsonl"):
