@@ -14,13 +14,14 @@ from fabe_ds.advice import LASTING
 from fabe_ds.config import RunConfig
 from fabe_ds.dryrun import records_of
 from fabe_ds.engine.cache import RecordCache
-from fabe_ds.engine.intake import stored
+from fabe_ds.engine.intake import Item, stored
 from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.files import is_in_use, remove
 from fabe_ds.plan import make_plan
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import Row, field_target
 from fabe_ds.session import acceptance
+from fabe_ds.tables import check_columns, is_table, load_table, table_items
 from fabe_ds.transform import Transform
 
 DAY = 86_400.0
@@ -163,6 +164,8 @@ def explain(config: RunConfig, record: int) -> str:
     transform = Transform(config)
     if not transform.provider.cached:
         return f"{config.provider}: its answers cost nothing and are not kept"
+    if is_table(config):
+        return _explain_row(config, transform, record)
     seen = 0
     targets = [field_target(*target) for target in transform.targets]
     for source in make_plan(config).sources:
@@ -177,12 +180,27 @@ def explain(config: RunConfig, record: int) -> str:
     raise UsageError(f"record {record}: the input has {seen}")
 
 
+def _explain_row(config: RunConfig, transform: Transform, record: int) -> str:
+    dataset = load_table(config).dataset
+    check_columns(dataset, transform)
+    if not 0 <= record < len(dataset):
+        raise UsageError(f"record {record}: the input has {len(dataset)}")
+    return "\n".join(
+        f"{config.input_path}: record {record}: {_told(transform, item, 'empty')}"
+        for item in table_items(dataset.select([record]), transform)
+    )
+
+
 def _why(transform: Transform, row: Row, field: int) -> str:
     if row.error is not None:
         return f"not sent: {row.error}"
-    item = transform.item(row.text, row.raw, field)
+    return _told(transform, transform.item(row.text, row.raw, field), row.skip or "")
+
+
+def _told(transform: Transform, item: Item, skip: str) -> str:
+    """Why what a record asks for would, or would not, be answered; `skip`: why it asks nothing."""
     if item is None:
-        return f"not sent: the field is {row.skip}"
+        return f"not sent: the field is {skip}"
     if not isinstance(item, Request):
         return f"not sent: {item}"
     key = transform.provider.key(item)

@@ -422,6 +422,16 @@ def test_odd_csv_and_names(box, server):
     assert box.fabe(*command(server, "d[1].parquet")).code == 0
 
 
+def test_a_record_of_a_table_is_explained(box, server):
+    box.write("d.csv", "id,code\n1,x\n2,\n")
+    assert box.fabe(*command(server, "d.csv")).code == 0
+    box.write("d.csv", "id,code\n1,x\n2,\n3,new\n")
+    for record, said in [(0, "record 0: hit, key "), (1, "is empty"), (2, "record 2: miss: ")]:
+        ended = box.fabe("cache", "explain", "outputs.run.json", "--record", record)
+        assert (ended.code, said in ended.out) == (0, True), ended
+    assert box.fabe("cache", "explain", "outputs.run.json", "--record", 3).code == 2
+
+
 def test_a_table_without_rows(box, server):
     pq.write_table(pa.schema([("code", pa.string())]).empty_table(), box.path / "none.parquet")
     box.write("none.csv", "code\n")
