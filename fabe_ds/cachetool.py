@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -16,13 +17,15 @@ from fabe_ds.dryrun import records_of
 from fabe_ds.engine.cache import RecordCache
 from fabe_ds.engine.intake import Item, stored
 from fabe_ds.errors import RecordFailed, UsageError
-from fabe_ds.files import is_in_use, remove
+from fabe_ds.files import is_in_use, is_locked, remove
 from fabe_ds.plan import make_plan
 from fabe_ds.providers.base import Request
 from fabe_ds.records.load import Row, field_target
 from fabe_ds.session import acceptance
 from fabe_ds.tables import check_columns, is_table, load_table, table_items
 from fabe_ds.transform import Transform
+
+log = logging.getLogger(__name__)
 
 DAY = 86_400.0
 
@@ -126,6 +129,9 @@ def prune(folder: Path, days: float) -> Pruned:
             cache.close()
     entries = _entries(folder, (name for names in PARTS.values() for name in names))
     entries += folder.glob(_DAMAGED)
+    if any(map(is_locked, folder.glob("owners/*.lock"))):
+        log.warning("a run is using %s: just completions are removed", folder)
+        entries = []
     old = [path for path in entries if _used(path) < cut and not is_in_use(path)]
     for path in old:
         remove(path)

@@ -650,7 +650,8 @@ def _print_summary(result: RunResult, max_new_tokens: int, to_stdout: bool) -> N
             + (f", cost {result.cost:.4f}" if result.cost else "")
         )
     if result.failed and result.failures_file is not None:
-        print(f"failed{_in_words('', result.failures_by_kind)[1:]}: {result.failures_file}")
+        how = ", ".join(f"{n} {kind}" for kind, n in sorted(result.failures_by_kind.items()))
+        print(f"failed {result.failed} ({how}): {result.failures_file}")
         print(f"the first: {_first_failure(result.failures_file)}")
         for line in what_helps(result.failures_by_kind, max_new_tokens):
             print(line)
@@ -772,7 +773,8 @@ def _complain(message: str) -> None:
     message = " ".join(message.split("\n"))
     if len(message) > LINE_SHOWN:
         message = f"{message[:LINE_SHOWN]}..."
-    print(f"fabe-ds: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # standard error is full: the exit code says it
+        print(f"fabe-ds: {message}", file=sys.stderr, flush=True)
 
 
 def _suggest_near_ones(error: Any) -> None:

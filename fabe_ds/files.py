@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
@@ -35,7 +36,8 @@ _UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_FILE = "a device, a pipe or a socket, which is never replaced"
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_SCRATCH = re.compile(rf"\.fabe-ds-{_HOST}-(\d+)-\d+")
+_TOKEN = secrets.token_hex(4)
+_SCRATCH = re.compile(rf"\.fabe-ds-{_HOST}-(\d+)-([0-9a-f]{{8}})-\d+")
 _numbers = count()
 
 
@@ -201,7 +203,7 @@ def _unlink(path: str) -> None:
 
 
 def _scratch_name() -> str:
-    return f".fabe-ds-{_HOST}-{os.getpid()}-{next(_numbers)}"
+    return f".fabe-ds-{_HOST}-{os.getpid()}-{_TOKEN}-{next(_numbers)}"
 
 
 def scratch_in(folder: Path) -> Path:
@@ -228,7 +230,7 @@ def clear_scratch(folder: Path) -> None:
     """Removes what processes of this machine left in a folder that were killed while they wrote."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if (left := _SCRATCH.fullmatch(path.name)) and not _is_alive(int(left[1])):
+            if (left := _SCRATCH.fullmatch(path.name)) and not _is_alive(left):
                 remove(path)
 
 
@@ -238,7 +240,7 @@ def is_in_use(path: Path) -> bool:
     with contextlib.suppress(OSError):
         names += (inside.name for inside in path.iterdir())
     made_by = (_SCRATCH.fullmatch(name) for name in names)
-    return any(made is not None and _is_alive(int(made[1])) for made in made_by)
+    return any(made is not None and _is_alive(made) for made in made_by)
 
 
 def remove(path: Path) -> None:
@@ -249,7 +251,12 @@ def remove(path: Path) -> None:
         _unlink(str(path))
 
 
-def _is_alive(process: int) -> bool:
+def _is_alive(scratch: re.Match[str]) -> bool:
+    """Whether the process is alive that has made something of this name. In containers, every
+    process may have the number of one that was killed: ours is told by its token."""
+    process = int(scratch[1])
+    if process == os.getpid():
+        return scratch[2] == _TOKEN
     try:
         os.kill(process, 0)
     except ProcessLookupError:

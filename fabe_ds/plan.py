@@ -74,7 +74,21 @@ def make_plan(config: RunConfig) -> Plan:
     refuse_unread(found.unread, config.on_bad_input)
     plan = Plan(root, found.sources, output, reports, single, found.unread)
     _check_places(plan)
+    _remark_on(plan)
     return plan
+
+
+def _remark_on(plan: Plan) -> None:
+    """Says what a run is about to do to files that are not of an earlier run over this input."""
+    output = plan.output
+    if output is None or plan.single or beside(plan.reports, REPORT).exists():
+        return
+    there = any(map(os.path.lexists, plan.places.values()))
+    inside = output.absolute().is_relative_to(plan.root.absolute())
+    if there and plan.reports.name != output.absolute().name:
+        log.warning("%s: files that a run over another input has written are replaced", output)
+    elif inside and output.is_dir() and any(output.iterdir()):
+        log.warning("%s: what is in it is no input: it is written to", output)
 
 
 def output_of(config: RunConfig) -> tuple[Path, bool]:
@@ -120,15 +134,20 @@ def _own_name(config: RunConfig) -> str:
     name = config.input_path.resolve().name or "root"
     if len(os.fsencode(name)) > NAME_BYTES:  # with what is put behind it, it would be too long
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-    base = config.cache_dir / "runs" / name
-    return _apart(base, config.input_path).name
+    if config.output_path == STANDARD:  # two such runs at once must never meet
+        return f"{name}-{_digest(config.input_path)}"
+    return _apart(config.cache_dir / "runs" / name, config.input_path).name
+
+
+def _digest(source: Path) -> str:
+    return hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:8]
 
 
 def _apart(base: Path, source: Path) -> Path:
     """`base`, or a name like it, where the report of another input has that one already."""
-    digest = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:8]
     base = base.absolute()
-    others = (base.with_name(f"{base.name}-{end}") for end in (source.resolve().name, digest))
+    ends = (source.resolve().name, _digest(source))
+    others = (base.with_name(f"{base.name}-{end}") for end in ends)
     taken = base
     for taken in (base, *others):
         if _input_of(beside(taken, REPORT)) in (None, str(source.absolute())):

@@ -23,7 +23,7 @@ from fabe_ds.course import ANSWERING, LOADING, WRITING, Course, Watch, size_of
 from fabe_ds.engine.cache import RecordCache, written_mark
 from fabe_ds.engine.intake import Item
 from fabe_ds.engine.tally import gathered
-from fabe_ds.errors import UsageError, reason
+from fabe_ds.errors import ExportError, UsageError, reason
 from fabe_ds.files import digest, remove, scratch_folder, scratch_in
 from fabe_ds.history import Point, recorded
 from fabe_ds.plan import Plan, make_plan
@@ -72,8 +72,8 @@ def run(
     if watch is None and progress:
         watch = watching
     course = Course()
+    course.begin(LOADING)
     with watch(course) if watch else contextlib.nullcontext(), quiet_datasets():
-        course.begin(LOADING)
         return run_table(config, course) if is_table(config) else _run_json(config, course)
 
 
@@ -376,6 +376,7 @@ def _export(
     places = {name: place for name, place in plan.places.items() if name in usable}
     if plan.output is None:
         if written.data.column("completion").null_count < len(written):
+            _check_unchanged(places, loaded)
             write_files(written, places.__getitem__, course.tick)
         return list(map(Path, places.values()))
     if state.clean and state.exports and all(map(state.is_current, places.values())):
@@ -388,6 +389,20 @@ def _export(
         state.exports |= {_absolute(path): digest for path, digest in digests.items()}
         state.save()
     return list(map(Path, digests))
+
+
+def _check_unchanged(places: dict[str, str], loaded: Loaded) -> None:
+    """Raises: ExportError where a file that is to be replaced is not what was loaded."""
+    for name, place in places.items():
+        try:
+            same = digest(place) == loaded.digests[name]
+        except OSError:
+            same = False
+        if not same:
+            raise ExportError(
+                f"{place}: it was changed while the run went on, and nothing is replaced; what was "
+                "answered is kept: run the same command again"
+            )
 
 
 def _report(

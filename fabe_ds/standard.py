@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from fabe_ds.config import STANDARD, RunConfig
 from fabe_ds.errors import CacheError, UsageError, reason
-from fabe_ds.files import private_folder
+from fabe_ds.files import private_folder, scratch_in
 
 CHUNK = 1 << 20
 
@@ -25,7 +25,7 @@ def stored_input(config: RunConfig, stream: BinaryIO, folder: Path) -> RunConfig
         return config
     if config.inplace:
         raise UsageError("--inplace: standard input cannot be replaced")
-    scratch = private_folder(folder) / "reading.tmp"
+    scratch = scratch_in(private_folder(folder))
     digest, head = hashlib.sha256(), b""
     try:
         with scratch.open("wb") as file:

@@ -9,12 +9,14 @@ import stat
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fabe_ds import export_records, load_records
 from fabe_ds.files import replacing
 from fabe_ds.text import real_name, shown_name
-from tests.conftest import COMMAND
+from tests.conftest import COMMAND, wait_for
 
 ECHO = "# echo: local\n"
 
@@ -519,3 +521,83 @@ def test_what_a_run_is_using_is_not_pruned(box):
     (box.path / ".cache/datasets/unused").mkdir()
     assert box.fabe("cache", "prune", "--older-than", 0).code == 0
     assert [path.name for path in (box.path / ".cache/datasets").iterdir()] == ["used"]
+
+
+# While a run goes on.
+
+
+@pytest.mark.parametrize("change", ["append", "remove"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_an_input_that_changes_under_a_run_is_not_written_over(box, server, kind, change):
+    """What somebody appended in the meantime would be lost, or other rows' answers put beside it."""
+    server.latency = 0.3
+    if kind == "parquet":
+        pq.write_table(pa.table({"code": [f"x = {i}" for i in range(8)]}), box.path / "d.parquet")
+    elif kind == "csv":
+        box.write("d.csv", "code\n" + "".join(f"x = {i}\n" for i in range(8)))
+    else:
+        box.lines("d.jsonl", [{"code": f"x = {i}"} for i in range(8)])
+    source = box.path / f"d.{kind}"
+    flags = ["--provider", "openai", "--model", "m", "--base-url", server.url, "--instruction", "f"]
+    where = ["--inplace"] if kind == "jsonl" else []
+    process = box.start("run", "--input", source.name, *flags, *where, "--concurrency", 2)
+    wait_for(lambda: len(server.calls) > 3)
+    if change == "append":
+        with source.open("ab") as file:
+            file.write(b'{"code": "mine"}\n')
+    else:
+        source.unlink()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1, err
+    assert "it was changed while the run went on" in err
+    assert not (box.path / "outputs").exists()
+    if change == "append":
+        assert source.read_bytes().endswith(b'{"code": "mine"}\n')
+
+
+def test_two_runs_over_standard_input_do_not_meet(box):
+    command = [*COMMAND, "run", "--input", "-", "--backup-field", ""]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, cwd=box.path, env=box.environment, **pipes) for _ in range(2)]
+    for name, process in zip("ab", both, strict=True):
+        process.stdin.write(f'{{"code": "{name}"}}\n'.encode() * 3000)
+        process.stdin.flush()
+    for name, process in zip("ab", both, strict=True):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert out == f'{{"code": "# echo: local\\n{name}"}}\n'.encode() * 3000
+
+
+def test_the_process_number_of_one_that_was_killed(tmp_path):
+    """In a container, every process may be number 1."""
+    from fabe_ds import files
+
+    mine, other = files.scratch_in(tmp_path), files.scratch_in(tmp_path)
+    other = other.with_name(other.name.replace(files._TOKEN, "0" * 8))
+    for path in (mine, other):
+        path.write_text("half")
+    files.clear_scratch(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [mine.name]
+
+
+def test_a_table_never_replaces_a_file_of_its_input(box):
+    box.write("t/a.csv", "code\nx\n")
+    box.write("t/b.csv", "code\ny\n")
+    ended = box.fabe("run", "--input", "t", "--output", "t/a.csv")
+    assert ended.code == 2
+    assert "would replace a file of the input" in ended.err
+    assert (box.path / "t/a.csv").read_text() == "code\nx\n"
+
+
+def test_parquet_files_of_other_columns_are_named(box):
+    (box.path / "t").mkdir()
+    maps = [pa.map_(pa.string(), kind) for kind in (pa.int64(), pa.string())]
+    pq.write_table(pa.table({"code": ["x"], "m": pa.nulls(1, maps[0])}), box.path / "t/a.parquet")
+    for other, said in [
+        ({"code": ["x"], "m": pa.nulls(1, maps[1])}, "t/b.parquet: column 'm' is map<string, str"),
+        ({"code": ["x"]}, "t/b.parquet: other columns than t/a.parquet has"),
+        ({"code": ["x"], "m": pa.nulls(1, maps[0]), "n": [1]}, "t/b.parquet: other columns than"),
+    ]:
+        pq.write_table(pa.table(other), box.path / "t/b.parquet")
+        ended = box.fabe("run", "--input", "t")
+        assert (ended.code, said in ended.err) == (2, True), ended

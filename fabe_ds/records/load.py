@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,6 +75,8 @@ class Loaded:
     dataset: Dataset
     sources: list[Source]
     files: list[LoadedFile]
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file as it was loaded, by its name."""
 
 
 def load_records(
@@ -142,7 +144,8 @@ def load(
     for file in files:
         if file.error:
             log.warning("left out: %s", file.error)
-    return Loaded(_open(folder / "records.arrow", fingerprint), list(sources), files)
+    records = _open(folder / "records.arrow", fingerprint)
+    return Loaded(records, list(sources), files, dict(contents))
 
 
 def _kept(folder: Path) -> list[LoadedFile] | None:
@@ -204,7 +207,8 @@ def load_fields(
     for number, loaded in enumerate(each):
         column = pa.repeat(pa.scalar(number, pa.int8()), len(loaded.dataset))
         parts.append(loaded.dataset.add_column("target", column))
-    return Loaded(concatenate_datasets(parts), each[0].sources, each[0].files)
+    first = each[0]
+    return Loaded(concatenate_datasets(parts), first.sources, first.files, first.digests)
 
 
 def by_target(dataset: Dataset) -> list[Dataset]:

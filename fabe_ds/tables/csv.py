@@ -245,9 +245,13 @@ def write_csv_like(
     text and its values.
     """
     splice = _Splice(head)
-    file.write((head.opening + splice(head.row, names)).encode())
+    line = head.opening + splice(head.row, names)
+    file.write(line.encode())
     for text, values in rows:
-        file.write(splice(text, values).encode())
+        if not line.endswith(("\n", "\r")):  # the last line of a file, and no longer the last
+            file.write(head.line_end.encode())
+        line = splice(text, values)
+        file.write(line.encode())
         tick(1)
 
 
@@ -284,7 +288,7 @@ class _Splice:
             return self._anew(values)
         for value in values[width:]:
             parts += (self._separator, _field(value, self._separator, quoted))
-        return "".join((*parts, last or self._line_end, text[position:]))
+        return "".join((*parts, last, text[position:]))
 
     def _anew(self, values: Sequence[Any]) -> str:
         return _line(values, self._separator, self._line_end)

@@ -24,6 +24,7 @@ from fabe_ds.files import (
     scratch_in,
 )
 from fabe_ds.plan import check_reports, output_of, reports_of
+from fabe_ds.result import REPORT, beside
 from fabe_ds.tables.csv import ROW, read_head, write_csv, write_csv_like
 from fabe_ds.tables.load import SEPARATORS, Table, is_saved
 from fabe_ds.tables.parquet import refuse_unheld, write_parquet_like
@@ -55,6 +56,9 @@ def table_place(config: RunConfig) -> tuple[Path, Path]:
     source, target = path.resolve(), place.resolve()
     if target in (source, *source.parents) or (path.is_dir() and output.resolve() == source):
         raise UsageError(f"--output {output}: would replace the input {path}; name another")
+    inside = path.is_dir() and target.is_relative_to(source) and target.is_file()
+    if single and inside and not beside(reports, REPORT).exists():
+        raise UsageError(f"--output {output}: would replace a file of the input; name another")
     if config.output_path == STANDARD and kind == "dataset":
         raise UsageError("--output -: a saved Dataset is a folder; give an --output-format")
     if kind == "dataset":
@@ -93,6 +97,7 @@ def export_table(
     about as it was. Raises: ExportError, UsageError.
     """
     kind = _kind_of_file(place, config) if output_of(config)[1] else _kind_of(config)
+    table.check_unchanged()
     source = table.files[0].suffix.lower()[1:] if table.files else ""
     if kind == source == "parquet":
         with replacing(place) as file:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fabe_ds.config import RunConfig
-from fabe_ds.errors import FabeError, InputError, UsageError, first_line, reason
+from fabe_ds.errors import ExportError, FabeError, InputError, UsageError, first_line, reason
 from fabe_ds.files import NO_ROOM, clear_scratch, not_kept, private_folder, usable_folder
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.records.discover import (
@@ -29,7 +29,7 @@ from fabe_ds.records.discover import (
 from fabe_ds.records.load import refuse_unread
 from fabe_ds.result import DEFAULT_OUTPUT, beside
 from fabe_ds.tables.csv import load_csv, read_head, read_rows
-from fabe_ds.tables.parquet import held_columns
+from fabe_ds.tables.parquet import held_columns, refuse_other_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -54,6 +54,25 @@ class Table:
     files: list[Path] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    states: list[tuple[int, ...]] = field(default_factory=list)
+    """Of each file when it was read."""
+
+    def check_unchanged(self) -> None:
+        """Raises: ExportError where a file is not what it was when it was read."""
+        for file, state in zip(self.files, self.states, strict=True):
+            if _state(file) != state:
+                raise ExportError(
+                    f"{file}: it was changed while the run went on, and nothing is written; what "
+                    "was answered is kept: run the same command again"
+                )
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def is_table(config: RunConfig) -> bool:
@@ -130,8 +149,9 @@ def load_table(config: RunConfig) -> Table:
             if path.exists():
                 check_there(path)
                 files, bad = _files(config)
+                states = [_state(file) for file in files]
                 table = _split_of(load_files(files, config.cache_dir), config.split)
-                return replace(table, files=files, bad=bad)
+                return replace(table, files=files, bad=bad, states=states)
             _look_for(str(path))
             return Table(datasets.load_dataset(str(path), config.config_name, split=config.split))
     except FabeError:
@@ -262,6 +282,7 @@ def load_files(files: list[Path], cache_dir: Path) -> Dataset:
     if suffix == ".parquet":
         held = held_columns(pq.read_schema(files[0]))
         options = {"columns": held.names, "features": datasets.Features.from_arrow_schema(held)}
+        refuse_other_columns(files)
         if not any(pq.read_metadata(file).num_rows for file in files):
             return datasets.Dataset(held.empty_table())
     return datasets.load_dataset(

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +34,25 @@ def held_columns(schema: pa.Schema) -> pa.Schema:
             continue
         held.append(schema.field(name))
     return pa.schema(held, schema.metadata)
+
+
+def refuse_other_columns(files: Sequence[Path]) -> None:
+    """Raises: InputError where a file has other columns than the first, or of other types."""
+    first = pq.read_schema(files[0])
+    for file in files[1:]:
+        schema = pq.read_schema(file)
+        if set(schema.names) != set(first.names):
+            raise InputError(file, f"other columns than {files[0]} has")
+        for name in schema.names:
+            here, there = schema.field(name).type, first.field(name).type
+            if here != there and not (_is_text(here) and _is_text(there)):
+                raise InputError(file, f"column {name!r} is {here}, and {there} in {files[0]}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
 def refuse_unheld(file: Path, kind: str) -> None:
