@@ -8,11 +8,12 @@ from fabe_ds.errors import FabeError, InputError, RunStopped, TemplateError, Usa
 from fabe_ds.version import __version__
 
 if TYPE_CHECKING:
-    from fabe_ds.config import RunConfig
+    from fabe_ds.config.settings import RunConfig
+    from fabe_ds.formats.json.load import load_records
+    from fabe_ds.formats.json.write import export_records
     from fabe_ds.hub import push_to_hub
-    from fabe_ds.records import export_records, load_records
-    from fabe_ds.result import RunResult
-    from fabe_ds.runner import run
+    from fabe_ds.pipeline import run
+    from fabe_ds.report.result import RunResult
     from fabe_ds.transform import transform_fn
 
 __all__ = [
@@ -32,12 +33,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "RunConfig": "fabe_ds.config",
-    "RunResult": "fabe_ds.result",
-    "export_records": "fabe_ds.records",
-    "load_records": "fabe_ds.records",
+    "RunConfig": "fabe_ds.config.settings",
+    "RunResult": "fabe_ds.report.result",
+    "export_records": "fabe_ds.formats.json.write",
+    "load_records": "fabe_ds.formats.json.load",
     "push_to_hub": "fabe_ds.hub",
-    "run": "fabe_ds.runner",
+    "run": "fabe_ds.pipeline",
     "transform_fn": "fabe_ds.transform",
 }
 

@@ -8,7 +8,7 @@ INTERRUPTED = 130  # as in errors.py, which is not read yet
 def main() -> None:
     """Entry point of the commands."""
     try:
-        from fabe_ds.cli import main as command
+        from fabe_ds.cli.main import main as command
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     command()

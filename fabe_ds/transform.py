@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fabe_ds.config import TransformConfig, by_name, flag, setting, signature_of, validated
-from fabe_ds.engine import Item, Outcome, Stats, tally
-from fabe_ds.engine.cache import Completions
+from fabe_ds.config.settings import TransformConfig, by_name, flag, setting, signature_of, validated
+from fabe_ds.engine.coalesce import Item, Outcome, Stats
+from fabe_ds.engine.runtime import Session, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
+from fabe_ds.executors import worker_counts as tally
+from fabe_ds.formats.json.load import BROKEN, SCHEMA
+from fabe_ds.formats.json.scan import parse_path
 from fabe_ds.network import without_secrets
-from fabe_ds.prompts import Instruction, load_instruction
-from fabe_ds.prompts.validate import build_check
+from fabe_ds.prompts.checks import build_check
+from fabe_ds.prompts.template import Instruction, load_instruction
 from fabe_ds.providers import (
     Endpoint,
     HttpProvider,
@@ -33,9 +36,7 @@ from fabe_ds.providers import (
     build_provider,
     provider_class,
 )
-from fabe_ds.records.load import BROKEN, SCHEMA
-from fabe_ds.records.scan import parse_path
-from fabe_ds.session import Session, open_cache
+from fabe_ds.store.completions import Completions
 from fabe_ds.surrogates import encodable
 from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
 

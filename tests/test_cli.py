@@ -456,7 +456,7 @@ def test_providers_are_listed_with_what_they_need(box):
 
 def test_help_loads_nothing_heavy():
     heavy = {"torch", "datasets", "aiohttp", "pyarrow", "transformers", "ray"}
-    code = f"import sys, fabe_ds.cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, fabe_ds.cli.main; print(sorted({heavy} & set(sys.modules)))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -10,10 +10,10 @@ import pytest
 
 from fabe_ds.providers import Endpoint, Request, Sampling
 from fabe_ds.providers.echo import EchoProvider
-from fabe_ds.providers.hf import HFProvider
-from fabe_ds.providers.modelscope import ModelScopeProvider
 from fabe_ds.providers.ollama import OllamaProvider
 from fabe_ds.providers.openai import OpenAIProvider
+from fabe_ds.providers.transformers.hf import HFProvider
+from fabe_ds.providers.transformers.modelscope import ModelScopeProvider
 
 OLD = Path(__file__).parent / "data" / "cache-0.1.0"
 """A cache folder that version 0.1.0 made, the records, and what its runs wrote."""

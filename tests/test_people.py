@@ -20,8 +20,8 @@ import datasets
 import pytest
 
 import fabe_ds
-from fabe_ds.course import ANSWERING, LOADING, WRITING, Course
-from fabe_ds.progress import describe, watching
+from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course
+from fabe_ds.report.progress import describe, watching
 from tests.conftest import COMMAND
 from tests.server import Behaviour, Call, ModelServer, completion, error
 
@@ -61,8 +61,8 @@ def test_the_rate_of_answers_begins_with_them():
 
 def test_all_phases_are_shown_and_lines_become_fewer(monkeypatch, caplog, tmp_path):
     """The phases of a real run, each seen; the lines' distances, read off the table."""
-    from fabe_ds import progress
-    from fabe_ds.progress import _line_seconds
+    from fabe_ds.report import progress
+    from fabe_ds.report.progress import _line_seconds
 
     monkeypatch.setattr(progress, "LINE_SECONDS", ((float("inf"), 0.005),))
     caplog.set_level(logging.INFO, "fabe_ds")
@@ -367,7 +367,7 @@ def test_the_host_process_is_left_as_it_was(tmp_path, tiny):
 
 
 def test_a_notebook_sees_one_line_that_changes(monkeypatch):
-    from fabe_ds import progress
+    from fabe_ds.report import progress
 
     shown = io.StringIO()
     monkeypatch.setattr(progress, "in_notebook", lambda: True)

@@ -7,7 +7,7 @@ import json
 import pytest
 from aiohttp import web
 
-from fabe_ds.prompts.validate import build_check
+from fabe_ds.prompts.checks import build_check
 from tests.server import Call, ModelServer, completion, error, openai_run
 
 

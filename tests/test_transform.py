@@ -16,7 +16,7 @@ import pytest
 
 import fabe_ds
 from fabe_ds import FabeError, UsageError, transform_fn
-from fabe_ds.engine import RecordCache
+from fabe_ds.store.completions import RecordCache
 from tests.server import ModelServer, completion, error
 
 ROWS = [{"id": i, "code": f"x = {i}"} for i in range(30)]

@@ -178,12 +178,12 @@ if __name__ == "__main__":
     import requests
     import rich.progress
 
-    import fabe_ds.cachetool
-    import fabe_ds.cli
+    import fabe_ds.cli.main
     import fabe_ds.engine.batch
     import fabe_ds.engine.http
-    import fabe_ds.runner
-    import fabe_ds.tables
+    import fabe_ds.formats.table
+    import fabe_ds.pipeline
+    import fabe_ds.tools.cache
 
     _ = (aiohttp, datasets, jinja2, pyarrow, requests, rich)
     if "models" in sys.argv[2:]:
@@ -193,18 +193,18 @@ if __name__ == "__main__":
         import transformers.models.llama.modeling_llama
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        import fabe_ds.providers.chat
-        import fabe_ds.providers.generation
-        import fabe_ds.providers.hf
-        import fabe_ds.providers.loading
-        import fabe_ds.providers.modelscope
+        import fabe_ds.providers.transformers.chat
+        import fabe_ds.providers.transformers.generation
+        import fabe_ds.providers.transformers.hf
+        import fabe_ds.providers.transformers.loading
+        import fabe_ds.providers.transformers.modelscope
 
         get_checkpoint_conversion_mapping("llama")  # makes those of all
         torch.set_num_threads(1)  # others would not survive a fork
         _ = (gguf, transformers)
     sys.argv = ["fabe-ds", *serve(sys.argv[1])]
     try:
-        fabe_ds.cli.main()
+        fabe_ds.cli.main.main()
     except SystemExit as ended:
         if isinstance(ended.code, int):  # taking all that was imported apart takes a while
             threading._shutdown()

@@ -1,7 +1,1 @@
-"""How requests are sent, whatever the provider: cache, limits, retries, order."""
-
-from fabe_ds.engine.cache import RecordCache
-from fabe_ds.engine.intake import Accept, Item, Outcome, Stats
-from fabe_ds.engine.local import LocalEngine
-
-__all__ = ["Accept", "Item", "LocalEngine", "Outcome", "RecordCache", "Stats"]
+"""Sends requests, whatever the provider: what is known already, limits, retries, order."""

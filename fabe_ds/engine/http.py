@@ -17,13 +17,13 @@ import aiohttp
 
 from fabe_ds import network
 from fabe_ds.engine.budget import Budget
-from fabe_ds.engine.intake import Intake, Item, Outcome, Slot
-from fabe_ds.engine.job import Job
+from fabe_ds.engine.coalesce import Intake, Item, Outcome, Slot
+from fabe_ds.engine.dispatch import Job
 from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.loop import LoopThread
 from fabe_ds.engine.rates import Rates
-from fabe_ds.engine.slots import SharedSlots
 from fabe_ds.engine.verdict import ServerError, Verdict, judge_error, judge_payload, read_error
+from fabe_ds.engine.worker_slots import SharedSlots
 from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers import Completion, HttpProvider, Request
 from fabe_ds.providers.finish import End, end_of

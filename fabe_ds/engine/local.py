@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 
-from fabe_ds.engine.intake import SKIPPED, Intake, Item, Outcome, Slot
+from fabe_ds.engine.coalesce import SKIPPED, Intake, Item, Outcome, Slot
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import Completion, LocalProvider, Request
 

@@ -8,12 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.config import unknown
+from fabe_ds.config.settings import unknown
 from fabe_ds.errors import UsageError
 from fabe_ds.hub.push import Push, check_push
 from fabe_ds.quiet import quiet_datasets
-from fabe_ds.result import RunResult, read_lines, read_report
-from fabe_ds.written import written_records
+from fabe_ds.report.outputs import written_records
+from fabe_ds.report.result import RunResult, read_lines, read_report
 
 
 def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.config import RunConfig, flag, setting
+from fabe_ds.config.settings import RunConfig, flag, setting
 from fabe_ds.hub.huggingface import hub_errors
 
 if TYPE_CHECKING:

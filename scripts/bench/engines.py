@@ -20,7 +20,7 @@ from tests.models import save_as_folder, smollm_gguf
 
 def measure(folder: str, count: int, engine: str) -> None:
     from fabe_ds.providers import Completion, Endpoint, Request, Sampling
-    from fabe_ds.providers.hf import HFProvider
+    from fabe_ds.providers.transformers.hf import HFProvider
 
     endpoint = Endpoint(folder, dtype="bfloat16", batch_size=96, engine=engine)
     provider = HFProvider(endpoint)

@@ -116,8 +116,8 @@ def test_F1_another_process_goes_on_too(tmp_path, box):
 
 
 def test_F1_a_cache_that_fails_once_holds_up_nobody_afterwards(tmp_path, monkeypatch):
-    from fabe_ds.engine.cache import RecordCache
     from fabe_ds.errors import CacheError
+    from fabe_ds.store.completions import RecordCache
 
     def broken(self, keys):
         raise CacheError("disk full")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fabe_ds.errors import RecordFailed, TemplateError, UsageError
-from fabe_ds.prompts import Instruction, load_instruction
+from fabe_ds.prompts.template import Instruction, load_instruction
 
 
 def prompt(

@@ -308,7 +308,7 @@ def test_do_sample_alone_takes_the_models_temperature(box):
 def test_a_value_is_cut_and_the_instruction_is_not(box, tiny_folder_of_64):
     """truncate-left took the instruction first."""
     from fabe_ds.providers import Endpoint, Request, Sampling
-    from fabe_ds.providers.hf import HFProvider
+    from fabe_ds.providers.transformers.hf import HFProvider
 
     model = HFProvider(
         Endpoint(str(tiny_folder_of_64), dtype="float32", on_long_prompt="truncate-left")
@@ -338,7 +338,7 @@ def test_more_new_tokens_than_the_context_is_one_line(box, tiny):
 
 def test_a_value_that_stands_twice_is_cut_in_both_places(tiny_folder_of_64):
     from fabe_ds.providers import Endpoint, Request, Sampling
-    from fabe_ds.providers.hf import HFProvider
+    from fabe_ds.providers.transformers.hf import HFProvider
 
     model = HFProvider(
         Endpoint(str(tiny_folder_of_64), dtype="float32", on_long_prompt="truncate-left")
@@ -369,7 +369,7 @@ PLAIN = {
 def test_records_never_become_control_tokens_of_plain_prompts(tiny, name):
     """L10."""
     from fabe_ds.providers import Endpoint, Request, Sampling
-    from fabe_ds.providers.hf import HFProvider
+    from fabe_ds.providers.transformers.hf import HFProvider
 
     instruction, text, count = PLAIN[name]
     model = HFProvider(Endpoint(str(tiny), dtype="float32"))
@@ -390,7 +390,7 @@ def test_records_never_become_control_tokens_of_plain_prompts(tiny, name):
 def test_no_field_of_a_record_becomes_a_control_token(box, tiny, instruction, count):
     """Whatever the template makes of it; where it cannot be told apart, the record fails."""
     from fabe_ds.providers import Endpoint
-    from fabe_ds.providers.hf import HFProvider
+    from fabe_ds.providers.transformers.hf import HFProvider
     from fabe_ds.transform import Transform, TransformConfig
 
     transform = Transform(

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from fabe_ds.errors import FabeError
 from fabe_ds.providers import Endpoint, Request, Requirement, Sampling
-from fabe_ds.providers.checkpoint import Digests, at, wanted_files
-from fabe_ds.providers.hf import HFProvider
-from fabe_ds.providers.threads import granted
+from fabe_ds.providers.transformers.checkpoint import Digests, at, wanted_files
+from fabe_ds.providers.transformers.hf import HFProvider
+from fabe_ds.providers.transformers.threads import granted
 from tests.hub import Hub, Repo
 from tests.models import CHAT, scripted_model, tiny_model
 
@@ -611,7 +611,7 @@ def test_what_an_earlier_version_wrote_in_place_is_known(box, tmp_path):
     """Its marks bear the model's former name."""
     import sqlite3
 
-    from fabe_ds.engine.cache import written_mark
+    from fabe_ds.store.completions import written_mark
     from fabe_ds.transform import Transform
 
     folder = scripted_model(

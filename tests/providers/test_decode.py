@@ -27,9 +27,9 @@ from transformers import (
 
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers import Completion, Endpoint, Request, Sampling
-from fabe_ds.providers import decode as decoding
-from fabe_ds.providers.decode import Decoder
-from fabe_ds.providers.hf import HFProvider
+from fabe_ds.providers.transformers import decoder as decoding
+from fabe_ds.providers.transformers.decoder import Decoder
+from fabe_ds.providers.transformers.hf import HFProvider
 from tests.functions import functions
 
 WORDS = [

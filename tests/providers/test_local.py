@@ -9,9 +9,9 @@ import pytest
 
 from fabe_ds.errors import RecordFailed, RunStopped
 from fabe_ds.providers import Completion, Endpoint, Request, Requirement, Sampling
-from fabe_ds.providers.decode import Decoder
-from fabe_ds.providers.hf import HFProvider
-from fabe_ds.providers.modelscope import ModelScopeProvider
+from fabe_ds.providers.transformers.decoder import Decoder
+from fabe_ds.providers.transformers.hf import HFProvider
+from fabe_ds.providers.transformers.modelscope import ModelScopeProvider
 from tests.models import DROPS_SYSTEM, NO_SYSTEM, tiny_model
 
 PROMPTS = ["a", "the quick brown fox", "x" * 40, "in that it is", "of to in", "<|im_end|> no"]

@@ -8,8 +8,8 @@ import pytest
 
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers import Endpoint, Sampling
-from fabe_ds.providers.decode import Answer
-from fabe_ds.providers.vllm import engine_arguments, read_output, sampling_arguments
+from fabe_ds.providers.transformers.decoder import Answer
+from fabe_ds.providers.transformers.vllm import engine_arguments, read_output, sampling_arguments
 
 
 def output(reason="stop", tokens=(5, 6, 2), stop_reason=None, text="five six"):

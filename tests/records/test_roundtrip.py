@@ -107,7 +107,7 @@ def test_where_a_file_is_cut_into_chunks_does_not_matter(tmp_path, monkeypatch, 
     source = tmp_path / file
     source.write_bytes(content(file, name))
     whole = load_records(source, cache_dir=tmp_path / "whole").to_list()
-    monkeypatch.setattr("fabe_ds.records.read.CHUNK", chunk)
+    monkeypatch.setattr("fabe_ds.formats.json.read.CHUNK", chunk)
     assert load_records(source, cache_dir=tmp_path / "cut").to_list() == whole
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fabe_ds.records.scan import Field, Target, parse_path
+from fabe_ds.formats.json.scan import Field, Target, parse_path
 
 CODE = ("code",)
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabe_ds import InputError
-from fabe_ds.records import Source
-from fabe_ds.records.scan import Field
-from fabe_ds.records.typed import typed_records
+from fabe_ds.formats.discover import Source
+from fabe_ds.formats.json.scan import Field
+from fabe_ds.formats.json.typed import typed_records
 
 JSON_TEXT = pa.json_(pa.string())
 

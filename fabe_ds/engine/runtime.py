@@ -1,0 +1,160 @@
+"""What is open while a transform works in one process: the record cache, and the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fabe_ds.config.rules import budget_of, refuse_caps
+from fabe_ds.config.settings import RunConfig, TransformConfig
+from fabe_ds.engine.coalesce import Accept, Intake, Item, Outcome, Reask, Stats
+from fabe_ds.engine.local import LocalEngine
+from fabe_ds.engine.worker_slots import SharedSlots, die_with_parent, is_worker
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError
+from fabe_ds.prompts.answer import clean_answer
+from fabe_ds.prompts.checks import RAISED, build_check
+from fabe_ds.providers import Completion, HttpProvider, LocalProvider, Provider, Request
+from fabe_ds.store.completions import Completions, RecordCache
+
+if TYPE_CHECKING:
+    from fabe_ds.engine.batch import BatchEngine
+    from fabe_ds.engine.http import HttpEngine
+
+WINDOW_BATCHES = 32
+INVALID = "invalid"
+
+
+def open_cache(config: TransformConfig) -> RecordCache:
+    """The record cache of this machine. Without --resume, it shows what is stored from now on."""
+    cache = RecordCache(config.cache_dir)
+    if not config.resume:
+        cache.hide_all()
+    return cache
+
+
+class Session:
+    """The open side of a transform in one process."""
+
+    def __init__(
+        self,
+        config: TransformConfig,
+        provider: Provider,
+        open_cache: Callable[[TransformConfig], Completions],
+    ) -> None:
+        self.pid = os.getpid()
+        self.closed = self.stopping = False
+        self.stats = Stats()
+        self.cache = open_cache(config) if provider.cached else None
+        intake = self.intake = Intake(
+            provider,
+            self.cache,
+            acceptance(config, provider),
+            self.stats,
+            asking_again(config),
+            offline=config.offline,
+            retry_all=config.retry_all,
+        )
+        self.engine: LocalEngine | HttpEngine | BatchEngine
+        if isinstance(provider, HttpProvider):
+            from fabe_ds.engine.http import HttpEngine, Policy
+            from fabe_ds.engine.limiter import AUTO_MAX
+
+            policy = Policy(
+                concurrency=None if config.concurrency == "auto" else config.concurrency,
+                retry=config.retry,
+                timeout=config.timeout,
+                give_up_after=config.give_up_after,
+                rpm=config.rpm,
+                tpm=config.tpm,
+                stream=config.stream,
+                # A run keeps failed records in any case, and is better stopped.
+                patient=config.on_error == "keep" and not isinstance(config, RunConfig),
+            )
+            if config.batch_api:
+                refuse_caps(config, "--batch-api")
+                from fabe_ds.engine.batch import BatchEngine
+
+                self.engine = BatchEngine(provider, intake, policy)
+                return
+            slots, budget = None, budget_of(config)
+            if is_worker():
+                refuse_caps(config, "num_proc")
+                die_with_parent()
+                slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MAX)
+            self.engine = HttpEngine(provider, intake, policy, budget, slots)
+        elif isinstance(provider, LocalProvider):
+            refuse_caps(config, f"--provider {provider.name}")
+            if is_worker():
+                die_with_parent()
+            window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
+            self.engine = LocalEngine(provider, intake, window)
+        else:
+            raise UsageError(f"provider {provider.name}: neither an HTTP nor a local provider")
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """One outcome an item, in order. Raises: RunStopped, when `stopping` has been set."""
+        with contextlib.closing(self.engine.outcomes(items)) as outcomes:
+            while not self.stopping:
+                outcome = next(outcomes, None)
+                if outcome is None:
+                    return
+                yield outcome
+        raise RunStopped("stopped; what was answered is kept")
+
+    def close(self) -> None:
+        if self.closed or self.pid != os.getpid():
+            return
+        self.closed = True
+        self.engine.close()
+        if self.cache is not None:
+            self.cache.close()
+
+
+def acceptance(config: TransformConfig, provider: Provider) -> Accept:
+    """What makes a record's new text of a completion. It may raise RecordFailed."""
+
+    check = build_check(config.validate_with).check if config.validate_with else None
+
+    def accept(request: Request, completion: Completion) -> str:
+        if lost := provider.lost_prompt(request, completion):
+            raise RecordFailed("context", lost)
+        text = clean_answer(
+            completion.text,
+            completion.finish_reason,
+            original=request.text,
+            strip_fences=config.strips_fences,
+            on_truncated=config.on_truncated,
+            several=config.fences,
+            good_ends=config.good_ends,
+        )
+        if check is not None and (wrong := check(text, request.text, whole_record(request))):
+            raise RecordFailed(INVALID, wrong)
+        return text
+
+    return accept
+
+
+def whole_record(request: Request) -> Mapping[str, Any] | None:
+    """The record that a request is about, where a check asked for it."""
+    if isinstance(request.record, str):
+        try:
+            value = json.loads(request.record)
+        except (ValueError, RecursionError) as error:
+            raise RecordFailed(RAISED, f"the record cannot be shown whole: {error}") from None
+        return value if isinstance(value, Mapping) else None
+    return request.record
+
+
+def asking_again(config: TransformConfig) -> Reask:
+    """What an answer that fails its check is told, so many times at most."""
+
+    def reask(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
+        if kind != INVALID or len(request.turns) >= config.max_reasks:
+            return None
+        complaint = f"Your answer is {message}. Answer again, corrected, and in full."
+        return request._replace(turns=(*request.turns, (completion.text, complaint)))
+
+    return reask

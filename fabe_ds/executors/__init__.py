@@ -1,0 +1,1 @@
+"""Who maps: this process, a process for each device, the actors of a Ray cluster."""

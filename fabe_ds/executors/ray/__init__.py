@@ -1,0 +1,1 @@
+"""The map over a Ray cluster's actors, with one record cache for all."""

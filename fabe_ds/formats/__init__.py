@@ -1,0 +1,1 @@
+"""Files and Datasets as records, and answers written back into them: one class a format."""

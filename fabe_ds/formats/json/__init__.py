@@ -1,0 +1,1 @@
+"""JSON and JSON lines, of which every byte but the field comes back."""

@@ -1,0 +1,403 @@
+"""Files -> one memory-mapped Dataset that carries each record's own text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from fabe_ds.errors import InputError, UsageError
+from fabe_ds.files import (
+    clear_scratch,
+    digest,
+    is_text,
+    not_kept,
+    private_folder,
+    remove,
+    scratch_in,
+    usable_folder,
+)
+from fabe_ds.formats.discover import Source, discover
+from fabe_ds.formats.json.read import Broken, Record, Tail, no_tick, read_records
+from fabe_ds.formats.json.scan import Field, Target, parse_path
+from fabe_ds.surrogates import encodable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+LOADER_VERSION = 2
+ROWS = 4096
+CHARACTERS = 1 << 24
+BROKEN, FOREIGN = "broken", "not UTF-8"
+"""Why a line that is no record is skipped. Of the second kind, `raw` is its bytes as ISO 8859-1."""
+
+SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),  # path below the input root, as text.shown_name writes it
+        ("index", pa.int64()),  # which record of its file, from 0
+        ("line", pa.int64()),  # where it begins, from 1
+        ("before", pa.large_string()),  # text of the file between the last record and this one
+        ("raw", pa.large_string()),  # the record's own text
+        ("start", pa.int64()),  # raw[start:end] is the target's literal; -1 where there is none
+        ("end", pa.int64()),
+        ("joint", pa.string()),  # what stands between that literal and a backup's
+        ("text", pa.large_string()),  # the target's value; null where the record is skipped
+        ("skip", pa.string()),  # why it is skipped, or null
+        ("error", pa.string()),  # what is wrong with a line that is no record, or null
+        ("after", pa.large_string()),  # text behind the last record of a file; null for others
+    ]
+)
+"""The carrier: the columns of what `load_records` gives. A file is `before + raw` of all its
+rows and `after` of the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFile:
+    """What became of one input file. `error` is set where it was left out as broken."""
+
+    name: str
+    records: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    dataset: Dataset
+    sources: list[Source]
+    files: list[LoadedFile]
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file as it was loaded, by its name."""
+
+
+def load_records(
+    path: str | Path,
+    field: str = "code",
+    *,
+    glob: str | Sequence[str] = (),
+    backup_field: str | None = "original_code",
+    records_key: str | None = None,
+    on_bad_input: str = "fail",
+    cache_dir: str | Path = ".cache",
+) -> Dataset:
+    """The records of a JSON or JSON-lines file, or of a folder of them, as a Dataset.
+
+    One row a record, with the columns of `SCHEMA`; memory-mapped from `cache_dir`, and reused
+    while the contents of the files stay what they are. `field` is a dotted path
+    (`messages.0.content`), `glob` one pattern or several for a folder, `records_key` the key of
+    the list in files that wrap it in an object.
+
+    Raises: UsageError (nothing to read), InputError (a broken file; with on_bad_input="skip" it
+    is logged and left out).
+    """
+    globs = [glob] if isinstance(glob, str) else list(glob)
+    found = discover(Path(path), globs)
+    refuse_unread(found.unread, on_bad_input)
+    loaded = load(found.sources, field, backup_field, records_key, on_bad_input, Path(cache_dir))
+    return loaded.dataset
+
+
+def refuse_unread(unread: Sequence[InputError], on_bad_input: str) -> None:
+    """Says what cannot be read. Raises: the first InputError, unless it is to be left out."""
+    for error in unread:
+        if on_bad_input == "fail":
+            raise error
+        log.warning("left out: %s", error)
+
+
+def load(
+    sources: Sequence[Source],
+    field: str,
+    backup_field: str | None,
+    records_key: str | None,
+    on_bad_input: str,
+    cache_dir: Path,
+    tick: Callable[[int], None] = no_tick,
+) -> Loaded:
+    """`load_records` of files already found; tells what became of each.
+
+    `tick` is told the bytes of the input that were read, as they are.
+    """
+    target = field_target(field, backup_field)
+    usable_folder(cache_dir)
+    contents, readable, unread = _digests(sources, on_bad_input)
+    options = (field, backup_field, records_key, on_bad_input)
+    fingerprint = _fingerprint(contents, *options)
+    folder = private_folder(private_folder(cache_dir) / "datasets") / fingerprint
+    kept = _kept(folder)
+    if kept is None:
+        if folder.exists():
+            log.warning("%s was damaged; the input is loaded again", folder)
+            remove(folder)
+        kept = _write(folder, readable, target, records_key, on_bad_input, tick)
+    os.utime(folder)  # its last use, which `cache prune` looks at
+    files = [*kept, *unread]
+    for file in files:
+        if file.error:
+            log.warning("left out: %s", file.error)
+    records = _open(folder / "records.arrow", fingerprint)
+    return Loaded(records, list(sources), files, dict(contents))
+
+
+def _kept(folder: Path) -> list[LoadedFile] | None:
+    """What became of each file, where the folder holds a carrier that is what was written."""
+    try:
+        told = json.loads((folder / "files.json").read_text())
+        if told["digest"] == _seal(folder, told["files"]):
+            return [LoadedFile(*entry) for entry in told["files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def _seal(folder: Path, files: Sequence[Sequence[Any]]) -> str:
+    """Names what a carrier's folder holds: the records, and what became of each file."""
+    seed = f"{digest(folder / 'records.arrow')}\0{json.dumps(files)}"
+    return hashlib.sha256(seed.encode()).hexdigest()
+
+
+def _digests(
+    sources: Sequence[Source], on_bad_input: str
+) -> tuple[list[tuple[str, str]], list[Source], list[LoadedFile]]:
+    """The name and the digest of each file; the files that can be read; those that cannot.
+
+    Raises: InputError, unless such files are to be left out.
+    """
+    contents, readable, unread = [], [], []
+    for source in sources:
+        try:
+            contents.append((source.name, source.digest()))
+        except InputError as error:
+            if on_bad_input == "fail":
+                raise
+            unread.append(LoadedFile(source.name, 0, str(error)))
+        else:
+            readable.append(source)
+    return contents, readable, unread
+
+
+def load_fields(
+    sources: Sequence[Source],
+    targets: Sequence[tuple[str, str | None]],
+    records_key: str | None,
+    on_bad_input: str,
+    cache_dir: Path,
+    tick: Callable[[int], None] = no_tick,
+) -> Loaded:
+    """`load` for several fields, each with its backup: all the records with the first as their
+    target, then all with the second, and so on. A column `target` says which."""
+    from datasets import concatenate_datasets
+
+    each = [
+        load(sources, field, backup, records_key, on_bad_input, cache_dir, tick)
+        for field, backup in targets
+    ]
+    if len(each) == 1:
+        return each[0]
+    parts = []
+    for number, loaded in enumerate(each):
+        column = pa.repeat(pa.scalar(number, pa.int8()), len(loaded.dataset))
+        parts.append(loaded.dataset.add_column("target", column))
+    first = each[0]
+    return Loaded(concatenate_datasets(parts), first.sources, first.files, first.digests)
+
+
+def by_target(dataset: Dataset) -> list[Dataset]:
+    """The records once for each field that they were loaded for."""
+    if "target" not in dataset.column_names or not len(dataset):
+        return [dataset]
+    count = dataset[-1]["target"] + 1
+    size = len(dataset) // count
+    return [dataset.select(range(n * size, (n + 1) * size)) for n in range(count)]
+
+
+def field_target(field: str, backup_field: str | None) -> Field:
+    """The field made ready. Raises: UsageError where no backup can stand beside it."""
+    try:
+        path = parse_path(field)
+    except ValueError as error:
+        raise UsageError(f"--field: {error}") from None
+    if backup_field and path[-1] == backup_field:
+        raise UsageError(f"--backup-field {backup_field}: it is the target field itself")
+    return Field(path, backup_field or None)
+
+
+class Row(NamedTuple):
+    """One record, as the carrier has it but for where it stands."""
+
+    line: int
+    before: str
+    raw: str
+    start: int
+    end: int
+    joint: str
+    text: str | None
+    skip: str | None
+    error: str | None
+
+
+def row_of(record: Record | Broken) -> Row:
+    line, before, raw = record[:3]
+    if isinstance(record, Broken):
+        skip = FOREIGN if record.foreign else BROKEN
+        return Row(line, before, raw, -1, -1, "", None, skip, record.message)
+    reason = _skip_reason(record.target)
+    if record.target is None:
+        return Row(line, before, raw, -1, -1, "", None, reason, None)
+    start, end, value, joint = record.target
+    text = None if reason else encodable(value)
+    return Row(line, before, raw, start, end, joint, text, reason, None)
+
+
+class _Rows:
+    """Rows of one file after another, written a batch at a time whatever the files' sizes."""
+
+    def __init__(self, writer: pa.RecordBatchWriter) -> None:
+        self._writer = writer
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[tuple[Any, ...]] = []  # as Row is; made here, they take half the time
+        self._after: dict[int, str] = {}
+        self._runs: list[tuple[str, int, int]] = []  # a file's name, first record, first row
+        self._weight = 0
+
+    def take(self, name: str, items: Iterator[Record | Broken | Tail]) -> int:
+        """The rows of one file; gives how many."""
+        index = 0
+        self._runs.append((name, 0, len(self._rows)))
+        for item in items:
+            if isinstance(item, Tail):
+                if index:
+                    self._after[len(self._rows) - 1] = item.text
+                break
+            if len(self._rows) >= ROWS or self._weight > CHARACTERS:
+                self.flush()
+                self._runs.append((name, index, 0))
+            if isinstance(item, Record) and (target := item.target) is not None:
+                start, end, value, joint = target
+                skip = _skip_reason(target)
+                text = None if skip else encodable(value)
+                line, before, raw, _ = item
+                self._rows.append((line, before, raw, start, end, joint, text, skip, None))
+            else:
+                self._rows.append(row_of(item))
+            self._weight += len(item.raw)
+            index += 1
+        return index
+
+    def flush(self) -> None:
+        count = len(self._rows)
+        if not count:
+            return
+        ends = [*(first for *_, first in self._runs[1:]), count]
+        runs = [
+            (name, index, end - first)
+            for (name, index, first), end in zip(self._runs, ends, strict=True)
+        ]
+        columns: dict[str, Any] = dict(zip(Row._fields, zip(*self._rows, strict=True), strict=True))
+        columns["file"] = pa.concat_arrays([pa.repeat(name, size) for name, _, size in runs])
+        columns["index"] = [index + n for _, index, size in runs for n in range(size)]
+        after: list[str | None] = [None] * count
+        for number, text in self._after.items():
+            after[number] = text
+        columns["after"] = after
+        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        self._clear()
+
+
+def _skip_reason(target: Target | None) -> str | None:
+    if target is None:
+        return "missing"
+    value = target.value
+    if value is None:
+        return "null"
+    if not isinstance(value, str) or target.end - target.start == len(value):
+        return "not a string"  # numbers are scanned as text, and have no quotes
+    if not value or value.isspace():
+        return "empty"
+    return None
+
+
+def _fingerprint(contents: Sequence[tuple[str, str]], *options: Any) -> str:
+    seed = json.dumps([LOADER_VERSION, options, contents])
+    return hashlib.sha256(seed.encode()).hexdigest()[:32]
+
+
+def _write(
+    folder: Path,
+    sources: Sequence[Source],
+    field: Field,
+    records_key: str | None,
+    on_bad_input: str,
+    tick: Callable[[int], None],
+) -> list[LoadedFile]:
+    """Writes the carrier beside its place and moves it there whole.
+
+    Raises: InputError, CacheError.
+    """
+    skip = on_bad_input == "skip"
+    loaded = []
+    clear_scratch(folder.parent)
+    try:
+        scratch = scratch_in(folder.parent)
+        scratch.mkdir(mode=0o700)
+        try:
+            with (
+                pa.OSFile(str(scratch / "records.arrow"), "wb") as sink,
+                pa.ipc.new_stream(sink, SCHEMA) as writer,
+            ):
+                rows = _Rows(writer)
+                for source in sources:
+                    error = _broken(source, field, records_key) if skip else None
+                    count = 0
+                    if error is None:
+                        items = read_records(
+                            source, field, records_key, keep_broken=skip, tick=tick
+                        )
+                        count = rows.take(source.name, items)
+                    loaded.append(LoadedFile(source.name, count, error))
+                rows.flush()
+            files = [(file.name, file.records, file.error) for file in loaded]
+            told = {
+                "files": files,
+                "digest": _seal(scratch, files),
+            }
+            (scratch / "files.json").write_text(json.dumps(told))
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if _kept(folder) is None:  # another process may have been first
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise not_kept(folder.parents[1], error) from None
+    return loaded
+
+
+def _broken(source: Source, field: Field, records_key: str | None) -> str | None:
+    """Why a file is left out as a whole. It is read once before a row of it is written."""
+    try:
+        for _ in read_records(source, field, records_key, keep_broken=True):
+            pass
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _open(path: Path, fingerprint: str) -> Dataset:
+    from datasets import Dataset
+
+    whole = os.fspath(path.resolve())
+    found = Dataset.from_file(whole if is_text(whole) else os.fspath(path))
+    return Dataset(found.data, info=found.info, split=found.split, fingerprint=fingerprint)

@@ -1,0 +1,1 @@
+"""Local models: loading, chat templates, decoding."""

@@ -1,0 +1,1 @@
+"""What is kept between runs: completions, marks of written values, finished runs."""

@@ -1,0 +1,1 @@
+"""Commands around a run: dry run, preview, explain, doctor, init."""
