@@ -13,9 +13,9 @@ from pathlib import Path
 from fabe_ds.config.settings import STANDARD, RunConfig, flag
 from fabe_ds.errors import InputError, UsageError
 from fabe_ds.files import check_file_writable, check_writable
-from fabe_ds.formats.discover import LEFT_BEHIND, Source, discover, kind_of
+from fabe_ds.formats.discover import Source, discover, kind_of
 from fabe_ds.formats.json.load import refuse_unread
-from fabe_ds.report.result import DEFAULT_OUTPUT, REPORT, beside
+from fabe_ds.run_files import DEFAULT_OUTPUT, LEFT_BEHIND, REPORT, beside
 from fabe_ds.text import real_name
 
 log = logging.getLogger(__name__)

@@ -15,14 +15,15 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, cast
 
 import yaml
 
-from fabe_ds.errors import CacheError, ExportError, UsageError, reason
+from fabe_ds.errors import ExportError, UsageError, reason
+from fabe_ds.store.layout import not_kept
 
 log = logging.getLogger(__name__)
 
@@ -335,57 +336,6 @@ def digest(path: Path | str) -> str:
         while data := file.read(_PIECE):
             sha256.update(data)
         return sha256.hexdigest()
-
-
-def kept_file(place: Path, write: Callable[[Path], None]) -> Path:
-    """The file at `place`, which `write` makes (at the path that it is given) where there is none,
-    or where it is not what was made. Raises: CacheError, and what `write` does."""
-    beside = place.with_suffix(".sha256")
-    try:
-        if beside.read_text() == digest(place):
-            os.utime(place)  # its last use, which `cache prune` looks at
-            return place
-    except (OSError, ValueError):
-        pass
-    clear_scratch(place.parent)
-    scratch = scratch_in(place.parent)
-    try:
-        write(scratch)
-        made = digest(scratch)
-        scratch.replace(place)
-        beside.write_text(made)
-    except OSError as error:
-        raise not_kept(place.parent, error) from None
-    finally:
-        remove(scratch)
-    return place
-
-
-def not_kept(folder: Path, error: OSError) -> CacheError:
-    """What is said where something cannot be kept in the cache folder, or in one below it."""
-    hint = "; make room, or give another --cache-dir" if error.errno in NO_ROOM else ""
-    return CacheError(f"{folder}: cannot be written: {reason(error)}{hint}")
-
-
-def private_folder(folder: Path) -> Path:
-    """Makes the folder, readable by its owner alone: completions may hold personal data.
-
-    Raises: CacheError, UsageError.
-    """
-    try:
-        if not folder.is_dir():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UsageError(f"--cache-dir {folder}: not a folder") from None
-    except OSError as error:
-        raise CacheError(f"--cache-dir {folder}: {reason(error)}") from None
-    return folder
-
-
-def usable_folder(folder: Path) -> None:
-    """Raises: UsageError where the libraries that write into the cache folder cannot name it."""
-    if "::" in str(folder) or "://" in str(folder) or not is_text(str(folder)):
-        raise UsageError(f"--cache-dir {folder}: give a folder whose name is UTF-8, without ::")
 
 
 def is_text(text: str) -> bool:

@@ -20,9 +20,9 @@ import pyarrow as pa
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig, by_name, signature_of, validated
 from fabe_ds.destinations import Plan, make_plan
-from fabe_ds.engine.coalesce import Item
 from fabe_ds.errors import ExportError, UsageError, reason
 from fabe_ds.executors.worker_counts import gathered
+from fabe_ds.fields import dotted_hint
 from fabe_ds.files import digest, remove, scratch_folder, scratch_in
 from fabe_ds.formats.json.load import BROKEN, Loaded, by_target, load_fields
 from fabe_ds.formats.json.write import copy_unchanged, write_files
@@ -30,9 +30,11 @@ from fabe_ds.formats.paging import passed_over
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course, Watch, size_of
 from fabe_ds.report.history import Point, recorded
-from fabe_ds.report.result import FAILURES, REPORT, RunResult, beside, leave, sizes, spread
+from fabe_ds.report.result import RunResult, leave, sizes, spread
+from fabe_ds.request import Item
+from fabe_ds.run_files import FAILURES, REPORT, beside
 from fabe_ds.store.completions import RecordCache, written_mark
-from fabe_ds.transform import Transform, dotted_hint, result_features
+from fabe_ds.transform import Transform, result_features
 
 if TYPE_CHECKING:
     from datasets import Dataset

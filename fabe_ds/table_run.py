@@ -11,16 +11,19 @@ import pyarrow as pa
 
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
-from fabe_ds.engine.coalesce import Item
 from fabe_ds.errors import UsageError
-from fabe_ds.files import private_folder, scratch_folder
+from fabe_ds.fields import dotted_hint, inside
+from fabe_ds.files import scratch_folder
 from fabe_ds.formats.table import load_table
 from fabe_ds.formats.table_write import export_table, table_place
 from fabe_ds.report.course import ANSWERING, WRITING, Course
 from fabe_ds.report.history import recorded
-from fabe_ds.report.result import FAILURES, REPORT, RunResult, beside, leave, sizes, spread
+from fabe_ds.report.result import RunResult, leave, sizes, spread
+from fabe_ds.request import Item
+from fabe_ds.run_files import FAILURES, REPORT, beside
+from fabe_ds.store.layout import private_folder
 from fabe_ds.text import listed
-from fabe_ds.transform import OURS, Transform, dotted_hint, inside
+from fabe_ds.transform import OURS, Transform
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 NAMES_SHOWN = 5
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
@@ -40,3 +42,28 @@ def real_name(shown: str) -> str:
     """The file's name that `shown_name` has written."""
     data = shown.encode().decode("latin-1")
     return os.fsdecode(_ESCAPE.sub(lambda byte: chr(int(byte[1], 16)), data).encode("latin-1"))
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for surrogates that stand alone."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encodable_value(value: Any) -> Any:
+    """A JSON value with `encodable` texts and keys."""
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, list):
+        return [encodable_value(item) for item in value]
+    if isinstance(value, dict):
+        return {encodable(key): encodable_value(item) for key, item in value.items()}
+    return value
+
+
+def load_json(data: bytes) -> Any:
+    """The value of a JSON text that came from elsewhere. Raises: ValueError, RecursionError."""
+    value = json.loads(data)
+    # Escaped, or as the three bytes that Python's reader lets through.
+    return encodable_value(value) if b"\\u" in data or b"\xed" in data else value

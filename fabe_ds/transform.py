@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.config.settings import TransformConfig, by_name, flag, setting, signature_of, validated
-from fabe_ds.engine.coalesce import Item, Outcome, Stats
 from fabe_ds.engine.runtime import Session, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.executors import worker_counts as tally
+from fabe_ds.fields import dotted_hint, inside, parse_path, with_inside
 from fabe_ds.formats.json.load import BROKEN, SCHEMA
-from fabe_ds.formats.json.scan import parse_path
 from fabe_ds.network import without_secrets
 from fabe_ds.prompts.checks import build_check
 from fabe_ds.prompts.template import Instruction, load_instruction
@@ -36,8 +35,9 @@ from fabe_ds.providers import (
     build_provider,
     provider_class,
 )
+from fabe_ds.request import Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
-from fabe_ds.surrogates import encodable
+from fabe_ds.text import encodable
 from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
 
 if TYPE_CHECKING:
@@ -468,7 +468,7 @@ class Transform:
             if backup and backup not in batch:
                 changed[backup] = [inside(value, inner) for value in values]
             changed[column] = [
-                value if outcome.text is None else _with_inside(value, inner, outcome.text)
+                value if outcome.text is None else with_inside(value, inner, outcome.text)
                 for value, outcome in zip(values, first, strict=True)
             ]
         each = range(0, len(outcomes), self.answers_each)
@@ -507,12 +507,6 @@ def _canonical(values: Mapping[str, Any]) -> str:
 
 def _named(version: int, spec: str) -> str:
     return hashlib.sha256(f"{version}\0{spec}".encode()).hexdigest()[:32]
-
-
-def dotted_hint(name: str, columns: Collection[str]) -> str:
-    """How to write the name of a column that holds a dot, where there is one."""
-    escaped = name.replace(".", "\\.")
-    return f", but one {name!r} (write {escaped})" if name in columns else ""
 
 
 def _check_text(name: str, values: Iterable[Any]) -> None:
@@ -604,30 +598,3 @@ def result_table(outcomes: Iterable[Outcome]) -> pa.Table:
         "cached": [outcome.cached for outcome in got],
     }
     return pa.table(columns, schema=_SCHEMA)
-
-
-def inside(value: Any, steps: Sequence[str]) -> Any:
-    for step in steps:
-        if isinstance(value, dict):
-            value = value.get(step)
-        elif isinstance(value, list):
-            try:
-                value = value[int(step)]
-            except (ValueError, IndexError):
-                return None
-        else:
-            return None
-    return value
-
-
-def _with_inside(value: Any, steps: Sequence[str], new: str) -> Any:
-    """A copy of the value with another text under the steps."""
-    if not steps:
-        return new
-    step, *rest = steps
-    if isinstance(value, dict):
-        return {**value, step: _with_inside(value[step], rest, new)}
-    at = int(step)
-    copy = list(value)
-    copy[at] = _with_inside(value[at], rest, new)
-    return copy

@@ -18,7 +18,7 @@ from typing import Any
 import requests
 
 from fabe_ds import network
-from fabe_ds.engine.coalesce import Intake, Item, Outcome, Slot
+from fabe_ds.engine.coalesce import Intake, Slot
 from fabe_ds.engine.http import Policy
 from fabe_ds.engine.local import answer_window
 from fabe_ds.engine.verdict import Verdict, judge
@@ -26,8 +26,9 @@ from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers import Completion, HttpProvider, Request
 from fabe_ds.providers.finish import End, end_of
 from fabe_ds.providers.http import STREAM
+from fabe_ds.request import Item, Outcome
 from fabe_ds.store.completions import OpenBatch, RecordCache, Row
-from fabe_ds.surrogates import load_json
+from fabe_ds.text import load_json
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fabe_ds.errors import UsageError, reason
 from fabe_ds.files import read_yaml
-from fabe_ds.providers.base import Completion, Request
+from fabe_ds.request import Completion, Request
 
 _TURN_TOKENS = 16  # what a chat template adds to a turn, at most
 _MILLION = 1_000_000

@@ -2,90 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
 
 from fabe_ds.errors import RecordFailed
-from fabe_ds.providers.base import Completion, Provider, Request
+from fabe_ds.providers.base import Provider
 from fabe_ds.providers.finish import ended_by_itself
-from fabe_ds.report.advice import LASTING
+from fabe_ds.request import (
+    SKIPPED,
+    UNANSWERED,
+    Accept,
+    Completion,
+    Item,
+    Outcome,
+    Reask,
+    Request,
+    Stats,
+    never,
+)
 from fabe_ds.store.completions import Completions, Row
-
-Item = Request | RecordFailed | None
-"""What a record asks for: a request, a failure to write one, or nothing (it is skipped)."""
-
-Accept = Callable[[Request, Completion], str]
-"""Makes a record's new text of a completion. Raises: RecordFailed."""
-
-Reask = Callable[[Request, Completion, str, str], Request | None]
-"""The request to send where an answer failed with this kind and message; None for no other."""
-
-
-def never(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
-    return None
-
-
-class Outcome(NamedTuple):
-    """What became of one record. `text` is None where it keeps what it has."""
-
-    text: str | None = None
-    completion: Completion | None = None
-    kind: str | None = None
-    message: str | None = None
-    cached: bool = False
-
-
-SKIPPED = Outcome()
-UNANSWERED = Outcome(kind="unanswered", message="not answered yet, and --offline asks nobody")
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts of a run, in records but for `requests` and tokens. Read by the progress display."""
-
-    done: int = 0
-    cached: int = 0
-    failed: int = 0
-    skipped: int = 0
-    requests: int = 0
-    retries: int = 0
-    refusals: int = 0
-    """Answers that said: too much at once, or not now."""
-    reasks: int = 0
-    hedged: int = 0
-    cost: float = 0.0
-    in_flight: int = 0
-    limit: int = 0
-    """Requests that may be in flight just now."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    state: str = ""
-    """What holds the run up just now, for people; empty where nothing does."""
-    loading: float = 0.0
-    """Seconds in which a model was loaded and nothing could be answered."""
-    notes: list[str] = field(default_factory=list)
-    """What a person should know of how the records were answered, a line each."""
-    latency: Counter[int] = field(default_factory=Counter)
-    """Answers by the time they took: those of up to 2**(n/4) seconds under n."""
-    failures: Counter[str] = field(default_factory=Counter)
-    """Failed records by class."""
-
-    def took(self, seconds: float) -> None:
-        self.latency[math.ceil(4 * math.log2(max(1e-3, seconds)))] += 1
-
-    def counts(self) -> dict[str, Any]:
-        """All of it as plain values, to be sent elsewhere."""
-        counts = {field.name: getattr(self, field.name) for field in fields(self)}
-        # asdict spoils a Counter
-        counts |= {"latency": dict(self.latency), "failures": dict(self.failures)}
-        return {**counts, "notes": list(self.notes)}
-
-    @property
-    def settled(self) -> int:
-        return self.done + self.cached + self.failed + self.skipped
 
 
 class Slot:
@@ -409,3 +344,7 @@ class Intake:
             if number:
                 slot.request = request._replace(sample=request.sample + number)
                 slot.key = self.provider.key(slot.request)
+
+
+LASTING = ("check", "truncated", "context", "refused", "invalid", "unfinished", "tool call")
+"""Classes that have been answered and would be answered the same: they are not asked again."""

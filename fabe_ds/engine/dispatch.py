@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from fabe_ds.engine.coalesce import Intake, Item, Slot
+from fabe_ds.engine.coalesce import Intake, Slot
 from fabe_ds.engine.local import POLL_SECONDS
 from fabe_ds.engine.outage import Outage
 from fabe_ds.engine.verdict import Verdict, in_context
 from fabe_ds.errors import CacheError, FabeError, RecordFailed, RunStopped
-from fabe_ds.providers.base import Completion, Request
+from fabe_ds.request import Completion, Item, Request
 from fabe_ds.text import clock, listed
 
 if TYPE_CHECKING:

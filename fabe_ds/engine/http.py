@@ -17,7 +17,7 @@ import aiohttp
 
 from fabe_ds import network
 from fabe_ds.engine.budget import Budget
-from fabe_ds.engine.coalesce import Intake, Item, Outcome, Slot
+from fabe_ds.engine.coalesce import Intake, Slot
 from fabe_ds.engine.dispatch import Job
 from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.loop import LoopThread
@@ -28,7 +28,8 @@ from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers import Completion, HttpProvider, Request
 from fabe_ds.providers.finish import End, end_of
 from fabe_ds.providers.http import STREAM, refused_parameter, stream_parts
-from fabe_ds.surrogates import encodable, load_json
+from fabe_ds.request import Item, Outcome
+from fabe_ds.text import encodable, load_json
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 
-from fabe_ds.engine.coalesce import SKIPPED, Intake, Item, Outcome, Slot
+from fabe_ds.engine.coalesce import Intake, Slot
 from fabe_ds.errors import RecordFailed
-from fabe_ds.providers.base import Completion, LocalProvider, Request
+from fabe_ds.providers.base import LocalProvider
+from fabe_ds.request import SKIPPED, Completion, Item, Outcome, Request
 
 POLL_SECONDS = 0.5
 LOADING = "loading the model"

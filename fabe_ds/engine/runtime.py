@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config.rules import budget_of, refuse_caps
 from fabe_ds.config.settings import RunConfig, TransformConfig
-from fabe_ds.engine.coalesce import Accept, Intake, Item, Outcome, Reask, Stats
+from fabe_ds.engine.coalesce import Intake
 from fabe_ds.engine.local import LocalEngine
 from fabe_ds.engine.worker_slots import SharedSlots, die_with_parent, is_worker
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError
 from fabe_ds.prompts.answer import clean_answer
 from fabe_ds.prompts.checks import RAISED, build_check
 from fabe_ds.providers import Completion, HttpProvider, LocalProvider, Provider, Request
+from fabe_ds.request import Accept, Item, Outcome, Reask, Stats
 from fabe_ds.store.completions import Completions, RecordCache
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fabe_ds.engine.rates import duration
-from fabe_ds.surrogates import load_json
+from fabe_ds.text import load_json
 
 _MESSAGE_LENGTH = 500
 PROXY_SECONDS = 1.0

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fabe_ds.files import is_locked, private_folder
+from fabe_ds.files import is_locked
+from fabe_ds.store.layout import private_folder
 
 COUNT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1

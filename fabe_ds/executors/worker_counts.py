@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.engine.coalesce import Stats
+from fabe_ds.request import Stats
 
 FOLDER = "FABE_DS_TALLY"
 """The environment variable that tells workers where to leave their counts."""

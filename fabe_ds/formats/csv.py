@@ -22,9 +22,9 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.errors import InputError, reason
-from fabe_ds.files import kept_file
 from fabe_ds.formats.discover import Source
 from fabe_ds.formats.json.read import no_tick
+from fabe_ds.store.layout import kept_file
 from fabe_ds.transform import OURS
 
 if TYPE_CHECKING:

@@ -8,22 +8,20 @@ import gzip
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from fabe_ds.errors import InputError, UsageError, reason
 from fabe_ds.files import digest
+from fabe_ds.run_files import left_by_run
 from fabe_ds.text import listed, shown_name
 
 log = logging.getLogger(__name__)
 
 JSON, LINES = "json", "lines"
 _KINDS = {".json": JSON, ".jsonl": LINES, ".ndjson": LINES}
-LEFT_BEHIND = ("run.json", "failures.jsonl", "samples.jsonl")
-"""What stands beside the output of a run, after its name and a dot."""
-_OURS = b'"fabe_ds":'  # as a report begins
 _SPECIAL = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -126,7 +124,7 @@ def walk(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) ->
             elif _is_file(entry):
                 found.files.append(name)
                 if not globs and name.endswith(".run.json"):
-                    left += _left_by_run(Path(place))
+                    left += left_by_run(Path(place))
             elif globs or link or kind_of(name):
                 found.unread.append(InputError(entry.path, _not_a_file(entry)))
     for names in (found.files, found.hidden, found.others):
@@ -181,19 +179,6 @@ def _not_a_file(entry: os.DirEntry[str]) -> str:
             return f"a link to nothing ({Path(entry.path).readlink()})"
         return f"cannot be read: {reason(error)}"
     return f"{_SPECIAL.get(stat.S_IFMT(mode), 'not a file')}, not a regular file"
-
-
-def _left_by_run(report: Path) -> Iterator[str]:
-    """The output of the run that left this report, and the files beside it."""
-    try:
-        with report.open("rb") as file:
-            if _OURS not in file.read(64):
-                return
-    except OSError:
-        return
-    output = report.with_name(report.name.removesuffix(".run.json"))
-    for path in (output, *(output.with_name(f"{output.name}.{name}") for name in LEFT_BEHIND)):
-        yield os.path.realpath(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,20 +16,14 @@ import pyarrow.parquet as pq
 
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import ExportError, FabeError, InputError, UsageError, first_line, reason
-from fabe_ds.files import NO_ROOM, clear_scratch, not_kept, private_folder, usable_folder
+from fabe_ds.files import NO_ROOM, clear_scratch
 from fabe_ds.formats.csv import load_csv, read_head, read_rows
-from fabe_ds.formats.discover import (
-    LEFT_BEHIND,
-    Walk,
-    check_there,
-    kind_of,
-    say_hidden,
-    walk,
-)
+from fabe_ds.formats.discover import Walk, check_there, kind_of, say_hidden, walk
 from fabe_ds.formats.json.load import refuse_unread
 from fabe_ds.formats.parquet import held_columns, refuse_other_columns
 from fabe_ds.quiet import quiet_datasets
-from fabe_ds.report.result import DEFAULT_OUTPUT, beside
+from fabe_ds.run_files import DEFAULT_OUTPUT, LEFT_BEHIND, beside
+from fabe_ds.store.layout import not_kept, private_folder, usable_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

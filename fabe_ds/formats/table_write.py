@@ -27,7 +27,7 @@ from fabe_ds.files import (
 from fabe_ds.formats.csv import ROW, read_head, write_csv, write_csv_like
 from fabe_ds.formats.parquet import refuse_unheld, write_parquet_like
 from fabe_ds.formats.table import SEPARATORS, Table, is_saved
-from fabe_ds.report.result import REPORT, beside
+from fabe_ds.run_files import REPORT, beside
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,14 +1,6 @@
 """Who answers: one module a provider, found through the entry-point group fabe_ds.providers."""
 
-from fabe_ds.providers.base import (
-    Completion,
-    Endpoint,
-    LocalProvider,
-    Provider,
-    Request,
-    Requirement,
-    Sampling,
-)
+from fabe_ds.providers.base import Endpoint, LocalProvider, Provider, Requirement
 from fabe_ds.providers.http import HttpProvider
 from fabe_ds.providers.registry import (
     build_provider,
@@ -16,6 +8,7 @@ from fabe_ds.providers.registry import (
     provider_class,
     provider_names,
 )
+from fabe_ds.request import Completion, Request, Sampling
 
 __all__ = [
     "Completion",

@@ -11,30 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from fabe_ds.errors import FabeError, RecordFailed
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen. `do_sample` None means: where the temperature is above zero."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float | None = None
-    do_sample: bool | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    @property
-    def samples(self) -> bool:
-        return self.temperature > 0 if self.do_sample is None else self.do_sample
-
-    @property
-    def repeats(self) -> bool:
-        """Whether the same request has the same answer: greedy, or with a seed."""
-        return not self.samples or self.seed is not None
+from fabe_ds.request import Completion, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,54 +48,6 @@ class Endpoint:
     max_new_tokens: int | None = None
     cache_dir: Path | None = None
     """Where digests of large files are remembered."""
-
-
-class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass
-    """One question to a model. `text` is the record's own value, which `prompt` holds too.
-
-    With `chat`, the model's chat template is applied to a system and a user turn; without it the
-    prompt is completed as it is.
-    """
-
-    text: str
-    prompt: str
-    system_prompt: str | None
-    sampling: Sampling
-    chat: bool = True
-    language: str = "python"
-    sample: int = 0
-    turns: tuple[tuple[str, str], ...] = ()
-    """Answers that were no good and what was said to them: (answer, complaint), in order."""
-    record: str | Mapping[str, Any] | None = None
-    """The whole record (its JSON text, or the record), where a check of answers asks for it."""
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        messages = [{"role": "user", "content": self.prompt}]
-        if self.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        for answer, complaint in self.turns:
-            messages.append({"role": "assistant", "content": answer})
-            messages.append({"role": "user", "content": complaint})
-        return messages
-
-    @property
-    def plain(self) -> str:
-        """The prompt of a model that is not asked through a chat template."""
-        said = [part for turn in self.turns for part in turn]
-        return "\n\n".join([*filter(None, [self.system_prompt]), self.prompt, *said])
-
-
-class Completion(NamedTuple):
-    """What a model answered, as it came. `finish_reason`: the server's own word for how it ended
-    (providers/finish.py says what each means), or None. `reasoning`: what was told apart from the
-    answer before it became text."""
-
-    text: str
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    reasoning: str | None = None
 
 
 _canonical = json.JSONEncoder(sort_keys=True).encode

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from fabe_ds.providers.base import Completion, LocalProvider, Request
+from fabe_ds.providers.base import LocalProvider
+from fabe_ds.request import Completion, Request
 
 _STYLES = {
     "//": "c cpp c++ csharp java javascript js typescript ts go rust swift kotlin scala dart php",

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped, UsageError
-from fabe_ds.providers.base import Completion, Endpoint, Provider, Request
+from fabe_ds.providers.base import Endpoint, Provider
+from fabe_ds.request import Completion, Request
 
 PREFLIGHT_SECONDS = 10.0
 STREAM = "stream"

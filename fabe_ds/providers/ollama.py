@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped
-from fabe_ds.providers.base import Completion, Request, token_count
+from fabe_ds.providers.base import token_count
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, HttpProvider
-from fabe_ds.surrogates import encodable
-from fabe_ds.text import listed
+from fabe_ds.request import Completion, Request
+from fabe_ds.text import encodable, listed
 
 _PORT = 11434
 _LONG_PROMPT, _CHARACTERS_A_TOKEN = 2000, 8.0

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
-from fabe_ds.providers.base import Completion, Request, token_count
+from fabe_ds.providers.base import token_count
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
-from fabe_ds.surrogates import encodable
+from fabe_ds.request import Completion, Request
+from fabe_ds.text import encodable
 
 _LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
 _AZURE = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")

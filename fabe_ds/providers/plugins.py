@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fabe_ds.errors import FabeError, MalformedResponse, RecordFailed, RunStopped, first_line
-from fabe_ds.providers.base import Completion, LocalProvider, Provider
+from fabe_ds.providers.base import LocalProvider, Provider
 from fabe_ds.providers.http import HttpProvider
+from fabe_ds.request import Completion
 
 
 def lacking(found: object) -> str | None:

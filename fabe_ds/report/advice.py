@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fabe_ds.engine.coalesce import LASTING
+
 OFTEN, FEWEST = 0.1, 10  # share, and number, of records that fail in one way before it is said
 HELPS = {
     "broken": "not JSON: mend those lines of the input; they were copied as they are",
@@ -20,8 +22,6 @@ HELPS = {
     "prompt": "not to be put into the template: see the first one's message",
     "rejected": "refused by the server: see the first one's message",
 }
-LASTING = ("check", "truncated", "context", "refused", "invalid", "unfinished", "tool call")
-"""Classes that have been answered and would be answered the same: they are not asked again."""
 
 
 def often_failing(failures: Mapping[str, int], records: int) -> str:

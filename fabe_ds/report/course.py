@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fabe_ds.engine.coalesce import Stats
+from fabe_ds.request import Stats
 
 LOADING, ANSWERING, WRITING = "loading", "answering", "writing"
 

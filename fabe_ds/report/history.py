@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from fabe_ds.engine.coalesce import Stats
+from fabe_ds.request import Stats
 
 MOST_POINTS = 400
 

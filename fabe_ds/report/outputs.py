@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import FabeError, UsageError, first_line
-from fabe_ds.files import kept_file, private_folder
 from fabe_ds.formats.discover import Source
 from fabe_ds.formats.json.load import field_target
 from fabe_ds.formats.json.typed import typed_records
 from fabe_ds.formats.table import BUILDERS, load_files
+from fabe_ds.store.layout import kept_file, private_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset

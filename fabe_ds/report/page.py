@@ -15,7 +15,8 @@ from typing import Any
 
 from fabe_ds.errors import UsageError, first_line
 from fabe_ds.files import check_file_writable, replacing
-from fabe_ds.report.result import FAILURES, SAMPLES, read_lines, read_report
+from fabe_ds.report.result import read_lines, read_report
+from fabe_ds.run_files import FAILURES, SAMPLES
 
 PAGE = Path(__file__).parent / "page.html.j2"
 SHOWN_FAILURES = 50  # of each class

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-from fabe_ds.engine.coalesce import Stats
 from fabe_ds.engine.local import LOADING as LOADING_MODEL
 from fabe_ds.report.advice import often_failing
 from fabe_ds.report.course import ANSWERING, LOADING, Course
+from fabe_ds.request import Stats
 from fabe_ds.text import clock
 
 log = logging.getLogger(__name__)

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config.settings import MAYBE_FILES, SCHEMA_FILE, RunConfig, setting
-from fabe_ds.errors import RECORDS_FAILED, UsageError, first_line, reason
+from fabe_ds.errors import RECORDS_FAILED, UsageError, reason
 from fabe_ds.files import is_text, replacing
-from fabe_ds.formats.discover import LEFT_BEHIND
 from fabe_ds.network import without_secrets
+from fabe_ds.run_files import FAILURES, SAMPLES, beside
 from fabe_ds.version import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-REPORT, FAILURES, SAMPLES = LEFT_BEHIND
-DEFAULT_OUTPUT = Path("outputs")
 SAMPLES_KEPT, SAMPLE_CHARACTERS = 200, 4000
 
 
@@ -112,15 +110,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError):
         raise UsageError(f"{path}:{len(rows) + 1}: damaged; a new run makes it anew") from None
     return rows
-
-
-def beside(path: Path, name: str) -> Path:
-    """`outputs/` -> `outputs.run.json`: beside the output, where no later run takes it for data."""
-    try:
-        path = path.resolve()
-    except (OSError, RuntimeError) as error:  # a folder that is gone, links in a circle
-        raise UsageError(f"{path}: {first_line(error)}") from None
-    return path.with_name(f"{path.name}.{name}")
 
 
 def leave(

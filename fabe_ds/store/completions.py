@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from filelock import FileLock
 
 from fabe_ds.errors import CacheError, reason
-from fabe_ds.files import is_locked, private_folder
-from fabe_ds.providers.base import Completion
+from fabe_ds.files import is_locked
+from fabe_ds.request import Completion
+from fabe_ds.store.layout import private_folder
 
 log = logging.getLogger(__name__)
 

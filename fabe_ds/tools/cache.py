@@ -13,14 +13,13 @@ from pathlib import Path
 
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.destinations import make_plan
-from fabe_ds.engine.coalesce import Item, stored
+from fabe_ds.engine.coalesce import LASTING, stored
 from fabe_ds.engine.runtime import acceptance
 from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.files import is_in_use, is_locked, remove
 from fabe_ds.formats.json.load import Row, field_target
 from fabe_ds.formats.table import is_table, load_table
-from fabe_ds.providers.base import Request
-from fabe_ds.report.advice import LASTING
+from fabe_ds.request import Item, Request
 from fabe_ds.store.completions import RecordCache
 from fabe_ds.table_run import check_columns, table_items
 from fabe_ds.tools.dry_run import records_of

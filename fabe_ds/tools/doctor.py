@@ -15,9 +15,10 @@ from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.destinations import make_plan
 from fabe_ds.errors import CacheError, FabeError, RunStopped, UsageError
-from fabe_ds.files import check_writable, usable_folder
+from fabe_ds.files import check_writable
 from fabe_ds.providers import Endpoint, HttpProvider
 from fabe_ds.providers.openai import OpenAIProvider
+from fabe_ds.store.layout import usable_folder
 
 _PACKAGES = ("datasets", "pyarrow", "aiohttp")
 _OPTIONAL = {  # and the extra that brings each

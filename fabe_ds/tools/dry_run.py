@@ -11,7 +11,7 @@ from typing import cast
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.destinations import Plan, make_plan
-from fabe_ds.engine.coalesce import Intake, Stats
+from fabe_ds.engine.coalesce import Intake
 from fabe_ds.engine.runtime import acceptance, asking_again
 from fabe_ds.errors import InputError, RecordFailed
 from fabe_ds.formats.discover import Source
@@ -20,7 +20,7 @@ from fabe_ds.formats.json.read import Tail, read_records
 from fabe_ds.formats.json.scan import Field
 from fabe_ds.formats.table import is_table, load_table
 from fabe_ds.pipeline import no_such_field
-from fabe_ds.providers.base import Completion, Request
+from fabe_ds.request import Completion, Request, Stats
 from fabe_ds.store.completions import Completions, RecordCache
 from fabe_ds.table_run import check_columns, table_items
 from fabe_ds.transform import Transform

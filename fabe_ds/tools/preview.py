@@ -11,9 +11,9 @@ from operator import itemgetter
 
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.engine.budget import read_price
-from fabe_ds.engine.coalesce import Outcome
 from fabe_ds.errors import RunStopped
-from fabe_ds.providers.base import LocalProvider, Request
+from fabe_ds.providers.base import LocalProvider
+from fabe_ds.request import Outcome, Request
 from fabe_ds.tools.dry_run import DryRun, dry_run, requests_of
 from fabe_ds.transform import Transform
 

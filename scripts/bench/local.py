@@ -59,10 +59,11 @@ def timed(work: Callable[[], Figures]) -> Figures:
 
 def ours(folder: str, count: int, dtype: str, rows: int, repeated: bool = False) -> Figures:
     """The provider as `fabe-ds run` has it; with `repeated`, through the engine that asks once."""
-    from fabe_ds.engine.coalesce import Intake, Stats
+    from fabe_ds.engine.coalesce import Intake
     from fabe_ds.engine.local import LocalEngine
     from fabe_ds.providers import Endpoint, Request, Sampling
     from fabe_ds.providers.transformers.hf import HFProvider
+    from fabe_ds.request import Stats
     from fabe_ds.store.completions import RecordCache
 
     provider = HFProvider(Endpoint(folder, dtype=dtype, batch_size=rows))

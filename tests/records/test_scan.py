@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fabe_ds.formats.json.scan import Field, Target, parse_path
+from fabe_ds.fields import parse_path
+from fabe_ds.formats.json.scan import Field, Target
 
 CODE = ("code",)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fabe_ds.config.settings import TransformConfig
-from fabe_ds.providers.base import Completion
+from fabe_ds.request import Completion
 from fabe_ds.store.completions import Completions, RecordCache, Row
 
 SILENT_SECONDS = 10.0

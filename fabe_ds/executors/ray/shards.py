@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from fabe_ds.errors import RunStopped
-from fabe_ds.files import is_locked, private_folder
+from fabe_ds.files import is_locked
 from fabe_ds.providers import Request
+from fabe_ds.store.layout import private_folder
 from fabe_ds.transform import OURS, SAMPLE, Transform
 
 ROW = f"{OURS}row"

@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from fabe_ds.errors import InputError, UsageError
-from fabe_ds.files import (
-    clear_scratch,
-    digest,
-    is_text,
-    not_kept,
-    private_folder,
-    remove,
-    scratch_in,
-    usable_folder,
-)
+from fabe_ds.fields import parse_path
+from fabe_ds.files import clear_scratch, digest, is_text, remove, scratch_in
 from fabe_ds.formats.discover import Source, discover
 from fabe_ds.formats.json.read import Broken, Record, Tail, no_tick, read_records
-from fabe_ds.formats.json.scan import Field, Target, parse_path
-from fabe_ds.surrogates import encodable
+from fabe_ds.formats.json.scan import Field, Target
+from fabe_ds.store.layout import not_kept, private_folder, usable_folder
+from fabe_ds.text import encodable
 
 if TYPE_CHECKING:
     from datasets import Dataset

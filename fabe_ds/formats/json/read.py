@@ -10,8 +10,9 @@ from json.decoder import JSONDecodeError
 from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 from fabe_ds.errors import InputError
+from fabe_ds.fields import FieldPath, parse_path
 from fabe_ds.formats.discover import LINES, Source
-from fabe_ds.formats.json.scan import Field, FieldPath, Target, parse_path, scan_value, skip_space
+from fabe_ds.formats.json.scan import Field, Target, scan_value, skip_space
 
 CHUNK = 1 << 22
 _UTF8_BOM = "\ufeff"

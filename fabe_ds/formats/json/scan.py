@@ -12,6 +12,8 @@ from json.decoder import JSONDecodeError, JSONDecoder, scanstring  # type: ignor
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
+from fabe_ds.fields import FieldPath
+
 # Numbers stay text: their value is never needed, and int() refuses more than 4,300 digits.
 _scan_once = JSONDecoder(parse_int=str, parse_float=str).scan_once  # type: ignore[attr-defined]
 
@@ -20,8 +22,6 @@ _colon = re.compile(r"[ \t\n\r]*:[ \t\n\r]*").match
 _next_member = re.compile(r"[ \t\n\r]*(?:,([ \t\n\r]*)|\})").match
 _next_item = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|\])").match
 _structure = re.compile(r'["\[\]{}]')
-
-FieldPath = tuple[str, ...]
 
 
 class Target(NamedTuple):
@@ -39,17 +39,6 @@ class Target(NamedTuple):
 
 class Deep:
     """Stands for a value nested deeper than the C scanner goes."""
-
-
-def parse_path(field: str) -> FieldPath:
-    r"""Steps of a dotted path: `messages.0.content`, `a\.b` for a key that holds a dot.
-
-    Digits are a list index in a list and a key in an object; -1 is the last item.
-    """
-    keys = [key.replace("\\.", ".") for key in re.split(r"(?<!\\)\.", field)]
-    if not all(keys):
-        raise ValueError(f"field path {field!r} has an empty step")
-    return tuple(keys)
 
 
 def scan_value(text: str, pos: int) -> tuple[Any, int]:

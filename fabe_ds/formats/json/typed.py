@@ -18,7 +18,7 @@ from fabe_ds.errors import InputError
 from fabe_ds.formats.discover import Source
 from fabe_ds.formats.json.read import Broken, Tail, read_records
 from fabe_ds.formats.json.scan import Field
-from fabe_ds.surrogates import encodable_value
+from fabe_ds.text import encodable_value
 
 ROWS = 1000
 _JSON = pa.json_(pa.string())

@@ -16,7 +16,6 @@ import jinja2
 import jinja2.meta
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
-from fabe_ds.providers.base import Request, Sampling
 from fabe_ds.providers.transformers.turns import (
     AddedToken,
     any_of,
@@ -24,6 +23,7 @@ from fabe_ds.providers.transformers.turns import (
     special_ids,
     split_controls,
 )
+from fabe_ds.request import Request, Sampling
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from fabe_ds.errors import RecordFailed, RunStopped, first_line
-from fabe_ds.providers.base import Sampling
 from fabe_ds.providers.transformers.agreement import (
     NO_NUMBERS,
     Limits,
@@ -39,6 +38,7 @@ from fabe_ds.providers.transformers.decoder import (
     Work,
 )
 from fabe_ds.providers.transformers.stops import stop_tokens, stopper
+from fabe_ds.request import Sampling
 
 log = logging.getLogger(__name__)
 

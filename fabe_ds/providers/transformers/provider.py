@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError
-from fabe_ds.providers.base import Completion, Endpoint, LocalProvider, Request, Requirement
+from fabe_ds.providers.base import Endpoint, LocalProvider, Requirement
 from fabe_ds.providers.transformers import checkpoint as checkpoints
 from fabe_ds.providers.transformers.checkpoint import PASSED_OVER, Checkpoint, Digests
 from fabe_ds.providers.transformers.stops import before_stop
@@ -28,6 +28,7 @@ from fabe_ds.providers.transformers.turns import (
     split_controls,
 )
 from fabe_ds.quiet import quiet_transformers
+from fabe_ds.request import Completion, Request
 
 if TYPE_CHECKING:
     from fabe_ds.providers.transformers.chat import Chat

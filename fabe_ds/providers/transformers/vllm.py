@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fabe_ds.errors import RecordFailed, RunStopped, first_line
-from fabe_ds.providers.base import Endpoint, Sampling
+from fabe_ds.providers.base import Endpoint
 from fabe_ds.providers.transformers.decoder import Answer, Prompt
 from fabe_ds.providers.transformers.stops import stop_tokens
+from fabe_ds.request import Sampling
 
 
 def sampling_arguments(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""What travels: a request, its completion, and what became of a record."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from fabe_ds.errors import RecordFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. `do_sample` None means: where the temperature is above zero."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None
+    do_sample: bool | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        return self.temperature > 0 if self.do_sample is None else self.do_sample
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same request has the same answer: greedy, or with a seed."""
+        return not self.samples or self.seed is not None
+
+
+class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass
+    """One question to a model. `text` is the record's own value, which `prompt` holds too.
+
+    With `chat`, the model's chat template is applied to a system and a user turn; without it the
+    prompt is completed as it is.
+    """
+
+    text: str
+    prompt: str
+    system_prompt: str | None
+    sampling: Sampling
+    chat: bool = True
+    language: str = "python"
+    sample: int = 0
+    turns: tuple[tuple[str, str], ...] = ()
+    """Answers that were no good and what was said to them: (answer, complaint), in order."""
+    record: str | Mapping[str, Any] | None = None
+    """The whole record (its JSON text, or the record), where a check of answers asks for it."""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        messages = [{"role": "user", "content": self.prompt}]
+        if self.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        for answer, complaint in self.turns:
+            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "user", "content": complaint})
+        return messages
+
+    @property
+    def plain(self) -> str:
+        """The prompt of a model that is not asked through a chat template."""
+        said = [part for turn in self.turns for part in turn]
+        return "\n\n".join([*filter(None, [self.system_prompt]), self.prompt, *said])
+
+
+class Completion(NamedTuple):
+    """What a model answered, as it came. `finish_reason`: the server's own word for how it ended
+    (providers/finish.py says what each means), or None. `reasoning`: what was told apart from the
+    answer before it became text."""
+
+    text: str
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    reasoning: str | None = None
+
+
+Item = Request | RecordFailed | None
+"""What a record asks for: a request, a failure to write one, or nothing (it is skipped)."""
+
+
+Accept = Callable[[Request, Completion], str]
+"""Makes a record's new text of a completion. Raises: RecordFailed."""
+
+
+Reask = Callable[[Request, Completion, str, str], Request | None]
+"""The request to send where an answer failed with this kind and message; None for no other."""
+
+
+def never(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
+    return None
+
+
+class Outcome(NamedTuple):
+    """What became of one record. `text` is None where it keeps what it has."""
+
+    text: str | None = None
+    completion: Completion | None = None
+    kind: str | None = None
+    message: str | None = None
+    cached: bool = False
+
+
+SKIPPED = Outcome()
+
+
+UNANSWERED = Outcome(kind="unanswered", message="not answered yet, and --offline asks nobody")
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of a run, in records but for `requests` and tokens. Read by the progress display."""
+
+    done: int = 0
+    cached: int = 0
+    failed: int = 0
+    skipped: int = 0
+    requests: int = 0
+    retries: int = 0
+    refusals: int = 0
+    """Answers that said: too much at once, or not now."""
+    reasks: int = 0
+    hedged: int = 0
+    cost: float = 0.0
+    in_flight: int = 0
+    limit: int = 0
+    """Requests that may be in flight just now."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    state: str = ""
+    """What holds the run up just now, for people; empty where nothing does."""
+    loading: float = 0.0
+    """Seconds in which a model was loaded and nothing could be answered."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how the records were answered, a line each."""
+    latency: Counter[int] = field(default_factory=Counter)
+    """Answers by the time they took: those of up to 2**(n/4) seconds under n."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Failed records by class."""
+
+    def took(self, seconds: float) -> None:
+        self.latency[math.ceil(4 * math.log2(max(1e-3, seconds)))] += 1
+
+    def counts(self) -> dict[str, Any]:
+        """All of it as plain values, to be sent elsewhere."""
+        counts = {field.name: getattr(self, field.name) for field in fields(self)}
+        # asdict spoils a Counter
+        counts |= {"latency": dict(self.latency), "failures": dict(self.failures)}
+        return {**counts, "notes": list(self.notes)}
+
+    @property
+    def settled(self) -> int:
+        return self.done + self.cached + self.failed + self.skipped
