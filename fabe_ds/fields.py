@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from dataclasses import dataclass
+from typing import Any
 
 FieldPath = tuple[str, ...]
 
@@ -55,3 +52,43 @@ def with_inside(value: Any, steps: Sequence[str], new: str) -> Any:
     copy = list(value)
     copy[at] = with_inside(value[at], rest, new)
     return copy
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Which fields of a record are asked about, and which fields it gains.
+
+    `names` are dotted paths as they were given. `backup` keeps the original of the first, None for
+    none at all. `samples_field` is None where a record is asked about once.
+    """
+
+    names: tuple[str, ...]
+    backup: str | None = None
+    samples: int = 1
+    samples_field: str | None = None
+    status_field: str | None = None
+
+    @property
+    def paths(self) -> list[FieldPath]:
+        """Raises: ValueError (an empty step)."""
+        return [parse_path(name) for name in self.names]
+
+    @property
+    def each(self) -> int:
+        """Answers that a record has."""
+        return len(self.names) * self.samples
+
+    @property
+    def gained(self) -> list[str]:
+        """The fields that a record gains beside originals."""
+        return [name for name in (self.samples_field, self.status_field) if name]
+
+    @property
+    def backup_keys(self) -> list[str | None]:
+        """For each field, the key beside it that keeps the original."""
+        return [self.backup, *(self.backup and f"original_{path[-1]}" for path in self.paths[1:])]
+
+    @property
+    def backup_columns(self) -> list[str | None]:
+        """For each field, the column of a table that keeps the original."""
+        return [self.backup, *(self.backup and f"original_{name}" for name in self.names[1:])]

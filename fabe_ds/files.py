@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import gzip
 import hashlib
 import io
 import logging
 import os
-import re
-import secrets
-import shutil
-import socket
 import stat
 from collections.abc import Collection, Iterator
-from itertools import count
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
-import yaml
-
+from fabe_ds import compression
 from fabe_ds.errors import ExportError, UsageError, reason
-from fabe_ds.store.layout import not_kept
+from fabe_ds.scratch import (
+    clear_scratch,
+    scratch_name,
+    unlink,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +31,15 @@ FEW = 8
 _PIECE = 1 << 18
 _UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 """What fsync of a folder answers on CIFS, FUSE and the like, and open where it may not be read."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_FILE = "a device, a pipe or a socket, which is never replaced"
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_TOKEN = secrets.token_hex(4)
-_SCRATCH = re.compile(rf"\.fabe-ds-{_HOST}-(\d+)-([0-9a-f]{{8}})-\d+")
-_numbers = count()
 
 
 @contextlib.contextmanager
-def replacing(path: Path, compress: bool | None = None) -> Iterator[IO[bytes]]:
+def replacing(path: Path, compress: bool = True) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when the block ends well, and not before.
 
     Symlinks are followed; mode and owner of what is replaced are kept; the data is on disk before
-    the name changes. Compressed where the name ends in .gz.
+    the name changes. Compressed where the name ends in .gz, .xz or .zst.
 
     Raises: ExportError.
     """
@@ -75,10 +67,10 @@ class Replacing:
                 self._settle()
         finally:
             for scratch, _place in self._waiting:
-                _unlink(scratch)
+                unlink(scratch)
 
     @contextlib.contextmanager
-    def open(self, path: Path | str, compress: bool | None = None) -> Iterator[IO[bytes]]:
+    def open(self, path: Path | str, compress: bool = True) -> Iterator[IO[bytes]]:
         """A file to write, which is to take the place of `path`. Raises: ExportError."""
         scratch = ""
         try:
@@ -89,19 +81,15 @@ class Replacing:
                 folder, name = self._split(os.path.realpath(place))
                 place = f"{folder}/{name}"
                 replaced = _status(place)
-            scratch = f"{folder}/{_scratch_name()}"
+            scratch = f"{folder}/{scratch_name()}"
             with _made_for(place, replaced, scratch) as file:
                 hashed = _Hashed(file)
-                if name.lower().endswith(".gz") if compress is None else compress:
-                    with gzip.GzipFile(
-                        "", "wb", fileobj=cast(IO[bytes], hashed), mtime=0
-                    ) as packed:
-                        yield cast(IO[bytes], packed)
-                else:
-                    yield cast(IO[bytes], hashed)
+                kind = name if compress else ""
+                with compression.compressed(cast(IO[bytes], hashed), kind) as to:
+                    yield to
         except BaseException as error:
             if scratch:
-                _unlink(scratch)
+                unlink(scratch)
             if isinstance(error, OSError):
                 raise _not_written(path, error) from None
             raise
@@ -198,75 +186,6 @@ def _made_for(place: str, replaced: os.stat_result | None, scratch: str) -> IO[b
     return io.FileIO(handle, "wb")
 
 
-def _unlink(path: str) -> None:
-    with contextlib.suppress(OSError):
-        Path(path).unlink()
-
-
-def _scratch_name() -> str:
-    return f".fabe-ds-{_HOST}-{os.getpid()}-{_TOKEN}-{next(_numbers)}"
-
-
-def scratch_in(folder: Path) -> Path:
-    """The path of something that is to be made in the folder, and to get its own name when it is
-    whole. What killed processes leave under such names is known by them."""
-    return folder / _scratch_name()
-
-
-@contextlib.contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder inside another, for the time of the block. Raises: CacheError, for the block too."""
-    clear_scratch(folder)
-    scratch = scratch_in(folder)
-    try:
-        scratch.mkdir(mode=0o700)
-        yield scratch
-    except OSError as error:
-        raise not_kept(folder, error) from None
-    finally:
-        remove(scratch)
-
-
-def clear_scratch(folder: Path) -> None:
-    """Removes what processes of this machine left in a folder that were killed while they wrote."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if (left := _SCRATCH.fullmatch(path.name)) and not _is_alive(left):
-                remove(path)
-
-
-def is_in_use(path: Path) -> bool:
-    """Whether a living process of this machine is making this, or something in it."""
-    names = [path.name]
-    with contextlib.suppress(OSError):
-        names += (inside.name for inside in path.iterdir())
-    made_by = (_SCRATCH.fullmatch(name) for name in names)
-    return any(made is not None and _is_alive(made) for made in made_by)
-
-
-def remove(path: Path) -> None:
-    """Removes something of ours: a file, or a folder with all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        _unlink(str(path))
-
-
-def _is_alive(scratch: re.Match[str]) -> bool:
-    """Whether the process is alive that has made something of this name. In containers, every
-    process may have the number of one that was killed: ours is told by its token."""
-    process = int(scratch[1])
-    if process == os.getpid():
-        return scratch[2] == _TOKEN
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
-
-
 def _sync(paths: Collection[str]) -> None:
     """Brings files, or the names in folders, to the disk; many of them with their whole disk."""
     together = len(paths) > FEW and _syncfs is not None
@@ -294,38 +213,6 @@ def _sync_disk(handle: int) -> None:
 
 def _not_written(path: Path | str, error: OSError) -> ExportError:
     return ExportError(f"{path}: cannot be written: {reason(error)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Takes no key twice: of two, the first would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:str" and key.value in names:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice", key.start_mark
-                )
-            names.add(key.value if isinstance(key.value, str) else "")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(file: Path) -> Any:
-    """The value in a YAML file. Raises: OSError; ValueError, which says where and what is wrong."""
-    try:
-        return yaml.load(file.read_bytes().decode("utf-8-sig"), _Loader)  # noqa: S506 - it is safe
-    except OSError:
-        raise
-    except UnicodeDecodeError:
-        raise ValueError(": not UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ValueError(f"{place}: {getattr(error, 'problem', None) or 'not YAML'}") from None
-    except RecursionError:
-        raise ValueError(": nested too deep") from None
-    except Exception as error:  # of a value that is not of the type that it is said to be
-        raise ValueError(f": {error}") from None
 
 
 def digest(path: Path | str) -> str:

@@ -9,19 +9,19 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from fabe_ds.config.settings import TransformConfig, by_name, flag, setting, signature_of, validated
+from fabe_ds.answers import Answer, flat_table
+from fabe_ds.config.load import by_name, signature_of, validated
+from fabe_ds.config.settings import TransformConfig, flag, setting
 from fabe_ds.engine.runtime import Session, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
-from fabe_ds.executors import worker_counts as tally
-from fabe_ds.fields import dotted_hint, inside, parse_path, with_inside
-from fabe_ds.formats.json.load import BROKEN, SCHEMA
+from fabe_ds.formats import columns as by_column
+from fabe_ds.formats.base import BROKEN, Row
+from fabe_ds.formats.json.load import SCHEMA
 from fabe_ds.network import without_secrets
 from fabe_ds.prompts.checks import build_check
 from fabe_ds.prompts.template import Instruction, load_instruction
@@ -37,20 +37,13 @@ from fabe_ds.providers import (
 )
 from fabe_ds.request import Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
-from fabe_ds.text import encodable
 from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
 
 if TYPE_CHECKING:
-    from datasets import Features
+    pass
 
 log = logging.getLogger(__name__)
 
-CARRIER = tuple(SCHEMA.names)
-OURS = "__fabe_"
-"""What the names of columns begin with that stand beside a table's own on the way to workers."""
-SAMPLE = f"{OURS}sample"
-"""A column that says how many equal requests stand before each of a row's, where answers are
-sampled."""
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
 
@@ -114,15 +107,15 @@ class Transform:
             raise UsageError("--instruction is required: a text or a template file")
         if asks and not config.model:
             raise UsageError("--model is required (or MODEL_PATH in the environment)")
+        self.targets = config.targets
         try:
-            self.paths = [parse_path(name) for name in (config.field, *config.also_fields)]
+            paths = self.targets.paths
         except ValueError as error:
             raise UsageError(f"--field: {error}") from None
-        for name, path in zip(config.also_fields, self.paths[1:], strict=True):
-            others = (other for other in self.paths if other is not path)
+        for name, path in zip(config.also_fields, paths[1:], strict=True):
+            others = (other for other in paths if other is not path)
             if any(path[: len(other)] == other[: len(path)] for other in others):
                 raise UsageError(f"--also-field {name}: another field is the same, or inside it")
-        self.path = self.paths[0]
         if config.batch_api and config.provider != "openai":
             raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
         self._checks_record = False
@@ -134,7 +127,7 @@ class Transform:
         self._open_cache = open_cache
         self.template = template or load_instruction(config.instruction or "")
         self.instructions = [
-            Instruction(*self.template, config.template_vars, path) for path in self.paths
+            Instruction(*self.template, config.template_vars, path) for path in paths
         ]
         self.instruction = self.instructions[0]
         self._sampling = Sampling(
@@ -151,7 +144,6 @@ class Transform:
         self._language = config.template_vars.get("language", "python")
         self._session: Session | None = None
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
-        self._ahead: Iterator[Outcome] | None = None
         self._rank = 0
         self._check_local()
         self._chat_template = _read_template(config.chat_template)
@@ -181,11 +173,13 @@ class Transform:
 
     def _check_backups(self) -> None:
         """Raises: UsageError where two backups would have one place."""
-        if not self.config.backup:
+        targets = self.targets
+        if not targets.backup:
             return
-        keys = {(path[:-1], kept) for path, (_, kept) in zip(self.paths, self.targets, strict=True)}
-        for places in (keys, set(self.backups)):
-            if len(places) < len(self.paths):
+        pairs = zip(targets.paths, targets.backup_keys, strict=True)
+        keys = {(path[:-1], kept) for path, kept in pairs}
+        for places in (keys, set(targets.backup_columns)):
+            if len(places) < len(targets.names):
                 raise UsageError(
                     f"--backup-field {self.config.backup_field}: two fields would be kept there; "
                     "give another"
@@ -236,9 +230,9 @@ class Transform:
         values = {
             name: getattr(self.config, name)
             for name, declared in TransformConfig.model_fields.items()
-            if (changes := setting(name, "changes"))
+            if (affects := setting(name, "affects_output"))
             and not (
-                changes == "when set"
+                affects == "when set"
                 and getattr(self.config, name) == declared.get_default(call_default_factory=True)
             )
         }
@@ -276,7 +270,7 @@ class Transform:
         values = {
             field: getattr(self.config, field)
             for field in TransformConfig.model_fields
-            if setting(field, "changes") is not True and field != "api_key"
+            if setting(field, "affects_output") is not True and field != "api_key"
         }
         os.environ[_RUNTIME + name] = json.dumps(values, default=str)
         if self.config.api_key is not None:
@@ -308,10 +302,7 @@ class Transform:
         return self._session.stats if self._session else Stats()
 
     def close(self) -> None:
-        """Stops what look_ahead began (what is on its way is waited for and kept)."""
-        if self._ahead is not None:
-            self._ahead.close()  # type: ignore[attr-defined]
-            self._ahead = None
+        """Closes what is open in this process."""
         if self._session is not None:
             self._session.close()
         self._session = None
@@ -327,132 +318,61 @@ class Transform:
         request = Request(text, prompt, self._system, self._sampling, self._chat, self._language)
         return request._replace(record=record) if self._checks_record else request
 
-    def __call__(
-        self, batch: Mapping[str, Sequence[Any]], *more: Any
-    ) -> dict[str, list[Any]] | pa.Table:
-        """One batch. Of what `with_indices=True` and `with_rank=True` add, the rank says which of
-        several devices is this process's."""
-        rank = next((value for value in more if isinstance(value, int)), None)
-        if not _is_batch(batch, self.path[0]):
+    def __call__(self, batch: Mapping[str, Sequence[Any]], *more: Any) -> dict[str, list[Any]]:
+        """One batch of a Dataset: the columns that change, or, of a carrier that `load_records`
+        gave, the columns of `answers.FIELDS`. Of what `with_indices=True` and `with_rank=True` add,
+        the rank says which of several devices is this process's.
+
+        Raises: UsageError, TemplateError, FabeError (records that failed, unless they are kept).
+        """
+        if not _is_batch(batch, self.targets.paths[0][0]):
             raise UsageError("a map over single records; write map(..., batched=True)")
+        self.use_rank(next((value for value in more if isinstance(value, int)), None))
+        if all(name in batch for name in SCHEMA.names):
+            rows = map(Row, zip(batch["text"]), _raws(batch, self.needs_record), batch["error"])
+            columns: dict[str, list[Any]] = flat_table(self.outcomes(rows)).to_pydict()
+            return columns
+        return self.rewritten(batch)
+
+    def use_rank(self, rank: int | None) -> None:
+        """Takes the device of a process's rank, where several share the work."""
         if rank is not None and rank != self._rank:
             self.close()
             self._rank = rank
             self.provider = self._build_provider()
-        result = self._answer(batch)
-        tally.leave(self.stats)
-        return result
 
-    def _answer(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]] | pa.Table:
-        if all(name in batch for name in CARRIER):
-            if self._ahead is not None:
-                return result_table(islice(self._ahead, len(batch["index"])))
-            # A dict: a map that is given a table takes it for all the columns there are.
-            return result_table(self.session.outcomes(self.carrier_items(batch))).to_pydict()
-        return self.rewritten(batch)
+    def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
+        """The outcomes of all that the rows ask for, in order. Raises: RunStopped, CacheError."""
+        return self.session.outcomes(self.items(rows))
 
-    def carrier_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
-        """What the rows of a carrier ask for."""
-        count = len(batch["text"])
-        raws = batch["raw"] if self.needs_record else [None] * count
-        samples = batch.get(SAMPLE) or [[0]] * count
-        targets = batch.get("target") or [0] * count
-        errors = batch.get("error") or [None] * count
-        columns = (batch["text"], raws, samples, targets, errors)
-        for text, raw, sample, target, error in zip(*columns, strict=True):
-            if error is not None:  # a line that is no record fails once, however many fields
-                yield RecordFailed(BROKEN, error) if target == 0 else None
-            else:
-                yield _numbered(self.item(text, raw, target), sample[0])
-
-    def look_ahead(self, items: Iterable[Item]) -> None:
-        """Answers `items`, those of all the rows of the coming map, ahead of its batches.
-
-        Without it, each batch waits for its slowest record. Nothing starts before the first batch.
-        """
-        self._ahead = self._answers(items)
-
-    def _answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
-        yield from self.session.outcomes(items)
-
-    @property
-    def targets(self) -> list[tuple[str, str | None]]:
-        """The fields of a JSON record that are rewritten, each with the key of its backup."""
-        config = self.config
-        others = [
-            (name, f"original_{path[-1]}" if config.backup else None)
-            for name, path in zip(config.also_fields, self.paths[1:], strict=True)
-        ]
-        return [(config.field, config.backup), *others]
-
-    @property
-    def backups(self) -> list[str | None]:
-        """The columns of a table that keep the originals, one for each field."""
-        config = self.config
-        others = [f"original_{name}" if config.backup else None for name in config.also_fields]
-        return [config.backup, *others]
-
-    @property
-    def needs_record(self) -> bool:
-        """Whether the whole record is looked at, and not its fields alone."""
-        return self.instruction.needs_record or self._checks_record
-
-    @property
-    def samples(self) -> bool:
-        """Whether equal requests have answers of their own."""
-        return self._sampling.samples
-
-    def new_columns(self, there: Collection[str]) -> dict[str, pa.DataType]:
-        """The columns that a table of these columns gains."""
-        config, text = self.config, pa.string()
-        new: dict[str, pa.DataType] = {
-            backup: text for backup in self.backups if backup and backup not in there
-        }
-        if config.samples > 1:
-            new[config.samples_field] = pa.list_(text)
-        if config.status_field:
-            told = dict.fromkeys(("state", "failure", "message", "finish_reason"), text)
-            counts = dict.fromkeys(("prompt_tokens", "completion_tokens"), pa.int64())
-            new[config.status_field] = pa.struct(told | counts)
-        return new
-
-    @property
-    def answers_each(self) -> int:
-        """Items that one record of a table asks for."""
-        return len(self.paths) * self.config.samples
-
-    def table_items(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
-        """What the rows of an ordinary Dataset ask for: for each row, each field, all samples.
-
-        Raises: UsageError (no such column), TemplateError.
-        """
-        for name, path in zip(
-            (self.config.field, *self.config.also_fields), self.paths, strict=True
-        ):
-            if path[0] not in batch:
-                hint = dotted_hint(name, batch)
-                raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}{hint}")
-            _check_text(name, (inside(value, path[1:]) for value in batch[path[0]]))
-        names = [name for name in batch if not name.startswith(OURS)]
-        whole = self.needs_record
-        count = len(batch[self.path[0]])
-        samples = batch.get(SAMPLE) or [[0] * self.answers_each] * count
-        for row, numbers in zip(range(count), samples, strict=True):
-            record = {name: batch[name][row] for name in names} if whole else None
-            number = iter(numbers)
-            for field, (column, *inner) in enumerate(self.paths):
-                item = self.item(inside(batch[column][row], inner), record, field)
-                for _ in range(self.config.samples):  # the engine tells equal requests apart
-                    yield _numbered(item, next(number))
+    def items(
+        self, rows: Iterable[Row], numbers: Iterable[Sequence[int]] | None = None
+    ) -> Iterator[Item]:
+        """What rows ask for: for each row, each field, all samples. `numbers` are the sample
+        numbers of each row's items, where another process sees the items before them."""
+        samples = self.config.samples
+        counted = repeat(None) if numbers is None else map(iter, numbers)
+        for row, number in zip(rows, counted, strict=False):
+            for field, text in enumerate(row.texts):
+                if row.error is not None:  # what is no record fails once, however many fields
+                    item: Item = RecordFailed(BROKEN, row.error) if field == 0 else None
+                else:
+                    item = self.item(text, row.record, field)
+                for _ in range(samples):  # the engine tells equal requests apart
+                    yield item if number is None else _numbered(item, next(number))
 
     def rewritten(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns of an ordinary Dataset that change."""
-        samples = self.config.samples
-        if self._ahead is not None:
-            count = len(batch[self.path[0]]) * self.answers_each
-            outcomes = list(islice(self._ahead, count))
-        else:
-            outcomes = list(self.session.outcomes(self.table_items(batch)))
+        outcomes = list(self.outcomes(by_column.rows_of(batch, self.targets, self.needs_record)))
+        self.raise_failed(outcomes)
+        each = self.targets.each
+        answers = [
+            list(map(Answer.of, outcomes[at : at + each])) for at in range(0, len(outcomes), each)
+        ]
+        return by_column.rewritten(batch, self.targets, answers)
+
+    def raise_failed(self, outcomes: Sequence[Outcome]) -> None:
+        """Raises: FabeError where records failed, unless they are to keep their originals."""
         failed = [outcome for outcome in outcomes if outcome.kind is not None]
         if failed and self.config.on_error == "raise":
             raise FabeError(
@@ -460,27 +380,16 @@ class Transform:
                 f"{failed[0].message}. What was answered is kept; run again to send the failed "
                 "ones, or keep their originals with on_error='keep'"
             )
-        changed: dict[str, list[Any]] = {}
-        for field, (column, *inner) in enumerate(self.paths):
-            first = outcomes[field * samples :: self.answers_each]
-            values = changed.get(column) or list(batch[column])
-            backup = self.backups[field]
-            if backup and backup not in batch:
-                changed[backup] = [inside(value, inner) for value in values]
-            changed[column] = [
-                value if outcome.text is None else with_inside(value, inner, outcome.text)
-                for value, outcome in zip(values, first, strict=True)
-            ]
-        each = range(0, len(outcomes), self.answers_each)
-        if samples > 1:
-            changed[self.config.samples_field] = [
-                [outcome.text for outcome in outcomes[start : start + samples]] for start in each
-            ]
-        if self.config.status_field:
-            changed[self.config.status_field] = [
-                _status(outcomes[start : start + self.answers_each]) for start in each
-            ]
-        return changed
+
+    @property
+    def needs_record(self) -> bool:
+        """Whether the whole record is looked at, and not its fields alone."""
+        return self.instruction.needs_record or self._checks_record
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether equal requests have answers of their own."""
+        return self._sampling.samples
 
 
 def _read_template(name: str | None) -> str | None:
@@ -509,14 +418,6 @@ def _named(version: int, spec: str) -> str:
     return hashlib.sha256(f"{version}\0{spec}".encode()).hexdigest()[:32]
 
 
-def _check_text(name: str, values: Iterable[Any]) -> None:
-    """Raises: UsageError where there is no text among the values, but others."""
-    there = (value for value in values if value is not None)
-    first = next(there, None)
-    if first is not None and not any(isinstance(value, str) for value in (first, *there)):
-        raise UsageError(f"--field {name}: its values are not text ({type(first).__name__})")
-
-
 def _is_batch(batch: Mapping[str, Any], column: str) -> bool:
     """Whether these are columns, and not the values of one record."""
     if type(batch).__name__ == "LazyRow":  # of datasets
@@ -529,27 +430,8 @@ def _numbered(item: Item, sample: int) -> Item:
     return item._replace(sample=sample) if sample and isinstance(item, Request) else item
 
 
-def _status(outcomes: list[Outcome]) -> dict[str, Any]:
-    """What became of one record: its first failure, else its last answer; tokens of all.
-
-    `state` is done, cached (no request was sent), failed or skipped (it has no text).
-    """
-    told = next((outcome for outcome in outcomes if outcome.kind is not None), outcomes[-1])
-    completions = [outcome.completion for outcome in outcomes if outcome.completion]
-    if told.kind is not None:
-        state = "failed"
-    elif not completions and told.text is None:
-        state = "skipped"
-    else:
-        state = "cached" if all(o.cached for o in outcomes if o.text is not None) else "done"
-    return {
-        "state": state,
-        "failure": told.kind,
-        "message": told.message,
-        "finish_reason": told.completion.finish_reason if told.completion else None,
-        "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in completions),
-        "completion_tokens": sum(answer.completion_tokens or 0 for answer in completions),
-    }
+def _raws(batch: Mapping[str, Sequence[Any]], whole: bool) -> Iterable[Any]:
+    return batch["raw"] if whole else repeat(None, len(batch["text"]))
 
 
 def _rebuild(spec: str, version: int) -> Transform:
@@ -561,40 +443,3 @@ def _rebuild(spec: str, version: int) -> Transform:
     if _KEY + name in os.environ:
         values["api_key"] = os.environ[_KEY + name]
     return Transform(validated(TransformConfig, values, {}))
-
-
-RESULT = {
-    "completion": pa.large_string(),  # the new value; null where the record keeps its own
-    "failure": pa.string(),  # class of what went wrong, or null
-    "message": pa.string(),  # and what that was
-    "finish_reason": pa.string(),
-    "prompt_tokens": pa.int64(),
-    "completion_tokens": pa.int64(),
-    "answer": pa.large_string(),  # the last answer of a record that failed
-    "cached": pa.bool_(),  # whether no request was sent for it
-}
-"""The columns that a transform gives for a carrier."""
-_SCHEMA = pa.schema(list(RESULT.items()))
-
-
-def result_features() -> Features:
-    from datasets import Features
-
-    return Features.from_arrow_schema(_SCHEMA)
-
-
-def result_table(outcomes: Iterable[Outcome]) -> pa.Table:
-    """The outcomes as columns of `RESULT`; a table, which a map writes as it is."""
-    got = list(outcomes)
-    answers = [outcome.completion for outcome in got]
-    columns = {
-        "completion": [None if o.text is None else encodable(o.text) for o in got],
-        "failure": [outcome.kind for outcome in got],
-        "message": [outcome.message for outcome in got],
-        "finish_reason": [answer and answer.finish_reason for answer in answers],
-        "prompt_tokens": [answer and answer.prompt_tokens for answer in answers],
-        "completion_tokens": [answer and answer.completion_tokens for answer in answers],
-        "answer": [encodable(o.completion.text) if o.kind and o.completion else None for o in got],
-        "cached": [outcome.cached for outcome in got],
-    }
-    return pa.table(columns, schema=_SCHEMA)

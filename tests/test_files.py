@@ -393,7 +393,7 @@ def test_modes_are_kept(box):
 
 
 def test_what_killed_runs_left_is_cleared(box):
-    from fabe_ds.files import scratch_in
+    from fabe_ds.scratch import scratch_in
 
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -514,7 +514,7 @@ def test_the_cache_folder_is_counted_and_pruned_whole(box):
 
 
 def test_what_a_run_is_using_is_not_pruned(box):
-    from fabe_ds.files import scratch_in
+    from fabe_ds.scratch import scratch_in
 
     (box.path / ".cache/datasets/used").mkdir(parents=True)
     scratch_in(box.path / ".cache/datasets/used").mkdir()

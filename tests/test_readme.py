@@ -111,7 +111,7 @@ def test_the_demo():
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPO / "configs").glob("*.yaml")))
 def test_every_shipped_configuration_is_valid(name):
-    from fabe_ds.config.settings import read_config
+    from fabe_ds.config.load import read_config
 
     config = read_config({}, REPO / "configs" / name)
     assert config.provider in name or name in ("demo.yaml", "large.yaml")

@@ -28,17 +28,9 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from fabe_ds.config.settings import (
-    PANELS,
-    STANDARD,
-    VERY_NEAR,
-    RunConfig,
-    TransformConfig,
-    flag,
-    read_config,
-    setting,
-    validated,
-)
+from fabe_ds.config.load import read_config, validated
+from fabe_ds.config.section import PANELS
+from fabe_ds.config.settings import STANDARD, VERY_NEAR, RunConfig, TransformConfig, flag, setting
 from fabe_ds.errors import (
     INTERRUPTED,
     USAGE,
@@ -49,6 +41,7 @@ from fabe_ds.errors import (
     reason,
 )
 from fabe_ds.report.advice import what_helps
+from fabe_ds.store.layout import Layout
 
 if TYPE_CHECKING:
     from fabe_ds.report.result import RunResult
@@ -150,7 +143,7 @@ def _settings(config: Path | None, flags: dict[str, Any]) -> RunConfig:
         return settings
     if sys.stdin.isatty():
         print("reading standard input (Ctrl-D ends it)", file=sys.stderr)
-    folder = settings.cache_dir / "stdin"
+    folder = Layout(settings.cache_dir).stdin
     if settings.dry_run:
         folder = Path(tempfile.mkdtemp(prefix="fabe-ds-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -392,9 +385,9 @@ def retry(
 
 
 def _config_of(report: Path, api_key: str | None = None) -> RunConfig:
-    from fabe_ds.report.result import read_report
+    from fabe_ds.report.run_report import read_report
 
-    return validated(RunConfig, {**read_report(report)["config"], "api_key": api_key}, {})
+    return validated(RunConfig, {**read_report(report).config, "api_key": api_key}, {})
 
 
 @app.command("push")
@@ -498,7 +491,7 @@ def cache_explain(
     record: Annotated[int, typer.Option(help="Which record of the input, from 0.")] = 0,
 ) -> None:
     """Why a record would or would not be answered from it."""
-    from fabe_ds.tools.cache import explain
+    from fabe_ds.tools.explain import explain
 
     print(explain(_config_of(report), record))
 

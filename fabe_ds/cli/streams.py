@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from fabe_ds.config.settings import STANDARD, RunConfig
 from fabe_ds.errors import CacheError, UsageError, reason
-from fabe_ds.files import scratch_in
+from fabe_ds.scratch import scratch_in
 from fabe_ds.store.layout import private_folder
 
 CHUNK = 1 << 20

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fabe_ds.config.yaml_file import read_yaml
 from fabe_ds.errors import UsageError, reason
-from fabe_ds.files import read_yaml
 from fabe_ds.request import Completion, Request
 
 _TURN_TOKENS = 16  # what a chat template adds to a turn, at most

@@ -48,6 +48,8 @@ class Session:
         self.pid = os.getpid()
         self.closed = self.stopping = False
         self.stats = Stats()
+        self._config = config
+        self._journal: RecordCache | None = None
         self.cache = open_cache(config) if provider.cached else None
         intake = self.intake = Intake(
             provider,
@@ -105,13 +107,20 @@ class Session:
                 yield outcome
         raise RunStopped("stopped; what was answered is kept")
 
+    def journal_cache(self) -> RecordCache:
+        """The record cache of this machine, which a provider that costs nothing has not opened."""
+        if not isinstance(self.cache, RecordCache) and self._journal is None:
+            self._journal = RecordCache(self._config.cache_dir)
+        return self.cache if isinstance(self.cache, RecordCache) else self._journal  # type: ignore[return-value]
+
     def close(self) -> None:
         if self.closed or self.pid != os.getpid():
             return
         self.closed = True
         self.engine.close()
-        if self.cache is not None:
-            self.cache.close()
+        for opened in (self.cache, self._journal):
+            if opened is not None:
+                opened.close()
 
 
 def acceptance(config: TransformConfig, provider: Provider) -> Accept:

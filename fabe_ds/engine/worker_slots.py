@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fabe_ds.files import is_locked
-from fabe_ds.store.layout import private_folder
+from fabe_ds.store.layout import Layout, private_folder
 
 COUNT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -26,7 +26,7 @@ class SharedSlots:
     """
 
     def __init__(self, folder: Path, count: int) -> None:
-        home = private_folder(private_folder(folder / "slots") / f"{os.getppid()}")
+        home = private_folder(private_folder(Layout(folder).slots) / f"{os.getppid()}")
         self._free = [FileLock(home / f"{n}.lock", thread_local=False) for n in range(count)]
         # Each worker begins its search elsewhere, or they would all try the same file.
         turn = os.getpid() % count

@@ -19,7 +19,7 @@ FOLDER = "FABE_DS_TALLY"
 SECONDS = 0.5
 
 
-def leave(stats: Stats) -> None:
+def publish(stats: Stats) -> None:
     """Leaves this process's counts, where it is a worker of a run."""
     if folder := os.environ.get(FOLDER):
         scratch = Path(folder) / f".{os.getpid()}"

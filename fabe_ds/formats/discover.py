@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import gzip
 import logging
 import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
+from fabe_ds import compression
 from fabe_ds.errors import InputError, UsageError, reason
 from fabe_ds.files import digest
 from fabe_ds.run_files import left_by_run
 from fabe_ds.text import listed, shown_name
+
+if TYPE_CHECKING:
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ _SPECIAL = {
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class InputFile:
     """One input file. `name` is its path below the input root, with forward slashes; bytes in it
     that are no UTF-8 are shown as `\\xNN`."""
 
@@ -48,13 +51,15 @@ class Source:
 
     @property
     def compressed(self) -> bool:
-        return self.name.lower().endswith(".gz")
+        return bool(compression.suffix_of(self.name))
 
     def open(self) -> BinaryIO:
-        """The file's bytes, uncompressed."""
-        if self.compressed:
-            return cast(BinaryIO, gzip.open(self.location, "rb"))
+        """The file as it lies on the disk."""
         return cast(BinaryIO, open(self.location, "rb", buffering=0))  # noqa: PTH123
+
+    def plain(self, file: BinaryIO) -> BinaryIO:
+        """The bytes of what `open` gave, uncompressed."""
+        return compression.decompressed(file, self.name)
 
     def digest(self) -> str:
         """SHA-256 of the file as it lies on disk. Raises: InputError."""
@@ -65,8 +70,8 @@ class Source:
 
 
 def kind_of(name: str) -> str | None:
-    """JSON or LINES, by the suffix of a file's name (before .gz); None for any other."""
-    stem, dot, suffix = name.lower().removesuffix(".gz").rpartition(".")
+    """JSON or LINES, by the suffix of a file's name (that of compression left out), or None."""
+    stem, dot, suffix = compression.without_suffix(name.lower()).rpartition(".")
     return _KINDS.get(dot + suffix) if stem.rpartition("/")[2] else None
 
 
@@ -185,7 +190,7 @@ def _not_a_file(entry: os.DirEntry[str]) -> str:
 class Discovered:
     """`unread` are files and folders that should have been read and cannot be."""
 
-    sources: list[Source]
+    sources: list[InputFile]
     unread: list[InputError] = field(default_factory=list)
 
 
@@ -197,11 +202,20 @@ def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()
     """
     check_there(root)
     if not root.is_dir():
-        source = Source(os.fspath(root), shown_name(root.name))
+        source = InputFile(os.fspath(root), shown_name(root.name))
         if source.kind is None:
-            raise UsageError(f"--input {root}: not a .json, .jsonl or .ndjson file (or .gz of one)")
+            raise UsageError(
+                f"--input {root}: not a .json, .jsonl or .ndjson file (or .gz, .xz, .zst of one)"
+            )
         return Discovered([source])
-    found = walk(root, globs, exclude)
+    return discovered(root, globs, walk(root, globs, exclude))
+
+
+def discovered(root: Path, globs: Sequence[str], found: Walk) -> Discovered:
+    """The JSON and JSON-lines files of those that were found; says what is left out.
+
+    Raises: UsageError where there are none.
+    """
     names = [name for name in found.files if kind_of(name)]
     others = [name for name in found.files if not kind_of(name)]
     if others:
@@ -211,7 +225,7 @@ def discover(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()
     if not names and not found.unread:
         raise UsageError(f"--input {root}: {nothing_matches(globs, found)}")
     below = os.path.join(root, "")  # noqa: PTH118
-    sources = [Source(f"{below}{name}", shown_name(name)) for name in names]
+    sources = [InputFile(f"{below}{name}", shown_name(name)) for name in names]
     return Discovered(sources, found.unread)
 
 
@@ -237,7 +251,7 @@ def say_hidden(root: Path, found: Walk) -> None:
 def nothing_matches(globs: Sequence[str], found: Walk) -> str:
     """What is said where no file was found."""
     if not globs:
-        return "no .json, .jsonl or .ndjson file (or .gz of one) in it"
+        return "no .json, .jsonl or .ndjson file (or .gz, .xz, .zst of one) in it"
     hint = ""
     for glob in globs:
         deeper = _parts(glob)
@@ -246,3 +260,11 @@ def nothing_matches(globs: Sequence[str], found: Walk) -> str:
             if count:
                 hint = f"; --glob '**/{glob}' takes {count} deeper down"
     return f"no file matches --glob {' '.join(globs)}{hint}"
+
+
+def refuse_unread(unread: Sequence[InputError], on_bad_input: str) -> None:
+    """Says what cannot be read. Raises: the first InputError, unless it is to be left out."""
+    for error in unread:
+        if on_bad_input == "fail":
+            raise error
+        log.warning("left out: %s", error)

@@ -1,238 +1,250 @@
-"""Parquet, CSV and Arrow files, saved Datasets and those of the Hub -> a Dataset."""
+"""Tables as formats: a Dataset with columns of its own, all of which becomes one table again."""
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import logging
-import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fabe_ds.config.settings import RunConfig
-from fabe_ds.errors import ExportError, FabeError, InputError, UsageError, first_line, reason
-from fabe_ds.files import NO_ROOM, clear_scratch
-from fabe_ds.formats.csv import load_csv, read_head, read_rows
-from fabe_ds.formats.discover import Walk, check_there, kind_of, say_hidden, walk
-from fabe_ds.formats.json.load import refuse_unread
-from fabe_ds.formats.parquet import held_columns, refuse_other_columns
+from fabe_ds.answers import Answers
+from fabe_ds.errors import FabeError, InputError, UsageError, first_line, reason
+from fabe_ds.fields import dotted_hint
+from fabe_ds.files import Replacing
+from fabe_ds.formats import columns as by_column
+from fabe_ds.formats.base import OURS, Format, Records, Row, Source, Tick, states_of
+from fabe_ds.formats.table_output import TableSource, export_table, kind_of_file
 from fabe_ds.quiet import quiet_datasets
-from fabe_ds.run_files import DEFAULT_OUTPUT, LEFT_BEHIND, beside
-from fabe_ds.store.layout import not_kept, private_folder, usable_folder
+from fabe_ds.scratch import NO_ROOM, clear_scratch, not_kept, scratch_folder
+from fabe_ds.store.layout import Layout, usable_folder
+from fabe_ds.text import listed
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 log = logging.getLogger(__name__)
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys(SEPARATORS, "csv")}
-_JSON = (".json", ".jsonl", ".ndjson", ".gz")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_INFOS = ("dataset_info.json", "dataset_infos.json")  # what datasets says beside Parquet files
-_HUB_SECONDS = 30.0
+ROWS = 1000
+
+
+class TableFormat(Format):
+    """Base of formats whose records have columns, which all come back as they were but for those
+    that were asked about. A class says how its files are read; the rest is here."""
+
+    mirrors = False
+
+    @abstractmethod
+    def read(self, source: Source, folder: Path) -> Dataset:
+        """The rows of all files as a Dataset, kept as Arrow below `folder`."""
+
+    @abstractmethod
+    def batches(self, file: Path) -> Iterator[Any]:
+        """All of one file, in parts. Raises what it raises where the file is damaged."""
+
+    def load(self, source: Source, tick: Tick) -> Records:
+        source, bad = self._readable(source)
+        usable_folder(self.settings.cache_dir)
+        layout = Layout(self.settings.cache_dir)
+        folder = layout.made(layout.tables)
+        clear_scratch(folder)
+        states = self.states(source)
+        files = [file.path for file in source.files]
+        try:
+            with quiet_datasets():
+                chosen = self.chosen(source, folder)
+        except FabeError:
+            raise
+        except Exception as error:  # of libraries, which say it in many ways
+            raise self._not_read(source, error) from None
+        tick(source.size)
+        table = TableSource(files, chosen.ranges)
+        parts = self._parts(source, chosen)
+        left_out = [*map(str, source.unread), *bad]
+        seed = repr([chosen.dataset._fingerprint, sorted(states.items())])
+        fingerprint = hashlib.sha256(seed.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return Records(chosen.dataset, fingerprint, parts, left_out, states=states, details=table)
+
+    def states(self, source: Source) -> dict[str, tuple[int, ...]]:
+        """What tells files that have changed from those that were read."""
+        return states_of(source.files)
+
+    def chosen(self, source: Source, folder: Path) -> Split:
+        """The rows that the run's split names."""
+        return split_of(self.read(source, folder), self.settings.input.split)
+
+    def _parts(self, source: Source, chosen: Split) -> list[tuple[str, int]]:
+        """The files of the rows, where they are to be replaced; else the input as a whole.
+
+        Raises: UsageError where a split leaves rows out, which would be gone.
+        """
+        if not self.settings.output.inplace:
+            return [(str(source.root), len(chosen.dataset))]
+        counts = [self.rows_in(file.path) for file in source.files]
+        if source.files and sum(counts) != len(chosen.dataset):
+            raise UsageError("--inplace replaces whole files; leave --split out")
+        return [(file.location, n) for file, n in zip(source.files, counts, strict=True)]
+
+    def rows_in(self, file: Path) -> int:
+        """How many rows a file holds."""
+        return sum(map(len, self.batches(file)))
+
+    def _readable(self, source: Source) -> tuple[Source, list[str]]:
+        """The source without the files that cannot be read, and why each cannot, a line each.
+
+        Raises: InputError, unless such files are to be left out.
+        """
+        if self.settings.input.on_bad_input == "fail" or not source.root.is_dir():
+            for file in source.files:
+                _check_readable(file.path)
+            return source, []
+        files, bad = [], []
+        for file in source.files:
+            wrong = self.broken(file.path)
+            if wrong is None:
+                files.append(file)
+            else:
+                log.warning("left out: %s", wrong)
+                bad.append(str(wrong))
+        if source.files and not files:
+            raise UsageError(f"--input {source.root}: none of its files can be read; {bad[-1]}")
+        return Source(source.root, files, source.unread), bad
+
+    def broken(self, file: Path) -> InputError | None:
+        """What is wrong with a file; it is read whole."""
+        try:
+            for _ in self.batches(file):
+                pass
+        except InputError as error:
+            return error
+        except Exception as error:
+            return InputError(file, f"cannot be read: {first_line(error)}")
+        return None
+
+    def _not_read(self, source: Source, error: Exception) -> FabeError:
+        """What is said where a library could not read the input."""
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            return not_kept(self.settings.cache_dir, cause)
+        if wrong := next(filter(None, (self.broken(file.path) for file in source.files)), None):
+            return wrong
+        message = reason(cause) if isinstance(cause, OSError) else first_line(cause)
+        if isinstance(error, FileNotFoundError | ConnectionError | ValueError):
+            return UsageError(f"--input {source.root}: {message}")
+        return InputError(source.root, f"cannot be read: {message}")
+
+    def columns(self, records: Records, whole: bool) -> list[str]:
+        names: list[str] = records.dataset.column_names
+        if whole:
+            return [name for name in names if not name.startswith(OURS)]
+        return list(dict.fromkeys(path[0] for path in self.targets.paths))
+
+    def rows(self, table: pa.Table, whole: bool) -> Iterator[Row]:
+        return by_column.rows_of(table.to_pydict(), self.targets, whole)
+
+    def where(self, row: Mapping[str, Any], field: int = 0) -> dict[str, Any]:
+        return {path[0]: row[path[0]] for path in self.targets.paths}
+
+    def check(self, records: Records) -> None:
+        """Raises: UsageError where the table lacks a field, or has a column that is to be added."""
+        existing = [name for name in records.dataset.column_names if not name.startswith(OURS)]
+        for name in self.targets.gained:
+            if name in existing and not self.settings.output.inplace:
+                flag = self.flag_of(name)
+                raise UsageError(f"{flag} {name}: there is such a column; name another")
+        for name, (column, *inner) in zip(self.targets.names, self.targets.paths, strict=True):
+            if column not in existing:
+                raise UsageError(
+                    f"--field {name}: no column {column!r}{dotted_hint(name, existing)}; there are "
+                    f"{listed(existing)}"
+                )
+            kind = getattr(records.dataset.features[column], "dtype", None)
+            if not inner and kind not in ("string", "large_string", "string_view"):
+                raise UsageError(f"--field {name}: the column is {kind or 'nested'}, not text")
+
+    def write(
+        self, records: Records, answers: Answers, paths: Mapping[str, str], tick: Tick
+    ) -> dict[str, str]:
+        records.check_unchanged()
+        layout = Layout(self.settings.cache_dir)
+        folder = layout.made(layout.tables)
+        changed = {path[0] for path in self.targets.paths}
+        with scratch_folder(folder) as scratch:
+            dataset = with_answers(records, answers, scratch / "changed.arrow")
+            if self.settings.output.inplace:
+                return self.replace(dataset, records, changed, tick)
+            place, output = Path(paths[""]), self.settings.output.output_path
+            kind = kind_of_file(output.name) if output and not output.is_dir() else None
+            kind = kind or self.output_kind(self.settings.input.input_path)
+            return export_table(dataset, records.details, changed, place, kind, tick)
+
+    def replace(
+        self, dataset: Dataset, records: Records, changed: Collection[str], tick: Tick
+    ) -> dict[str, str]:
+        """Replaces the files that the rows came from, all of them or none. Raises: ExportError."""
+        with Replacing() as files:
+            first = 0
+            for location, count in records.parts:
+                part = dataset.select(range(first, first + count))
+                with files.open(location) as sink:
+                    self.rewrite(part, Path(location), changed, sink, tick)
+                first += count
+        return files.digests
+
+    def rewrite(
+        self, part: Dataset, file: Path, changed: Collection[str], sink: IO[bytes], tick: Tick
+    ) -> None:
+        """Writes the rows of one file as it is, but for the columns `changed` and new ones."""
+        raise UsageError(f"--inplace: {self.name} is never replaced; give an --output")
+
+
+def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
+    """The records with their answers: the columns that change are written to `place`, the others
+    stay where they are."""
+    import datasets
+
+    source, targets = records.dataset, answers.targets
+    new = by_column.new_columns(targets, source.column_names)
+    heads = {path[0] for path in targets.paths}
+    kept = datasets.Features({n: source.features[n] for n in source.column_names if n in heads})
+    features = kept | datasets.Features.from_arrow_schema(pa.schema(list(new.items())))
+    changed = datasets.Features(features).arrow_schema
+    needed = [n for n in source.column_names if n in {*heads, *targets.backup_columns, *new}]
+    done = iter(records.done) if records.done is not None else None
+    given = answers.records(ROWS)
+    with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_stream(sink, changed) as writer:
+        for part in source.select_columns(needed).with_format("arrow").iter(batch_size=ROWS):
+            rows = [next(given) for _ in range(len(part))]
+            marks = [next(done) for _ in rows] if done is not None else None
+            values = by_column.rewritten(part.to_pydict(), targets, rows, marks)
+            columns = [pa.array(values[each.name], each.type) for each in changed]
+            writer.write_batch(pa.record_batch(columns, schema=changed))
+    names = [*source.column_names, *(name for name in new if name not in source.column_names)]
+    if not len(source):
+        features = datasets.Features({**source.features, **features})
+        return datasets.Dataset.from_dict({name: [] for name in names}, features)
+    beside = datasets.Dataset.from_file(str(place))
+    others = source.remove_columns([n for n in source.column_names if n in features])
+    return datasets.concatenate_datasets([others, beside], axis=1).select_columns(names)
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """A table that was read. `files` are those that its rows come from, `ranges` which of their
-    rows, all counted through; of a saved Dataset, and of one of the Hub, there are none. `bad` are
-    files that were left out, a line each."""
+class Split:
+    """The rows that were asked for: `ranges` of all rows, counted through the files."""
 
     dataset: Dataset
-    files: list[Path] = field(default_factory=list)
-    ranges: list[tuple[int, int]] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-    states: list[tuple[int, ...]] = field(default_factory=list)
-    """Of each file when it was read."""
-
-    def check_unchanged(self) -> None:
-        """Raises: ExportError where a file is not what it was when it was read."""
-        for file, state in zip(self.files, self.states, strict=True):
-            if _state(file) != state:
-                raise ExportError(
-                    f"{file}: it was changed while the run went on, and nothing is written; what "
-                    "was answered is kept: run the same command again"
-                )
+    ranges: Sequence[tuple[int, int]] = field(default_factory=list)
 
 
-def _state(file: Path) -> tuple[int, ...]:
-    try:
-        status = file.stat()
-    except OSError:
-        return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def split_of(found: Dataset | DatasetDict, split: str) -> Split:
+    """The rows that a split names, as datasets writes it: test, train[:100], train[50%:]+test.
 
-
-def is_table(config: RunConfig) -> bool:
-    """Whether the input is a table, and not JSON."""
-    path = config.input_path
-    if path is None:
-        return False
-    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where it may not look
-        return is_saved(path) or bool(_tables(config)[0])
-    if os.path.lexists(path):
-        return path.suffix.lower() in BUILDERS
-    return _is_hub_id(path)
-
-
-def _is_hub_id(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    if suffix in _JSON or suffix in BUILDERS or os.path.lexists(path.parent):  # a misspelled path
-        return False
-    return _HUB_ID.fullmatch(str(path)) is not None
-
-
-def is_saved(path: Path) -> bool:
-    """Whether this is a folder that `save_to_disk` has made."""
-    return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))  # noqa: PTH113
-
-
-def _tables(config: RunConfig) -> tuple[list[Path], Walk]:
-    """The table files of a folder that has no JSON, and all that was found there. What a run leaves
-    there itself, and what is hidden, does not count."""
-    folder = config.input_path
-    assert folder is not None
-    output = config.output_path or DEFAULT_OUTPUT
-    ours = [config.cache_dir, output, *(beside(output, name) for name in LEFT_BEHIND)]
-    found = walk(folder, config.input_glob, ours)
-    files = [name for name in found.files if Path(name).name not in _INFOS]
-    tables = [folder / name for name in files if _suffix(name) in BUILDERS]
-    if any(kind_of(name) for name in files):
-        if tables:
-            log.warning("%s: JSON is read, and %d tables are left out", folder, len(tables))
-        return [], found
-    return tables, found
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
-
-
-def _alike(folder: Path, tables: list[Path]) -> list[Path]:
-    """Those of the tables that are of the first one's kind; says which are left out."""
-    alike = [file for file in tables if file.suffix.lower() == tables[0].suffix.lower()]
-    if len(alike) < len(tables):
-        log.warning(
-            "%s: %d files like %s are read, and %d others left out (--glob chooses)",
-            *(folder, len(alike), tables[0].name, len(tables) - len(alike)),
-        )
-    return alike
-
-
-def load_table(config: RunConfig) -> Table:
-    """The input as a Dataset with its own columns.
-
-    Raises: UsageError (no such dataset or split), InputError (a file that cannot be read, unless it
-    is to be left out).
+    Raises: UsageError.
     """
-    import datasets
-
-    path = config.input_path
-    assert path is not None
-    files: list[Path] = []
-    try:
-        with quiet_datasets():
-            if path.is_dir() and is_saved(path):
-                return _split_of(datasets.load_from_disk(str(path)), config.split)
-            if path.exists():
-                check_there(path)
-                files, bad = _files(config)
-                states = [_state(file) for file in files]
-                table = _split_of(load_files(files, config.cache_dir), config.split)
-                return replace(table, files=files, bad=bad, states=states)
-            _look_for(str(path))
-            return Table(datasets.load_dataset(str(path), config.config_name, split=config.split))
-    except FabeError:
-        raise
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
-            raise not_kept(config.cache_dir, cause) from None
-        if wrong := next(filter(None, map(_broken, files)), None):
-            raise wrong from None
-        message = reason(cause) if isinstance(cause, OSError) else first_line(cause)
-        if isinstance(error, FileNotFoundError | ConnectionError | ValueError):
-            raise UsageError(f"--input {path}: {message}") from None
-        raise InputError(path, f"cannot be read: {message}") from None
-
-
-def _files(config: RunConfig) -> tuple[list[Path], list[str]]:
-    """The files to read, and what is left out because it cannot be read.
-
-    Raises: InputError, unless such is to be left out.
-    """
-    path = config.input_path
-    assert path is not None
-    if not path.is_dir():
-        check_readable(path)
-        return [path], []
-    tables, found = _tables(config)
-    refuse_unread(found.unread, config.on_bad_input)
-    say_hidden(path, found)
-    files, bad = _alike(path, tables), list(map(str, found.unread))
-    if config.on_bad_input == "fail":
-        for file in files:
-            check_readable(file)
-    if config.on_bad_input == "skip":
-        for file in list(files):
-            if wrong := _broken(file):
-                log.warning("left out: %s", wrong)
-                files.remove(file)
-                bad.append(str(wrong))
-        if not files:
-            raise UsageError(f"--input {path}: none of its files can be read; {bad[-1]}")
-    return files, bad
-
-
-def check_readable(file: Path) -> None:
-    """Raises: InputError."""
-    try:
-        with file.open("rb"):
-            pass
-    except OSError as error:
-        raise InputError(file, f"cannot be read: {reason(error)}") from None
-
-
-def _broken(file: Path) -> InputError | None:
-    """What is wrong with a file; it is read whole."""
-    suffix = file.suffix.lower()
-    try:
-        if suffix in SEPARATORS:
-            for _ in read_rows(file, read_head(file, SEPARATORS[suffix])):
-                pass
-        elif suffix == ".parquet":
-            for _ in pq.ParquetFile(file).iter_batches():
-                pass
-        else:
-            for _ in _arrow_batches(file):
-                pass
-    except InputError as error:
-        return error
-    except Exception as error:
-        return InputError(file, f"cannot be read: {first_line(error)}")
-    return None
-
-
-def _arrow_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """Of a file in Arrow's stream format, or in its file format."""
-    with pa.memory_map(str(file)) as source:
-        try:
-            yield from pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            opened = pa.ipc.open_file(source)
-            for number in range(opened.num_record_batches):
-                yield opened.get_batch(number)
-
-
-def _split_of(found: Dataset | DatasetDict, split: str) -> Table:
-    """The rows that a split names, as datasets writes it: test, train[:100], train[50%:]+test."""
     from datasets import Dataset, ReadInstruction, concatenate_datasets
 
     if isinstance(found, Dataset):
@@ -255,56 +267,13 @@ def _split_of(found: Dataset | DatasetDict, split: str) -> Table:
         chosen.append(rows if (first, end) == (0, len(rows)) else rows.select(part_of))
         ranges.append((first, end))
     whole = chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
-    return Table(whole, ranges=ranges)
+    return Split(whole, ranges)
 
 
-def load_files(files: list[Path], cache_dir: Path) -> Dataset:
-    """The rows of files of one kind, kept as Arrow in the cache folder.
-
-    Columns of a Parquet file whose types `datasets` does not know (maps) are left out.
-    Raises: InputError, and what `datasets.load_dataset` does.
-    """
-    import datasets
-
-    suffix = files[0].suffix.lower()
-    usable_folder(cache_dir)
-    place = private_folder(private_folder(cache_dir) / "tables")
-    clear_scratch(place)
-    if suffix in SEPARATORS:
-        return load_csv(files, SEPARATORS[suffix], place)
-    options: dict[str, Any] = {}
-    if suffix == ".parquet":
-        held = held_columns(pq.read_schema(files[0]))
-        options = {"columns": held.names, "features": datasets.Features.from_arrow_schema(held)}
-        refuse_other_columns(files)
-        if not any(pq.read_metadata(file).num_rows for file in files):
-            return datasets.Dataset(held.empty_table())
-    return datasets.load_dataset(
-        BUILDERS[suffix],
-        data_files=[glob.escape(str(file.resolve())) for file in files],
-        split="train",
-        cache_dir=str(place),
-        **options,
-    )
-
-
-def _look_for(repo: str) -> None:
-    """Asks the Hub once; datasets itself would ask a Hub that is away for half a minute."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    from fabe_ds.hub.huggingface import hub_errors
-
-    if constants.HF_HUB_OFFLINE:
-        return
+def _check_readable(file: Path) -> None:
+    """Raises: InputError."""
     try:
-        HfApi().dataset_info(repo, timeout=_HUB_SECONDS)
-    except RepositoryNotFoundError:
-        raise UsageError(
-            f"--input {repo}: no such file or folder, and no such dataset on the Hub (a private "
-            "one needs HF_TOKEN)"
-        ) from None
-    except hub_errors():
-        raise UsageError(
-            f"--input {repo}: no such file or folder, and the Hub cannot be reached"
-        ) from None
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(file, f"cannot be read: {reason(error)}") from None

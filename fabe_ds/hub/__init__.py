@@ -8,12 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.config.settings import unknown
+from fabe_ds.config.load import unknown
 from fabe_ds.errors import UsageError
 from fabe_ds.hub.push import Push, check_push
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.outputs import written_records
-from fabe_ds.report.result import RunResult, read_lines, read_report
+from fabe_ds.report.result import RunResult, read_lines
+from fabe_ds.report.run_report import read_report
 
 
 def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
@@ -34,25 +35,25 @@ def push_to_hub(run: RunResult | str | Path, repo: str, **options: Any) -> str:
             raise UsageError(unknown(name, sorted(known)))
     report = run.report if isinstance(run, RunResult) else Path(run)
     assert report is not None
-    told = read_report(report)
-    if told["failed"] and not options.get("force"):
+    read = read_report(report)
+    if read.failed and not options.get("force"):
         raise UsageError(
-            f"{report}: {told['failed']} records failed and keep their originals; run it again, "
+            f"{report}: {read.failed} records failed and keep their originals; run it again, "
             "or push it all the same with --force"
         )
-    push = wanted_push(repo, told["config"], options)
+    push = wanted_push(repo, read.config, options)
     import datasets
 
     from fabe_ds.hub import huggingface, modelscope
 
     with quiet_datasets():
-        dataset = written_records(told)
+        dataset = written_records(read)
         failures = None
-        if push.failures and told["failures_file"]:
-            failures = datasets.Dataset.from_list(read_lines(Path(told["failures_file"])))
+        if push.failures and read.failures_file:
+            failures = datasets.Dataset.from_list(read_lines(Path(read.failures_file)))
         if push.hub == "modelscope":
-            return modelscope.push(dataset, failures, told, push)
-        return huggingface.push(dataset, failures, told, push)
+            return modelscope.push(dataset, failures, read, push)
+        return huggingface.push(dataset, failures, read, push)
 
 
 def wanted_push(repo: str, read: Mapping[str, Any], options: Mapping[str, Any]) -> Push:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config.settings import RunConfig, flag, setting
-from fabe_ds.hub.huggingface import hub_errors
+from fabe_ds.formats.hub import hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
 
     from fabe_ds.hub.push import Push
+from fabe_ds.report.run_report import RunReport
 
 _SHOWN = (
     "provider",
@@ -26,12 +27,12 @@ _SHOWN = (
 _KEPT = ("license", "language", "license_name", "license_link")
 
 
-def complete_card(card: DatasetCard, run: dict[str, Any], push: Push) -> None:
+def complete_card(card: DatasetCard, run: RunReport, push: Push) -> None:
     """Adds to a card what is known of the source, and how the records were made.
 
     What else its text says stays, and so does what was said of other configurations.
     """
-    for name, value in source_facts(run["config"]).items():
+    for name, value in source_facts(run.config).items():
         setattr(card.data, name, value)
     card.data["tags"] = sorted({*(card.data.get("tags") or ()), "fabe-ds", "synthetic"})
     begin, end = (f"<!-- {mark}fabe-ds: {push.config_name} -->" for mark in ("", "/"))
@@ -61,31 +62,31 @@ def source_facts(config: dict[str, Any]) -> dict[str, Any]:
     return {name: facts[name] for name in _KEPT if facts.get(name)}
 
 
-def card_text(run: dict[str, Any]) -> str:
+def card_text(run: RunReport) -> str:
     """How the records were made, in Markdown. The server's address is nobody else's business."""
-    config = run["config"]
+    config = run.config
     shown = {name: config[name] for name in _SHOWN if config.get(name) is not None}
     shown["model"] = _model(config)
     settings = "".join(
         f"| {name.replace('_', ' ')} | `{value}` |\n" for name, value in shown.items() if value
     )
-    instruction = run.get("instruction") or ""
+    instruction = run.instruction
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", instruction))])
     fields = ", ".join(f"`{name}`" for name in (config["field"], *config["also_fields"]))
     backup = config.get("backup_field")
     kept = f"\nThe originals of `{config['field']}` stand in `{backup}`.\n" if backup else ""
     return f"""
 The records of `{_source(config)}` with {fields} rewritten by a language model under an
-instruction, by fabe-ds {run["fabe_ds"]}. All else is as it was.
+instruction, by fabe-ds {run.fabe_ds}. All else is as it was.
 {kept}
 | | |
 | --- | --- |
-{settings}| records | {run["records"]} |
-| rewritten | {run["done"] + run["cached"]} |
-| failed, and kept as they were | {run["failed"]} |
-| skipped | {sum(run["skipped"].values())} |
-| prompt tokens of this run | {run["prompt_tokens"]} |
-| completion tokens of this run | {run["completion_tokens"]} |
+{settings}| records | {run.records} |
+| rewritten | {run.done + run.cached} |
+| failed, and kept as they were | {run.failed} |
+| skipped | {sum(run.skipped.values())} |
+| prompt tokens of this run | {run.prompt_tokens} |
+| completion tokens of this run | {run.completion_tokens} |
 
 ## Instruction
 
@@ -109,7 +110,7 @@ def command(config: dict[str, Any]) -> str:
     for name, declared in RunConfig.model_fields.items():
         value = config.get(name)
         default = declared.get_default(call_default_factory=True)
-        wanted = setting(name, "changes") or name in ("split", "config_name", "records_key")
+        wanted = setting(name, "affects_output") or name in ("split", "config_name", "records_key")
         if not wanted or value in (None, default) or name in ("auto_extract_code", "base_url"):
             continue
         spelled = flag(name)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fabe_ds.errors import FabeError, UsageError, first_line
+from fabe_ds.formats.hub import hub_errors
 from fabe_ds.hub.push import FAILURES, Push, public_already
+from fabe_ds.report.run_report import RunReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: Push) -> str:
+def push(dataset: Dataset, failures: Dataset | None, run: RunReport, push: Push) -> str:
     """Pushes the records and, as a configuration of their own, the failed ones; then the card.
 
     Gives the dataset's address. Raises: UsageError, FabeError.
@@ -53,7 +55,7 @@ def _is_public(repo: str) -> bool:
         return False
 
 
-def _push_card(run: dict[str, Any], push: Push) -> None:
+def _push_card(run: RunReport, push: Push) -> None:
     from huggingface_hub import DatasetCard, HfApi
 
     from fabe_ds.hub.card import complete_card
@@ -71,12 +73,3 @@ def _push_card(run: dict[str, Any], push: Push) -> None:
         revision=push.revision,
         commit_message="Dataset card",
     )
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises where the Hub refuses, or cannot be reached."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Its versions are built on one HTTP library or another, whose own errors share this base.
-    bases = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
-    return (HfHubHTTPError, OSError, *bases)

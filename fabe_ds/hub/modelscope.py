@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import FabeError, UsageError, first_line
 from fabe_ds.hub.push import FAILURES, Push, public_already
+from fabe_ds.report.run_report import RunReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +21,7 @@ FILE_BYTES = 500_000_000
 _NO_LICENCE = "other"  # without one, the client would say Apache-2.0
 
 
-def push(dataset: Dataset, failures: Dataset | None, run: dict[str, Any], push: Push) -> str:
+def push(dataset: Dataset, failures: Dataset | None, run: RunReport, push: Push) -> str:
     """Pushes the records and, as a configuration of their own, the failed ones, with the card.
 
     They stand there as on the Hugging Face Hub: Parquet files, which the card's YAML lists. Gives
@@ -114,7 +115,7 @@ def _card_there(api: Any, push: Push) -> str:
     return ""
 
 
-def _card(there: str, written: dict[str, dict[str, str]], run: dict[str, Any], push: Push) -> Any:
+def _card(there: str, written: dict[str, dict[str, str]], run: RunReport, push: Push) -> Any:
     """The card with what was written among the configurations it lists."""
     from huggingface_hub import DatasetCard
 

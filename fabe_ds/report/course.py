@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fabe_ds.request import Stats
@@ -24,6 +25,9 @@ class Course:
     done: int = 0
     total: int = 0
     stats: Stats = field(default_factory=Stats)
+    started: float = field(default_factory=time.monotonic)
+    """When the run began, on the monotonic clock."""
+    history: list[Point] = field(default_factory=list)
 
     def begin(self, phase: str, total: int = 0) -> None:
         self.began = time.monotonic()
@@ -37,6 +41,12 @@ class Course:
     def tick(self, amount: int) -> None:
         self.done += amount
 
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Notes how the answers go while the block runs, for the charts of the report."""
+        with recorded(self.stats) as self.history:
+            yield
+
 
 Watch = Callable[[Course], contextlib.AbstractContextManager[object]]
 """Shows how far a run is while its block runs."""
@@ -49,3 +59,41 @@ def size_of(paths: Iterable[str]) -> int:
         with contextlib.suppress(OSError):
             total += os.stat(path).st_size  # noqa: PTH116
     return total
+
+
+MOST_POINTS = 400
+
+
+Point = tuple[float, int, int, int, int, int, int]
+"""Seconds since the start; records settled, records failed and completion tokens so far; requests
+that may be in flight and that are; refusals (too much at once) so far."""
+
+
+@contextlib.contextmanager
+def recorded(stats: Stats, seconds: float = 0.25) -> Iterator[list[Point]]:
+    """A list of points that grows while the block runs; the longer the run, the further apart."""
+    points: list[Point] = []
+    started, over = time.monotonic(), threading.Event()
+
+    def note() -> None:
+        moment = round(time.monotonic() - started, 3)
+        counts = (stats.settled, stats.failed, stats.completion_tokens)
+        points.append((moment, *counts, stats.limit, stats.in_flight, stats.refusals))
+
+    def follow() -> None:
+        pause = seconds
+        while not over.wait(pause):
+            note()
+            if len(points) >= MOST_POINTS:
+                del points[1::2]
+                pause *= 2
+
+    note()
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield points
+    finally:
+        over.set()
+        thread.join()
+        note()

@@ -15,7 +15,8 @@ from typing import Any
 
 from fabe_ds.errors import UsageError, first_line
 from fabe_ds.files import check_file_writable, replacing
-from fabe_ds.report.result import read_lines, read_report
+from fabe_ds.report.result import read_lines
+from fabe_ds.report.run_report import RunReport, read_report
 from fabe_ds.run_files import FAILURES, SAMPLES
 
 PAGE = Path(__file__).parent / "page.html.j2"
@@ -62,7 +63,7 @@ def write_page(report: Path, place: Path | None = None) -> Path:
     return place
 
 
-def _page(run: dict[str, Any], report: Path) -> str:
+def _page(run: RunReport, report: Path) -> str:
     import jinja2
 
     stem = report.name.removesuffix(".run.json")
@@ -81,28 +82,28 @@ def _page(run: dict[str, Any], report: Path) -> str:
             {**sample, "diff": diff_lines(sample["before"], sample["after"])} for sample in samples
         ],
         settings={
-            key: value for key, value in run["config"].items() if value not in (None, "", [], {})
+            key: value for key, value in run.config.items() if value not in (None, "", [], {})
         },
     )
 
 
-def _tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
-    seconds, loading = max(run["seconds"], 1e-9), run.get("loading", 0.0)
+def _tiles(run: RunReport) -> list[tuple[str, str]]:
+    seconds, loading = max(run.seconds, 1e-9), run.loading
     tiles = [
-        ("records", f"{run['records']:,}"),
-        ("rewritten", f"{run['done']:,}"),
-        ("from cache", f"{run['cached']:,}"),
-        ("failed", f"{run['failed']:,}"),
-        ("skipped", f"{sum(run['skipped'].values()):,}"),
+        ("records", f"{run.records:,}"),
+        ("rewritten", f"{run.done:,}"),
+        ("from cache", f"{run.cached:,}"),
+        ("failed", f"{run.failed:,}"),
+        ("skipped", f"{sum(run.skipped.values()):,}"),
         ("time", _duration(seconds)),
-        ("records a second", f"{run['records'] / max(seconds - loading, 1e-9):,.1f}"),
-        ("requests", f"{run['requests']:,}"),
-        *([("refusals", f"{run['refusals']:,}")] if run.get("refusals") else []),
-        ("prompt tokens", f"{run['prompt_tokens']:,}"),
-        ("completion tokens", f"{run['completion_tokens']:,}"),
+        ("records a second", f"{run.records / max(seconds - loading, 1e-9):,.1f}"),
+        ("requests", f"{run.requests:,}"),
+        *([("refusals", f"{run.refusals:,}")] if run.refusals else []),
+        ("prompt tokens", f"{run.prompt_tokens:,}"),
+        ("completion tokens", f"{run.completion_tokens:,}"),
     ]
-    if run["cost"]:
-        tiles.append(("cost", f"{run['cost']:,.2f}"))
+    if run.cost:
+        tiles.append(("cost", f"{run.cost:,.2f}"))
     return tiles
 
 
@@ -112,9 +113,9 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{int(rest):02}" if hours or minutes else f"{rest:.1f} s"
 
 
-def _charts(run: dict[str, Any]) -> list[Chart]:
+def _charts(run: RunReport) -> list[Chart]:
     charts = []
-    points = run.get("history", [])
+    points = run.history
     rates = [
         (b[0], (b[1] - a[1]) / (b[0] - a[0])) for a, b in pairwise(_spaced(points)) if b[0] > a[0]
     ]
@@ -128,7 +129,7 @@ def _charts(run: dict[str, Any]) -> list[Chart]:
         ("Prompt tokens of a record", "prompt_tokens_each", _whole, "{:,}".format),
         ("Completion tokens of a record", "completion_tokens_each", _whole, "{:,}".format),
     ):
-        if bars := [(unit(at), count) for at, count in _buckets(run.get(counts, {}), edge)]:
+        if bars := [(unit(at), count) for at, count in _buckets(getattr(run, counts), edge)]:
             rows = [(f"up to {at}", f"{count:,}") for at, count in bars]
             charts.append(Chart(title, _bars(bars, title), ("size", "records"), rows))
     return charts
@@ -167,9 +168,8 @@ def _spaced(points: Sequence[Sequence[float]], most: int = 80) -> list[Sequence[
     return list(points[:: max(1, math.ceil(len(points) / most))])
 
 
-def _buckets(counts: dict[str, int], edge: Callable[[int], float]) -> list[tuple[float, int]]:
+def _buckets(steps: dict[int, int], edge: Callable[[int], float]) -> list[tuple[float, int]]:
     """Counts by the largest size that each holds, from the least to the most, empty ones too."""
-    steps = {int(step): count for step, count in counts.items()}
     if not steps:
         return []
     buckets: Counter[float] = Counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import sqlite3
@@ -19,7 +18,7 @@ from filelock import FileLock
 from fabe_ds.errors import CacheError, reason
 from fabe_ds.files import is_locked
 from fabe_ds.request import Completion
-from fabe_ds.store.layout import private_folder
+from fabe_ds.store.layout import Layout, private_folder
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,8 @@ class RecordCache:
         """Completions up to the place `after`, as `newest` gives it, are not seen."""
         self.folder = private_folder(folder)
         self._after = after
-        self.path = folder / "records.sqlite"
+        self._layout = Layout(folder)
+        self.path = self._layout.completions
         self._lock = threading.RLock()
         self._token_limits: set[int] = set()  # that the table has
         self._owner: str | None = None
@@ -103,7 +103,7 @@ class RecordCache:
     def existing(cls, folder: Path) -> RecordCache | None:
         """The cache where there is one already; none is made."""
         try:
-            (folder / "records.sqlite").stat()
+            Layout(folder).completions.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -113,7 +113,7 @@ class RecordCache:
     def _open(self) -> sqlite3.Connection:
         try:
             # Two that make it at once: for a change to WAL, SQLite does not wait.
-            with FileLock(self.folder / "opening.lock", mode=0o600):
+            with FileLock(self._layout.opening_lock, mode=0o600):
                 return self._connect()
         except OSError as error:
             raise CacheError(f"{error.filename or self.path}: {reason(error)}") from None
@@ -359,9 +359,8 @@ class RecordCache:
         return False
 
     def _lock_path(self, owner: str) -> Path:
-        folder = self.folder / "owners"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder / f"{owner}.lock"
+        self._layout.owners.mkdir(mode=0o700, exist_ok=True)
+        return self._layout.owners / f"{owner}.lock"
 
 
 def _hint(error: sqlite3.OperationalError) -> str:
@@ -369,12 +368,6 @@ def _hint(error: sqlite3.OperationalError) -> str:
     if "full" in str(error):
         return "; make room, then run the same command again: what was answered is kept"
     return "; is it on a local disk, with room?" if "lock" not in str(error) else ""
-
-
-def written_mark(job: str, path: str, index: int, value: str) -> bytes:
-    """Names one value that job `job` wrote into record `index` of the file `path`."""
-    seed = f"{job}\0{path}\0{index}\0{value}"
-    return hashlib.sha256(seed.encode("utf-8", "surrogateescape")).digest()[:16]
 
 
 def _readable(path: Path) -> Iterator[tuple[object, ...]]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from fabe_ds import network
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
-from fabe_ds.destinations import make_plan
 from fabe_ds.errors import CacheError, FabeError, RunStopped, UsageError
 from fabe_ds.files import check_writable
+from fabe_ds.job import open_job
 from fabe_ds.providers import Endpoint, HttpProvider
 from fabe_ds.providers.openai import OpenAIProvider
 from fabe_ds.store.layout import usable_folder
@@ -162,7 +162,6 @@ def _cache(folder: Path) -> Iterator[Finding]:
 
 def _run(config: RunConfig) -> Iterator[Finding]:
     """Whether a run with these settings could begin."""
-    from fabe_ds.formats.table import is_table
     from fabe_ds.transform import Transform
 
     try:
@@ -174,7 +173,9 @@ def _run(config: RunConfig) -> Iterator[Finding]:
         return
     if config.input_path is not None:
         try:
-            kind = "a table" if is_table(config) else f"{len(make_plan(config).sources)} files"
+            job = open_job(config, transform)
+            count = len(job.source.files)
+            kind = f"{job.format.name}, {count} file{'s' if count != 1 else ''}"
             yield Finding("ok", "input", f"{config.input_path}: {kind}")
         except FabeError as error:
             yield Finding("bad", "input", str(error))

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 
+from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.engine.budget import read_price
 from fabe_ds.errors import RunStopped
+from fabe_ds.job import open_job
 from fabe_ds.providers.base import LocalProvider
 from fabe_ds.request import Outcome, Request
-from fabe_ds.tools.dry_run import DryRun, dry_run, requests_of
-from fabe_ds.transform import Transform
+from fabe_ds.tools.dry_run import DryRun, items_of, loaded
+from fabe_ds.tools.dry_run import count as count_all
 
 TIME_SPREAD = 0.2
 """The least range of an estimate of time, as a part of it."""
@@ -48,14 +50,17 @@ def preview(config: RunConfig, count: int) -> Preview:
 
     Raises: FabeError.
     """
-    transform = Transform(config)  # for both, or a local model's tokenizer would be read twice
-    counts = dry_run(config, transform)
-    records = groupby(requests_of(config, transform), itemgetter(0))
+    job = open_job(config)
+    transform, each = job.transform, job.transform.targets.each
+    records = loaded(job)
+    counts = count_all(job, records)
+    rules.remark(config, transform.provider)
+    numbered = enumerate(items_of(job, records))
+    requests = ((at // each, item) for at, item in numbered if isinstance(item, Request))
     asked = [
         (number + 1, item)
-        for _, requests in islice(records, count)
-        for number, item in requests
-        if isinstance(item, Request)
+        for _, group in islice(groupby(requests, itemgetter(0)), count)
+        for number, item in group
     ]
     outcomes: list[Outcome] = []
     stopped = None

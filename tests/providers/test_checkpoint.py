@@ -611,7 +611,7 @@ def test_what_an_earlier_version_wrote_in_place_is_known(box, tmp_path):
     """Its marks bear the model's former name."""
     import sqlite3
 
-    from fabe_ds.store.completions import written_mark
+    from fabe_ds.store.journal import written_mark
     from fabe_ds.transform import Transform
 
     folder = scripted_model(

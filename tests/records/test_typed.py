@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabe_ds import InputError
-from fabe_ds.formats.discover import Source
-from fabe_ds.formats.json.scan import Field
+from fabe_ds.formats.discover import InputFile
 from fabe_ds.formats.json.typed import typed_records
 
 JSON_TEXT = pa.json_(pa.string())
@@ -22,7 +21,7 @@ def typed(folder, rows):
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     place = folder / "typed.arrow"
-    typed_records([Source(str(path), path.name)], Field(("code",), None), None, place)
+    typed_records([InputFile(str(path), path.name)], None, place)
     return datasets.Dataset.from_file(str(place))
 
 
@@ -88,9 +87,7 @@ def test_a_record_that_is_no_object_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"a": 1}\n[2]\n')
     with pytest.raises(InputError, match=r"data\.jsonl:2: a record that is no object"):
-        typed_records(
-            [Source(str(path), path.name)], Field(("a",), None), None, tmp_path / "typed.arrow"
-        )
+        typed_records([InputFile(str(path), path.name)], None, tmp_path / "typed.arrow")
 
 
 def test_a_surrogate_alone_can_be_held(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabe_ds.formats.csv import load_csv, read_head, read_rows, write_csv_like
+from fabe_ds.formats.csv_text import load_csv, read_head, read_rows, write_csv_like
 
 ECHO = "# echo: local\n"
 

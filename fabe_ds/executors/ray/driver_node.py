@@ -19,7 +19,7 @@ from fabe_ds.store.completions import Completions, RecordCache, Row
 SILENT_SECONDS = 10.0
 
 
-class Board:
+class ProgressActor:
     """An actor's class: the workers' counts, and whether they are to stop."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Board:
         self._stopping = False
         self._cause: Exception | None = None
 
-    def tell(self, worker: str, counts: Mapping[str, Any], busy: bool) -> bool:
+    def report(self, worker: str, counts: Mapping[str, Any], busy: bool) -> bool:
         """A worker's counts so far. True where it is to stop."""
         self._counts[worker] = counts
         self._busy[worker] = time.monotonic() if busy else 0.0
@@ -51,7 +51,7 @@ class Board:
         return all(not at or now - at > SILENT_SECONDS for at in self._busy.values())
 
 
-class Keeper(RecordCache):
+class CacheActor(RecordCache):
     """An actor's class, one for each worker that is on another node than the driver.
 
     It is what only the driver's node has: the record cache, and the shards. Ray ends it with the
@@ -63,48 +63,48 @@ class Keeper(RecordCache):
 
 
 class RemoteCache:
-    """The record cache on another node, by way of a `Keeper` there (a Ray actor's handle)."""
+    """The record cache on another node, by way of a `CacheActor` there (a Ray actor's handle)."""
 
-    def __init__(self, keeper: Any) -> None:
-        self._keeper = keeper
+    def __init__(self, actor: Any) -> None:
+        self._actor_handle = actor
 
     def get(self, keys: Sequence[bytes], since: float = 0.0) -> dict[bytes, Completion]:
-        found: dict[bytes, Completion] = _result(self._keeper.get.remote(keys, since))
+        found: dict[bytes, Completion] = _result(self._actor_handle.get.remote(keys, since))
         return found
 
     def put(self, rows: Iterable[Row]) -> None:
-        _result(self._keeper.put.remote(list(rows)))
+        _result(self._actor_handle.put.remote(list(rows)))
 
     def other_limits(self, max_tokens: int) -> bool:
-        return bool(_result(self._keeper.other_limits.remote(max_tokens)))
+        return bool(_result(self._actor_handle.other_limits.remote(max_tokens)))
 
     def under_other_limits(
         self, bases: Sequence[bytes]
     ) -> dict[bytes, list[tuple[int, Completion]]]:
         found: dict[bytes, list[tuple[int, Completion]]]
-        found = _result(self._keeper.under_other_limits.remote(bases))
+        found = _result(self._actor_handle.under_other_limits.remote(bases))
         return found
 
     def learned(self, endpoint: str, model: str) -> dict[str, str]:
-        found: dict[str, str] = _result(self._keeper.learned.remote(endpoint, model))
+        found: dict[str, str] = _result(self._actor_handle.learned.remote(endpoint, model))
         return found
 
     def learn(self, endpoint: str, model: str, name: str, value: str) -> None:
-        _result(self._keeper.learn.remote(endpoint, model, name, value))
+        _result(self._actor_handle.learn.remote(endpoint, model, name, value))
 
     def claim(self, keys: Sequence[bytes]) -> set[bytes]:
-        held: set[bytes] = _result(self._keeper.claim.remote(keys))
+        held: set[bytes] = _result(self._actor_handle.claim.remote(keys))
         return held
 
     def release(self, keys: Sequence[bytes]) -> None:
-        _result(self._keeper.release.remote(keys))
+        _result(self._actor_handle.release.remote(keys))
 
     def close(self) -> None:
-        """The keeper ends with its worker."""
+        """The actor ends with its worker."""
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class DriverNode:
     """The driver's node, where the record cache and the shards are."""
 
     node: str
@@ -113,42 +113,42 @@ class Home:
     """What the record cache holds up to here is not seen (--no-resume)."""
 
     @classmethod
-    def here(cls, config: TransformConfig) -> Home:
+    def here(cls, config: TransformConfig) -> DriverNode:
         after = 0
         if not config.resume:
             with contextlib.closing(RecordCache(config.cache_dir)) as cache:
                 after = cache.newest()
         return cls(_node(), config.cache_dir.resolve(), after)
 
-    def link(self) -> Link:
+    def link(self) -> CacheLink:
         """The way there from this process."""
         if _node() == self.node:
-            return Link(self, None)
-        keeper = _actor(Keeper, self.node).remote(self.cache_dir, self.after)
-        return Link(self, keeper)
+            return CacheLink(self, None)
+        handle = _actor(CacheActor, self.node).remote(self.cache_dir, self.after)
+        return CacheLink(self, handle)
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """A worker's way to what the driver's node has; `keeper` is None on that node itself."""
+class CacheLink:
+    """A worker's way to what the driver's node has; `actor` is None on that node itself."""
 
-    home: Home
-    keeper: Any
+    driver: DriverNode
+    actor: Any
 
     def cache(self) -> Completions:
-        if self.keeper is None:
-            return RecordCache(self.home.cache_dir, self.home.after)
-        return RemoteCache(self.keeper)
+        if self.actor is None:
+            return RecordCache(self.driver.cache_dir, self.driver.after)
+        return RemoteCache(self.actor)
 
     def read(self, shard: str) -> pa.Table:
-        if self.keeper is None:
+        if self.actor is None:
             return pq.read_table(shard)
-        return _result(self.keeper.read.remote(shard))
+        return _result(self.actor.read.remote(shard))
 
 
-def board(home: Home) -> Any:
-    """A new `Board` on the driver's node; the handle of its actor."""
-    return _actor(Board, home.node).remote()
+def progress_actor(node: DriverNode) -> Any:
+    """A new `ProgressActor` on the driver's node; the handle of its actor."""
+    return _actor(ProgressActor, node.node).remote()
 
 
 def _actor(kind: type, node: str) -> Any:

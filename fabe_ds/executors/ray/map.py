@@ -7,29 +7,30 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from fabe_ds.answers import features
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import RunStopped, first_line
+from fabe_ds.executors.base import Work
 from fabe_ds.executors.ray.cluster import cluster
-from fabe_ds.executors.ray.driver_node import Home, board
-from fabe_ds.executors.ray.pool import MOST_ROWS, Pool, pool_for, refuse, share
+from fabe_ds.executors.ray.driver_node import DriverNode, progress_actor
+from fabe_ds.executors.ray.pool import BLOCK_ROWS, Pool, pool_for, refuse, share
 from fabe_ds.executors.ray.shards import (
     shards_folder,
     with_sample_numbers,
     write_in_order,
     write_shards,
 )
-from fabe_ds.executors.ray.worker import DRAIN_SECONDS, TELL_SECONDS, Job
+from fabe_ds.executors.ray.worker import DRAIN_SECONDS, TELL_SECONDS, WorkerTask
 from fabe_ds.executors.worker_counts import followed
-from fabe_ds.transform import Transform
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -37,48 +38,45 @@ SHARDS_EACH = 4
 PATIENCE_SECONDS = 60.0
 
 
-def mapped(
-    tables: Iterable[pa.Table],
-    total: int,
-    transform: Transform,
-    config: RunConfig,
-    features: Features,
-    place: Path,
-    carrier: bool,
-) -> Dataset:
-    """`total` rows, answered by a cluster's workers: the columns `features`, in the rows' order,
-    written to the Arrow file `place`.
+class RayExecutor:
+    """Maps over the actors of a cluster, or of one that is started on this machine."""
 
-    `tables` hold what the workers need of the rows. `transform.session.stats` follows the workers'
-    counts. Raises: FabeError.
-    """
-    from datasets import Dataset
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
 
-    refuse(transform.config)
-    with cluster(config), shards_folder(config.cache_dir) as folder:
-        pool = pool_for(config, transform, total)
-        rows = min(MOST_ROWS, -(-total // (SHARDS_EACH * pool.workers)))
-        if transform.samples:
-            tables = with_sample_numbers(tables, transform, carrier)
-        shards = write_shards(tables, rows, folder)
-        home = Home.here(config)
-        notices = board(home)
-        part = share(transform, pool.workers, pool.gpus)
-        job = Job(part, transform.template, home, notices, carrier)
-        blocks = _Blocks(pool, shards, job)
-        with (
-            followed(blocks.counts, transform.stats),
-            contextlib.closing(blocks.arriving()) as arriving,
-        ):
-            write_in_order(arriving, total, features.arrow_schema, place)
-    return Dataset.from_file(str(place))
+    def map(self, work: Work, finished: bool) -> Dataset:
+        """The answers, written in the records' order to the work's file. The session's stats follow
+        the workers' counts. Raises: FabeError."""
+        from datasets import Dataset
+
+        if finished and work.path.exists():
+            return Dataset.from_file(str(work.path))
+        config, transform, total = self._config, work.transform, len(work.dataset)
+        refuse(transform.config)
+        with cluster(config), shards_folder(config.cache_dir) as folder:
+            pool = pool_for(config, transform, total)
+            rows = min(BLOCK_ROWS, -(-total // (SHARDS_EACH * pool.workers)))
+            tables = with_sample_numbers(work) if transform.is_sampling else work.tables()
+            shards = write_shards(tables, rows, folder)
+            node = DriverNode.here(config)
+            progress = progress_actor(node)
+            part = share(transform, pool.workers, pool.gpus)
+            task = WorkerTask(part, transform.template, node, progress, work.kind)
+            blocks = _Blocks(pool, shards, task)
+            schema = features().arrow_schema
+            with (
+                followed(blocks.counts, transform.stats),
+                contextlib.closing(blocks.arriving()) as arriving,
+            ):
+                write_in_order(arriving, total, schema, work.path)
+        return Dataset.from_file(str(work.path))
 
 
 class _Blocks:
     """The blocks that come back, in the order in which they do."""
 
-    def __init__(self, pool: Pool, shards: list[Path], job: Job) -> None:
-        self._pool, self._shards, self._job = pool, shards, job
+    def __init__(self, pool: Pool, shards: list[Path], task: WorkerTask) -> None:
+        self._pool, self._shards, self._task = pool, shards, task
         self._arrived: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=8)
         self._counts: list[Mapping[str, Any]] = []
         # In a thread of its own: Ctrl-C inside Ray's iteration would end the workers at once.
@@ -89,7 +87,7 @@ class _Blocks:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):  # the cluster is gone
-            self._counts = ray.get(self._job.board.counts.remote())
+            self._counts = ray.get(self._task.progress.counts.remote())
         return [counts for counts in self._counts if counts]
 
     def arriving(self) -> Generator[pa.Table, None, None]:
@@ -117,7 +115,7 @@ class _Blocks:
                         {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")},
                     )
         if isinstance(block, BaseException):
-            cause = ray.get(self._job.board.cause.remote())
+            cause = ray.get(self._task.progress.cause.remote())
             raise cause or RunStopped(f"ray: {first_line(block)}") from None
         return block
 
@@ -125,7 +123,7 @@ class _Blocks:
         """Lets the workers end, each with what it has on its way kept."""
         import ray
 
-        ray.get(self._job.board.stop.remote())
+        ray.get(self._task.progress.stop.remote())
         deadline = time.monotonic() + DRAIN_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
@@ -143,7 +141,7 @@ class _Blocks:
                 [{"shard": str(shard)} for shard in self._shards],
                 override_num_blocks=len(self._shards),
             )
-            blocks = self._pool.map(listed, self._job)
+            blocks = self._pool.map(listed, self._task)
             for block in blocks.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):

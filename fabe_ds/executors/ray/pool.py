@@ -13,8 +13,8 @@ from pydantic import SecretStr
 from fabe_ds.config.rules import refuse_caps
 from fabe_ds.config.settings import RunConfig, TransformConfig
 from fabe_ds.errors import UsageError
-from fabe_ds.executors.ray.driver_node import Home
-from fabe_ds.executors.ray.worker import Job, Worker
+from fabe_ds.executors.ray.driver_node import DriverNode
+from fabe_ds.executors.ray.worker import Worker, WorkerTask
 from fabe_ds.providers import HttpProvider
 from fabe_ds.transform import Transform, transform_fn
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS = 1000
-"""Of a block, and of a shard."""
+BLOCK_ROWS = 1000
+"""Maximum rows in a Ray block or shard file."""
 
 
 def transform(
@@ -49,10 +49,10 @@ def transform(
     refuse(whole.config)
     if isinstance(whole.config.concurrency, int) and isinstance(whole.provider, HttpProvider):
         workers = min(workers, whole.config.concurrency)
-    home = Home.here(whole.config)
-    job = Job(share(whole, workers, gpus_per_worker), whole.template, home)
+    node = DriverNode.here(whole.config)
+    task = WorkerTask(share(whole, workers, gpus_per_worker), whole.template, node)
     local = not isinstance(whole.provider, HttpProvider)
-    return Pool(workers, cpus_per_worker, gpus_per_worker, local).map(dataset, job)
+    return Pool(workers, cpus_per_worker, gpus_per_worker, local).map(dataset, task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,17 @@ class Pool:
     gpus: float
     local: bool
 
-    def map(self, dataset: ray.data.Dataset, job: Job) -> ray.data.Dataset:
+    def map(self, dataset: ray.data.Dataset, task: WorkerTask) -> ray.data.Dataset:
         from ray.data import ActorPoolStrategy
 
         # Two blocks at once in each: the second keeps the endpoint busy while the first waits for
         # its slowest record.
         both = {} if self.local else {"max_concurrent_calls_per_actor": 2}
         # Ray wants a number where there are GPUs; a run's rows are shards, of many records each.
-        rows = None if not self.gpus else MOST_ROWS if job.board is None else 1
+        rows = None if not self.gpus else BLOCK_ROWS if task.progress is None else 1
         return dataset.map_batches(
             Worker,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(task,),
             batch_size=rows,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(

@@ -15,18 +15,23 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from fabe_ds.errors import RunStopped
+from fabe_ds.executors.base import Work, asking_rows
 from fabe_ds.files import is_locked
+from fabe_ds.formats.base import OURS
 from fabe_ds.providers import Request
-from fabe_ds.store.layout import private_folder
-from fabe_ds.transform import OURS, SAMPLE, Transform
+from fabe_ds.store.layout import Layout
 
 ROW = f"{OURS}row"
+"""Helper column: the number of each row of a shard, counted through all shards."""
+SAMPLE = f"{OURS}sample"
+"""Sample index of each request of the row: identical sampled requests are numbered 0, 1, 2, ..."""
 
 
 @contextlib.contextmanager
 def shards_folder(cache_dir: Path) -> Iterator[Path]:
     """A folder for this run's shards; those of runs that were killed are removed."""
-    home = private_folder(private_folder(cache_dir) / "shards")
+    layout = Layout(cache_dir)
+    home = layout.made(layout.shards)
     for lock in home.glob("*.lock"):
         if not is_locked(lock):
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
@@ -56,18 +61,14 @@ def write_shards(tables: Iterable[pa.Table], rows: int, folder: Path) -> list[Pa
     return shards
 
 
-def with_sample_numbers(
-    tables: Iterable[pa.Table], transform: Transform, carrier: bool
-) -> Iterator[pa.Table]:
-    """The tables with how many equal requests stand before each: sampled, each has its own answer,
-    as one process would number them."""
+def with_sample_numbers(work: Work) -> Iterator[pa.Table]:
+    """The records with how many equal requests stand before each of theirs: sampled, each has its
+    own answer, as one process would number them."""
     seen: Counter[bytes] = Counter()
-    each = 1 if carrier else transform.answers_each
-    for table in tables:
-        rows = table.to_pydict()
-        items = transform.carrier_items(rows) if carrier else transform.table_items(rows)
+    transform, each = work.transform, work.transform.targets.each
+    for table in work.tables():
         numbers = []
-        for item in items:
+        for item in transform.items(asking_rows(work.kind, table, transform)):
             key = transform.provider.key(item) if isinstance(item, Request) else b""
             numbers.append(seen[key])
             seen[key] += 1
@@ -81,16 +82,16 @@ def write_in_order(blocks: Iterable[pa.Table], total: int, schema: pa.Schema, pl
     Raises: RunStopped where rows are missing.
     """
     with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as scratch:
-        came, ordered = Path(scratch) / "came.arrow", Path(scratch) / "ordered.arrow"
+        arrived, ordered = Path(scratch) / "arrived.arrow", Path(scratch) / "ordered.arrow"
         runs: list[tuple[int, int]] = []  # the first row of each batch, and which batch it is
-        with pa.OSFile(str(came), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with pa.OSFile(str(arrived), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for block in blocks:
                 for first, batch in _runs(block, schema):
                     runs.append((first, len(runs)))
                     writer.write_batch(batch)
         expected = 0
         with (
-            pa.memory_map(str(came)) as source,
+            pa.memory_map(str(arrived)) as source,
             pa.ipc.open_file(source) as reader,
             pa.OSFile(str(ordered), "wb") as sink,
             pa.ipc.new_stream(sink, schema) as writer,

@@ -11,42 +11,46 @@ from typing import Any
 
 import pyarrow as pa
 
+from fabe_ds.answers import answer_table
 from fabe_ds.config.settings import TransformConfig
 from fabe_ds.errors import FabeError, RunStopped, first_line
-from fabe_ds.executors.ray.driver_node import Home
-from fabe_ds.executors.ray.shards import ROW
-from fabe_ds.transform import Transform, result_table
+from fabe_ds.executors.base import asking_rows
+from fabe_ds.executors.ray.driver_node import DriverNode
+from fabe_ds.executors.ray.shards import ROW, SAMPLE
+from fabe_ds.formats.base import Format
+from fabe_ds.formats.columns import new_columns
+from fabe_ds.transform import Transform
 
 TELL_SECONDS, DRAIN_SECONDS = 0.5, 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What every worker is given. Without a board, a block is a dataset's own rows."""
+class WorkerTask:
+    """What every worker is given. Without a progress actor, a block is a dataset's own rows."""
 
     config: TransformConfig  # with this worker's part of the limits; the key in it is masked
     template: tuple[str, str]  # the instruction's text and name
-    home: Home
-    board: Any = None
-    carrier: bool = False
+    node: DriverNode
+    progress: Any = None  # the handle of a ProgressActor
+    kind: Format | None = None
 
 
 class Worker:
     """An actor of the pool."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._link = job.home.link()
+    def __init__(self, task: WorkerTask) -> None:
+        self._task = task
+        self._link = task.node.link()
         self._name = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._running = 0
         self._transform: Transform | None = None
-        if job.board is not None:
+        if task.progress is not None:
             threading.Thread(target=self._keep_telling, daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One block. Raises: FabeError; in a run, when nothing is on its way any more."""
-        if self._job.board is None:
+        if self._task.progress is None:
             return _with_changes(block, _changed(self._opened(), block))
         self._count(1)
         try:
@@ -62,7 +66,7 @@ class Worker:
         with self._lock:
             if self._transform is None:
                 opened = Transform(
-                    self._job.config, lambda _: self._link.cache(), self._job.template
+                    self._task.config, lambda _: self._link.cache(), self._task.template
                 )
                 _ = opened.session  # here, and not by two calls at once
                 self._transform = opened
@@ -72,11 +76,11 @@ class Worker:
         """The rows' numbers, and the columns that change."""
         transform, rows = self._opened(), self._link.read(shard)
         self._tell()
-        if self._job.carrier:
-            items = transform.carrier_items(rows.to_pydict())
-            result = result_table(transform.session.outcomes(items))
-        else:
-            result = pa.table(_changed(transform, rows))
+        numbers = rows.column(SAMPLE).to_pylist() if SAMPLE in rows.column_names else None
+        assert self._task.kind is not None
+        items = transform.items(asking_rows(self._task.kind, rows, transform), numbers)
+        each = transform.targets.each
+        result = answer_table(transform.session.outcomes(items), each)
         return result.append_column(ROW, rows.column(ROW))
 
     # What it says, and is told, of the run.
@@ -90,7 +94,7 @@ class Worker:
         import ray
 
         counts = self._transform.stats.counts() if self._transform else {}
-        told = self._job.board.tell.remote(self._name, counts, self._running > 0)
+        told = self._task.progress.report.remote(self._name, counts, self._running > 0)
         with contextlib.suppress(ray.exceptions.RayError):  # the driver ends, and we with it
             if ray.get(told) and self._transform is not None:
                 self._transform.session.stopping = True
@@ -106,15 +110,15 @@ class Worker:
 
         if not isinstance(error, FabeError):
             error = RunStopped(f"a worker failed: {type(error).__name__}: {first_line(error)}")
-        ray.get(self._job.board.stop.remote(error))
+        ray.get(self._task.progress.stop.remote(error))
         deadline = time.monotonic() + DRAIN_SECONDS
-        while not ray.get(self._job.board.idle.remote()) and time.monotonic() < deadline:
+        while not ray.get(self._task.progress.idle.remote()) and time.monotonic() < deadline:
             time.sleep(TELL_SECONDS)
 
 
 def _changed(transform: Transform, rows: pa.Table) -> dict[str, pa.Array]:
     """The columns of the rows that are new, and those that are others now."""
-    new = transform.new_columns(rows.column_names)
+    new = new_columns(transform.targets, rows.column_names)
     return {
         name: pa.array(values, new[name] if name in new else rows.schema.field(name).type)
         for name, values in transform.rewritten(rows.to_pydict()).items()

@@ -10,17 +10,19 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from fabe_ds.errors import InputError, UsageError
 from fabe_ds.fields import parse_path
-from fabe_ds.files import clear_scratch, digest, is_text, remove, scratch_in
-from fabe_ds.formats.discover import Source, discover
-from fabe_ds.formats.json.read import Broken, Record, Tail, no_tick, read_records
-from fabe_ds.formats.json.scan import Field, Target
-from fabe_ds.store.layout import not_kept, private_folder, usable_folder
+from fabe_ds.files import digest, is_text
+from fabe_ds.formats.base import BROKEN, no_tick
+from fabe_ds.formats.discover import InputFile, discover, refuse_unread
+from fabe_ds.formats.json.read import Broken, Record, Tail, read_records
+from fabe_ds.formats.json.scan import Field, Fields, Target
+from fabe_ds.scratch import clear_scratch, not_kept, remove, scratch_in
+from fabe_ds.store.layout import Layout, usable_folder
 from fabe_ds.text import encodable
 
 if TYPE_CHECKING:
@@ -31,27 +33,47 @@ log = logging.getLogger(__name__)
 LOADER_VERSION = 2
 ROWS = 4096
 CHARACTERS = 1 << 24
-BROKEN, FOREIGN = "broken", "not UTF-8"
-"""Why a line that is no record is skipped. Of the second kind, `raw` is its bytes as ISO 8859-1."""
+FOREIGN = "not UTF-8"
+"""Why a line that is no text is skipped; its `raw` is its bytes as ISO 8859-1."""
 
-SCHEMA = pa.schema(
-    [
-        ("file", pa.string()),  # path below the input root, as text.shown_name writes it
-        ("index", pa.int64()),  # which record of its file, from 0
-        ("line", pa.int64()),  # where it begins, from 1
-        ("before", pa.large_string()),  # text of the file between the last record and this one
-        ("raw", pa.large_string()),  # the record's own text
-        ("start", pa.int64()),  # raw[start:end] is the target's literal; -1 where there is none
-        ("end", pa.int64()),
-        ("joint", pa.string()),  # what stands between that literal and a backup's
-        ("text", pa.large_string()),  # the target's value; null where the record is skipped
-        ("skip", pa.string()),  # why it is skipped, or null
-        ("error", pa.string()),  # what is wrong with a line that is no record, or null
-        ("after", pa.large_string()),  # text behind the last record of a file; null for others
-    ]
-)
+_TARGET = [
+    ("start", pa.int64()),  # raw[start:end] is the target's literal; -1 where there is none
+    ("end", pa.int64()),
+    ("joint", pa.string()),  # what stands between that literal and a backup's
+    ("text", pa.large_string()),  # the target's value; null where the record is skipped
+    ("skip", pa.string()),  # why it is skipped, or null
+]
+
+
+def target_columns(count: int) -> list[list[str]]:
+    """The names of the columns of each of so many targets: start, end, ...; start_1, end_1, ..."""
+    names = [name for name, _ in _TARGET]
+    return [[f"{name}_{number}" if number else name for name in names] for number in range(count)]
+
+
+def schema_of(targets: int) -> pa.Schema:
+    """The columns of a carrier with so many targets a record."""
+    first, *others = target_columns(targets) or [[]]
+    types = [kind for _, kind in _TARGET]
+    return pa.schema(
+        [
+            ("file", pa.string()),  # path below the input root, as text.shown_name writes it
+            ("index", pa.int64()),  # which record of its file, from 0
+            ("line", pa.int64()),  # where it begins, from 1
+            ("before", pa.large_string()),  # text between the last record and this one
+            ("raw", pa.large_string()),  # the record's own text
+            *zip(first, types, strict=False),
+            ("error", pa.string()),  # what is wrong with a line that is no record, or null
+            ("after", pa.large_string()),  # text behind a file's last record; null for others
+            *(pair for names in others for pair in zip(names, types, strict=True)),
+        ]
+    )
+
+
+SCHEMA = schema_of(1)
 """The carrier: the columns of what `load_records` gives. A file is `before + raw` of all its
 rows and `after` of the last."""
+_ROW = ("line", "before", "raw", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +88,7 @@ class LoadedFile:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     dataset: Dataset
-    sources: list[Source]
+    sources: list[InputFile]
     files: list[LoadedFile]
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file as it was loaded, by its name."""
@@ -95,43 +117,38 @@ def load_records(
     globs = [glob] if isinstance(glob, str) else list(glob)
     found = discover(Path(path), globs)
     refuse_unread(found.unread, on_bad_input)
-    loaded = load(found.sources, field, backup_field, records_key, on_bad_input, Path(cache_dir))
+    targets = [(field, backup_field)]
+    loaded = load(found.sources, targets, records_key, on_bad_input, Path(cache_dir))
     return loaded.dataset
 
 
-def refuse_unread(unread: Sequence[InputError], on_bad_input: str) -> None:
-    """Says what cannot be read. Raises: the first InputError, unless it is to be left out."""
-    for error in unread:
-        if on_bad_input == "fail":
-            raise error
-        log.warning("left out: %s", error)
-
-
 def load(
-    sources: Sequence[Source],
-    field: str,
-    backup_field: str | None,
+    sources: Sequence[InputFile],
+    targets: Sequence[tuple[str, str | None]],
     records_key: str | None,
     on_bad_input: str,
     cache_dir: Path,
     tick: Callable[[int], None] = no_tick,
 ) -> Loaded:
-    """`load_records` of files already found; tells what became of each.
+    """`load_records` of files already found, for several fields, each with the key of its backup.
 
-    `tick` is told the bytes of the input that were read, as they are.
+    Tells what became of each file. `tick` is told the bytes of the input that were read.
     """
-    target = field_target(field, backup_field)
+    fields = Fields([field_target(*target) for target in targets])
     usable_folder(cache_dir)
     contents, readable, unread = _digests(sources, on_bad_input)
-    options = (field, backup_field, records_key, on_bad_input)
+    # Of one field, they are named as they have always been, and so are found again.
+    (field, backup_field), *others = targets
+    options = (field, backup_field, records_key, on_bad_input, *others)
     fingerprint = _fingerprint(contents, *options)
-    folder = private_folder(private_folder(cache_dir) / "datasets") / fingerprint
+    layout = Layout(cache_dir)
+    folder = layout.made(layout.datasets) / fingerprint
     kept = _kept(folder)
     if kept is None:
         if folder.exists():
             log.warning("%s was damaged; the input is loaded again", folder)
             remove(folder)
-        kept = _write(folder, readable, target, records_key, on_bad_input, tick)
+        kept = _write(folder, readable, fields, records_key, on_bad_input, tick)
     os.utime(folder)  # its last use, which `cache prune` looks at
     files = [*kept, *unread]
     for file in files:
@@ -159,8 +176,8 @@ def _seal(folder: Path, files: Sequence[Sequence[Any]]) -> str:
 
 
 def _digests(
-    sources: Sequence[Source], on_bad_input: str
-) -> tuple[list[tuple[str, str]], list[Source], list[LoadedFile]]:
+    sources: Sequence[InputFile], on_bad_input: str
+) -> tuple[list[tuple[str, str]], list[InputFile], list[LoadedFile]]:
     """The name and the digest of each file; the files that can be read; those that cannot.
 
     Raises: InputError, unless such files are to be left out.
@@ -178,41 +195,6 @@ def _digests(
     return contents, readable, unread
 
 
-def load_fields(
-    sources: Sequence[Source],
-    targets: Sequence[tuple[str, str | None]],
-    records_key: str | None,
-    on_bad_input: str,
-    cache_dir: Path,
-    tick: Callable[[int], None] = no_tick,
-) -> Loaded:
-    """`load` for several fields, each with its backup: all the records with the first as their
-    target, then all with the second, and so on. A column `target` says which."""
-    from datasets import concatenate_datasets
-
-    each = [
-        load(sources, field, backup, records_key, on_bad_input, cache_dir, tick)
-        for field, backup in targets
-    ]
-    if len(each) == 1:
-        return each[0]
-    parts = []
-    for number, loaded in enumerate(each):
-        column = pa.repeat(pa.scalar(number, pa.int8()), len(loaded.dataset))
-        parts.append(loaded.dataset.add_column("target", column))
-    first = each[0]
-    return Loaded(concatenate_datasets(parts), first.sources, first.files, first.digests)
-
-
-def by_target(dataset: Dataset) -> list[Dataset]:
-    """The records once for each field that they were loaded for."""
-    if "target" not in dataset.column_names or not len(dataset):
-        return [dataset]
-    count = dataset[-1]["target"] + 1
-    size = len(dataset) // count
-    return [dataset.select(range(n * size, (n + 1) * size)) for n in range(count)]
-
-
 def field_target(field: str, backup_field: str | None) -> Field:
     """The field made ready. Raises: UsageError where no backup can stand beside it."""
     try:
@@ -224,42 +206,36 @@ def field_target(field: str, backup_field: str | None) -> Field:
     return Field(path, backup_field or None)
 
 
-class Row(NamedTuple):
-    """One record, as the carrier has it but for where it stands."""
-
-    line: int
-    before: str
-    raw: str
-    start: int
-    end: int
-    joint: str
-    text: str | None
-    skip: str | None
-    error: str | None
-
-
-def row_of(record: Record | Broken) -> Row:
+def row_of(record: Record | Broken, targets: int) -> tuple[Any, ...]:
+    """A carrier's row but for where it stands: the values of `_ROW`, then those of each target."""
     line, before, raw = record[:3]
     if isinstance(record, Broken):
         skip = FOREIGN if record.foreign else BROKEN
-        return Row(line, before, raw, -1, -1, "", None, skip, record.message)
-    reason = _skip_reason(record.target)
-    if record.target is None:
-        return Row(line, before, raw, -1, -1, "", None, reason, None)
-    start, end, value, joint = record.target
-    text = None if reason else encodable(value)
-    return Row(line, before, raw, start, end, joint, text, reason, None)
+        return (line, before, raw, record.message, *((-1, -1, "", None, skip) * targets))
+    row = [line, before, raw, None]
+    for target in record.targets:
+        row += _of_target(target)
+    return tuple(row)
+
+
+def _of_target(target: Target | None) -> tuple[Any, ...]:
+    reason = _skip_reason(target)
+    if target is None:
+        return -1, -1, "", None, reason
+    start, end, value, joint = target
+    return start, end, joint, None if reason else encodable(value), reason
 
 
 class _Rows:
     """Rows of one file after another, written a batch at a time whatever the files' sizes."""
 
-    def __init__(self, writer: pa.RecordBatchWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: pa.RecordBatchWriter, schema: pa.Schema, targets: int) -> None:
+        self._writer, self._schema, self._targets = writer, schema, targets
+        self._names = [*_ROW, *(name for names in target_columns(targets) for name in names)]
         self._clear()
 
     def _clear(self) -> None:
-        self._rows: list[tuple[Any, ...]] = []  # as Row is; made here, they take half the time
+        self._rows: list[tuple[Any, ...]] = []
         self._after: dict[int, str] = {}
         self._runs: list[tuple[str, int, int]] = []  # a file's name, first record, first row
         self._weight = 0
@@ -276,14 +252,16 @@ class _Rows:
             if len(self._rows) >= ROWS or self._weight > CHARACTERS:
                 self.flush()
                 self._runs.append((name, index, 0))
-            if isinstance(item, Record) and (target := item.target) is not None:
+            if self._targets == 1 and isinstance(item, Record) and item.targets[0] is not None:
+                # As `row_of` makes it; made here, it takes half the time.
+                target = item.targets[0]
                 start, end, value, joint = target
                 skip = _skip_reason(target)
                 text = None if skip else encodable(value)
                 line, before, raw, _ = item
-                self._rows.append((line, before, raw, start, end, joint, text, skip, None))
+                self._rows.append((line, before, raw, None, start, end, joint, text, skip))
             else:
-                self._rows.append(row_of(item))
+                self._rows.append(row_of(item, self._targets))
             self._weight += len(item.raw)
             index += 1
         return index
@@ -297,14 +275,14 @@ class _Rows:
             (name, index, end - first)
             for (name, index, first), end in zip(self._runs, ends, strict=True)
         ]
-        columns: dict[str, Any] = dict(zip(Row._fields, zip(*self._rows, strict=True), strict=True))
+        columns: dict[str, Any] = dict(zip(self._names, zip(*self._rows, strict=True), strict=True))
         columns["file"] = pa.concat_arrays([pa.repeat(name, size) for name, _, size in runs])
         columns["index"] = [index + n for _, index, size in runs for n in range(size)]
         after: list[str | None] = [None] * count
         for number, text in self._after.items():
             after[number] = text
         columns["after"] = after
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self._clear()
 
 
@@ -328,8 +306,8 @@ def _fingerprint(contents: Sequence[tuple[str, str]], *options: Any) -> str:
 
 def _write(
     folder: Path,
-    sources: Sequence[Source],
-    field: Field,
+    sources: Sequence[InputFile],
+    fields: Fields,
     records_key: str | None,
     on_bad_input: str,
     tick: Callable[[int], None],
@@ -338,7 +316,7 @@ def _write(
 
     Raises: InputError, CacheError.
     """
-    skip = on_bad_input == "skip"
+    skip, schema = on_bad_input == "skip", schema_of(len(fields))
     loaded = []
     clear_scratch(folder.parent)
     try:
@@ -347,15 +325,15 @@ def _write(
         try:
             with (
                 pa.OSFile(str(scratch / "records.arrow"), "wb") as sink,
-                pa.ipc.new_stream(sink, SCHEMA) as writer,
+                pa.ipc.new_stream(sink, schema) as writer,
             ):
-                rows = _Rows(writer)
+                rows = _Rows(writer, schema, len(fields))
                 for source in sources:
-                    error = _broken(source, field, records_key) if skip else None
+                    error = _broken(source, records_key) if skip else None
                     count = 0
                     if error is None:
                         items = read_records(
-                            source, field, records_key, keep_broken=skip, tick=tick
+                            source, fields, records_key, keep_broken=skip, tick=tick
                         )
                         count = rows.take(source.name, items)
                     loaded.append(LoadedFile(source.name, count, error))
@@ -378,10 +356,10 @@ def _write(
     return loaded
 
 
-def _broken(source: Source, field: Field, records_key: str | None) -> str | None:
+def _broken(source: InputFile, records_key: str | None) -> str | None:
     """Why a file is left out as a whole. It is read once before a row of it is written."""
     try:
-        for _ in read_records(source, field, records_key, keep_broken=True):
+        for _ in read_records(source, Fields(()), records_key, keep_broken=True):
             pass
     except InputError as error:
         return str(error)

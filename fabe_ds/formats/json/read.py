@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import codecs
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from json.decoder import JSONDecodeError
 from typing import BinaryIO, NamedTuple, TypeVar, cast
 
+from fabe_ds import compression
 from fabe_ds.errors import InputError
 from fabe_ds.fields import FieldPath, parse_path
-from fabe_ds.formats.discover import LINES, Source
-from fabe_ds.formats.json.scan import Field, Target, scan_value, skip_space
+from fabe_ds.formats.base import no_tick
+from fabe_ds.formats.discover import LINES, InputFile
+from fabe_ds.formats.json.scan import Fields, Target, scan_value, skip_space
 
 CHUNK = 1 << 22
 _UTF8_BOM = "\ufeff"
@@ -31,7 +32,7 @@ class Record(NamedTuple):
     line: int
     before: str
     raw: str
-    target: Target | None
+    targets: tuple[Target | None, ...]
 
 
 class Broken(NamedTuple):
@@ -51,13 +52,9 @@ class Tail(NamedTuple):
     text: str
 
 
-def no_tick(amount: int) -> None:
-    """Tells nobody how far the reading is."""
-
-
 def read_records(
-    source: Source,
-    field: Field,
+    source: InputFile,
+    fields: Fields,
     records_key: str | None = None,
     *,
     keep_broken: bool = False,
@@ -70,44 +67,44 @@ def read_records(
     Raises: InputError, naming file, line and column.
     """
     try:
-        with source.open() as file:
-            reading = cast(BinaryIO, _Ticking(file, tick))
+        with source.open() as on_disk:
+            reading = cast(BinaryIO, _Ticking(source, on_disk, tick))
             if source.kind == LINES:
-                yield from _read_lines(source, reading, field, keep_broken)
+                yield from _read_lines(source, reading, fields, keep_broken)
             else:
                 keys = parse_path(records_key) if records_key else ()
-                yield from _Document(source, reading).read(field, keys)
-    except (OSError, EOFError, zlib.error) as error:  # gzip's own complaints are among these
+                yield from _Document(source, reading).read(fields, keys)
+    except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(source.path, f"cannot be read: {reason}") from None
 
 
 class _Ticking:
-    """A file that tells how far it was read, in bytes on the disk."""
+    """A file's plain bytes; it tells how far the file was read, in bytes on the disk."""
 
-    def __init__(self, file: BinaryIO, tick: Callable[[int], None]) -> None:
-        self._file, self._tick = file, tick
-        self._on_disk = getattr(file, "fileobj", file)  # of a GzipFile, what it reads from
-        self._told = 0
+    def __init__(self, source: InputFile, on_disk: BinaryIO, tick: Callable[[int], None]) -> None:
+        self._file, self._on_disk, self._tick = source.plain(on_disk), on_disk, tick
+        self._position = 0
         # A buffer of megabytes for each of many small files would take longer than the files.
-        self._most = (
-            os.fstat(self._on_disk.fileno()).st_size + 1 if self._on_disk is file else CHUNK
-        )
+        self._size = CHUNK if source.compressed else os.fstat(on_disk.fileno()).st_size + 1
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(min(size, max(self._most - self._told, 1)))
+        try:
+            data = self._file.read(min(size, max(self._size - self._position, 1)))
+        except compression.errors() as error:
+            raise OSError(str(error)) from None
         position = self._on_disk.tell()
-        self._tick(position - self._told)
-        self._told = position
+        self._tick(position - self._position)
+        self._position = position
         return data
 
 
-def _check_encoding(source: Source, head: bytes) -> None:
+def _check_encoding(source: InputFile, head: bytes) -> None:
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
         raise InputError(source.path, "UTF-16 or UTF-32, not UTF-8; convert it first (iconv)", 1)
 
 
-def _not_utf8(source: Source, error: UnicodeDecodeError, line: int) -> InputError:
+def _not_utf8(source: InputFile, error: UnicodeDecodeError, line: int) -> InputError:
     data = error.object
     line += data.count(b"\n", 0, error.start)
     column = error.start - data.rfind(b"\n", 0, error.start)
@@ -115,7 +112,7 @@ def _not_utf8(source: Source, error: UnicodeDecodeError, line: int) -> InputErro
 
 
 def _read_lines(
-    source: Source, file: BinaryIO, field: Field, keep_broken: bool
+    source: InputFile, file: BinaryIO, fields: Fields, keep_broken: bool
 ) -> Iterator[Record | Broken | Tail]:
     number, before = 1, ""
     for chunk in _whole_lines(source, file):
@@ -135,7 +132,7 @@ def _read_lines(
                 wrong = foreign.get(index)
                 if wrong is None:
                     try:
-                        stop, target = field.locate(raw, 0)
+                        stop, targets = fields.locate(raw, 0)
                         if stop != len(raw):
                             stop = skip_space(raw, stop)
                             raise JSONDecodeError("Extra data on the line", raw, stop)
@@ -150,7 +147,7 @@ def _read_lines(
                 if len(raw) != len(line):
                     before += line[:start]
                 if wrong is None:
-                    yield Record(number, before, raw, target)
+                    yield Record(number, before, raw, targets)
                 else:
                     yield Broken(number, before, raw, wrong, index in foreign)
                 before = newline if len(raw) == len(line) else line[start + len(raw) :] + newline
@@ -173,7 +170,7 @@ def _line_by_line(chunk: bytes) -> tuple[list[str], dict[int, str]]:
     return lines, foreign
 
 
-def _whole_lines(source: Source, file: BinaryIO) -> Iterator[bytes]:
+def _whole_lines(source: InputFile, file: BinaryIO) -> Iterator[bytes]:
     """The file in pieces that end where a line does (the last one, where the file does)."""
     pieces: list[bytes] = []
     data = file.read(CHUNK)
@@ -195,7 +192,7 @@ class _Document:
     between records.
     """
 
-    def __init__(self, source: Source, file: BinaryIO) -> None:
+    def __init__(self, source: InputFile, file: BinaryIO) -> None:
         self.source, self.file = source, file
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text, self.mark, self.line = "", 0, 1
@@ -203,7 +200,7 @@ class _Document:
         self.size, self.started, self.eof = CHUNK, False, False
         self.before = ""
 
-    def read(self, field: Field, keys: FieldPath) -> Iterator[Record | Tail]:
+    def read(self, fields: Fields, keys: FieldPath) -> Iterator[Record | Tail]:
         while not self.text and self.grow():
             pass
         if self.text.startswith(_UTF8_BOM):
@@ -212,11 +209,11 @@ class _Document:
         if opening and keys:
             if opening != "{":
                 raise self.error("--records-key asks for an object around the records", self.mark)
-            yield from self.wrapped(field, keys)
+            yield from self.wrapped(fields, keys)
         elif opening == "[":
-            yield from self.items(field)
+            yield from self.items(fields)
         elif opening == "{":
-            yield from self.sequence(field)
+            yield from self.sequence(fields)
         elif opening:
             raise self.error(
                 "Expecting a list of objects or an object", skip_space(self.text, self.mark)
@@ -226,23 +223,23 @@ class _Document:
             raise self.error(f"Extra data{hint}", skip_space(self.text, self.mark))
         yield Tail(self.before + self.text[self.mark :])
 
-    def items(self, field: Field) -> Iterator[Record]:
+    def items(self, fields: Fields) -> Iterator[Record]:
         """The items of the list at the mark; afterwards the mark is behind its bracket."""
         self.take(_expect("["))
         if self.peek() == "]":
             self.take(_expect("]"))
             return
         while True:
-            yield self.record(field)
+            yield self.record(fields)
             if self.take(_expect(",]")).endswith("]"):
                 return
 
-    def sequence(self, field: Field) -> Iterator[Record]:
+    def sequence(self, fields: Fields) -> Iterator[Record]:
         """Objects one after another: a single one, or JSON lines in a file called .json."""
         while self.peek() == "{":
-            yield self.record(field)
+            yield self.record(fields)
 
-    def wrapped(self, field: Field, keys: FieldPath) -> Iterator[Record]:
+    def wrapped(self, fields: Fields, keys: FieldPath) -> Iterator[Record]:
         """The list under `keys`; what stands around it goes into `before` and the tail."""
         key, rest = keys[0], keys[1:]
         found = False
@@ -255,24 +252,26 @@ class _Document:
                 if self.peek() != ("{" if rest else "["):
                     what = "an object" if rest else "a list"
                     raise self.error(f"--records-key: {key!r} is not {what}", self.mark)
-                yield from self.wrapped(field, rest) if rest else self.items(field)
+                yield from self.wrapped(fields, rest) if rest else self.items(fields)
             else:
                 self.take(lambda text, mark: scan_value(text, skip_space(text, mark))[1])
             closing = self.take(_expect(",}"))
         if not found:
             raise self.error(f"--records-key: no key {key!r} in this object", self.mark)
 
-    def record(self, field: Field) -> Record:
+    def record(self, fields: Fields) -> Record:
         """The record at the mark (space before it allowed)."""
 
         def read(text: str, mark: int) -> tuple[Record, int]:
             start = skip_space(text, mark)
-            end, target = field.locate(text, start)
-            if target:
-                target = target._replace(start=target.start - start, end=target.end - start)
+            end, targets = fields.locate(text, start)
+            targets = tuple(
+                target and target._replace(start=target.start - start, end=target.end - start)
+                for target in targets
+            )
             line = self.line + text.count("\n", mark, start)
             before = self.before + text[mark:start]
-            return Record(line, before, text[start:end], target), end
+            return Record(line, before, text[start:end], targets), end
 
         record = self.step(read)
         self.before = ""

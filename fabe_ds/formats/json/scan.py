@@ -8,6 +8,7 @@ Grammar: RFC 8259, with NaN and Infinity allowed as Python's json allows them.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from json.decoder import JSONDecodeError, JSONDecoder, scanstring  # type: ignore[attr-defined]
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
@@ -155,6 +156,29 @@ class Field:
 
     def _joint(self, lead: str, colon: str) -> str:
         return f",{lead}{encode_basestring(str(self.backup))}{colon}"
+
+
+class Fields:
+    """Several fields, found together in one record after another."""
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self._fields = fields
+        self._only = fields[0] if len(fields) == 1 else None
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def locate(self, text: str, pos: int) -> tuple[int, tuple[Target | None, ...]]:
+        """The end of the record that begins at `pos`, and a target for each field, or None.
+
+        Raises: JSONDecodeError.
+        """
+        if self._only is not None:
+            end, target = self._only.locate(text, pos)
+            return end, (target,)
+        found = [field.locate(text, pos) for field in self._fields]
+        end = found[0][0] if found else scan_value(text, pos)[1]
+        return end, tuple(target for _, target in found)
 
 
 def skip_space(text: str, pos: int) -> int:

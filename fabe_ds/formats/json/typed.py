@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from fabe_ds.errors import InputError
-from fabe_ds.formats.discover import Source
+from fabe_ds.formats.discover import InputFile
 from fabe_ds.formats.json.read import Broken, Tail, read_records
-from fabe_ds.formats.json.scan import Field
+from fabe_ds.formats.json.scan import Fields
 from fabe_ds.text import encodable_value
 
 ROWS = 1000
@@ -25,9 +25,7 @@ _JSON = pa.json_(pa.string())
 _UNTYPED = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 
 
-def typed_records(
-    sources: Sequence[Source], field: Field, records_key: str | None, place: Path
-) -> None:
+def typed_records(sources: Sequence[InputFile], records_key: str | None, place: Path) -> None:
     """Writes the records of JSON and JSON-lines files as columns to the Arrow file `place`.
 
     A key that is missing is null; a line that is no record is left out. Of equal keys the last
@@ -36,28 +34,28 @@ def typed_records(
     Raises: InputError (a record that is no object).
     """
     types: dict[str, pa.DataType] = {}
-    for rows in _batches(sources, field, records_key):
+    for rows in _batches(sources, records_key):
         for name in dict.fromkeys(name for row in rows for name in row):
             found = _type([row.get(name) for row in rows])
             types[name] = _merged(types.get(name, pa.null()), found)
     types = {name: _JSON if _has_empty(kind) else kind for name, kind in types.items()}
     schema = pa.schema(list(types.items()))
     with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for rows in _batches(sources, field, records_key):
+        for rows in _batches(sources, records_key):
             columns = [_column([row.get(name) for row in rows], types[name]) for name in types]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def _batches(
-    sources: Sequence[Source], field: Field, records_key: str | None
+    sources: Sequence[InputFile], records_key: str | None
 ) -> Iterator[list[dict[str, Any]]]:
-    rows = (row for source in sources for row in _objects(source, field, records_key))
+    rows = (row for source in sources for row in _objects(source, records_key))
     while batch := list(islice(rows, ROWS)):
         yield batch
 
 
-def _objects(source: Source, field: Field, records_key: str | None) -> Iterator[dict[str, Any]]:
-    for item in read_records(source, field, records_key, keep_broken=True):
+def _objects(source: InputFile, records_key: str | None) -> Iterator[dict[str, Any]]:
+    for item in read_records(source, Fields(()), records_key, keep_broken=True):
         if isinstance(item, Tail):
             return
         if isinstance(item, Broken):  # as a run has copied it

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, repeat
 from json.encoder import encode_basestring, encode_basestring_ascii
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from fabe_ds.answers import Answer, Answers, status
 from fabe_ds.errors import ExportError, UsageError
+from fabe_ds.fields import Targets
 from fabe_ds.files import Replacing
-from fabe_ds.formats.discover import Source
-from fabe_ds.formats.json.load import FOREIGN, by_target
-from fabe_ds.formats.json.read import no_tick
-from fabe_ds.formats.paging import passed_over
+from fabe_ds.formats.base import BROKEN, Records, no_tick
+from fabe_ds.formats.discover import InputFile
+from fabe_ds.formats.json.load import FOREIGN, target_columns
+from fabe_ds.paging import passed_over
 from fabe_ds.text import real_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ROWS = 2048
+_first_member = re.compile(r'\{([ \t\n\r]*)"(?:[^"\\]|\\.)*"[ \t\n\r]*:([ \t\n\r]*)')
 _escaped_character = re.compile(r"\\u(?!00[0-7])")
 _RECORD = ("file", "index", "before", "raw", "skip", "after")
-_EDIT = ("start", "end", "joint", "completion")
-COLUMNS = (*_RECORD, *_EDIT)
-
-Edit = tuple[int, int, str, str | None]
-"""Where a target's literal begins and ends, what stands between it and a backup, the new value."""
+_EDIT = ("start", "end", "joint")
 
 
-class _Row(NamedTuple):
+class Edit(NamedTuple):
+    """Where a literal begins and ends in a record (-1: it is not there), what stands between it
+    and a backup, and the new value: a text, or `Json`; None keeps the old one."""
+
+    start: int
+    end: int
+    joint: str
+    value: str | None
+
+
+class Json(str):
+    """A value that is written as JSON already."""
+
+
+class EditedRecord(NamedTuple):
+    """A record as it stands in its file, what changes in it, and the members that it gains."""
+
     file: str
     number: int
     before: str
     raw: str
     skip: str | None
     after: str | None
-    edits: tuple[Edit, ...]
+    edits: Sequence[Edit]
+    gained: Mapping[str, Any] = MappingProxyType({})
 
 
 def export_records(
@@ -50,10 +69,10 @@ def export_records(
 ) -> list[Path]:
     """Writes the records back to files laid out as those they came from.
 
-    `dataset` holds the carrier's columns and `completion`, the new value of each target (null
-    keeps it as it is). `output` is a folder that mirrors the input's; with `inplace` the
-    files below `root` (the path that was loaded) are replaced. Every file appears whole or not at
-    all. Gives the paths written.
+    `dataset` holds the carrier's columns and `completion`, the new value of the field (null keeps
+    it as it is). `output` is a folder that mirrors the input's; with `inplace` the files below
+    `root` (the path that was loaded) are replaced. Every file appears whole or not at all. Gives
+    the paths written.
 
     Raises: UsageError, ExportError (rows missing or out of order; a file that cannot be written).
     """
@@ -66,24 +85,72 @@ def export_records(
     def place(name: str) -> Path:
         return base if inplace and base.is_file() else base / real_name(name)
 
-    return [Path(path) for path in write_files(dataset, place)]
+    if not len(dataset):
+        return []
+    missing = {*_RECORD, *_EDIT, "completion"} - set(dataset.column_names)
+    if missing:
+        raise UsageError(f"not a transformed carrier: no column {', '.join(sorted(missing))}")
+    names = (*_RECORD, *_EDIT, "completion")
+    rows = (_record_of(row, [Edit._make(row[len(_RECORD) :])]) for row in _tuples(dataset, names))
+    return [Path(path) for path in write_files(rows, place)]
+
+
+def rows_with_answers(records: Records, answers: Answers) -> Iterator[EditedRecord]:
+    """The records of a carrier, each with the edits that its answers ask for, and with the members
+    that it gains: all samples, and what became of it."""
+    targets, fields = answers.targets, len(answers.targets.names)
+    columns = target_columns(fields + len(targets.gained))
+    names = [*_RECORD, *(name for group in columns for name in group[: len(_EDIT)])]
+    rows, width = _tuples(records.dataset, names), len(_RECORD)
+    if not targets.gained and targets.each == 1:  # as nearly all are: twice as quick
+        texts = (table.column("completion").to_pylist() for table in answers.tables(ROWS))
+        for row, text in zip(rows, chain.from_iterable(texts), strict=True):
+            yield _record_of(row, (Edit._make((*row[width:], text)),))
+        return
+    done = records.done or repeat((), len(records))
+    for row, given, before in zip(rows, answers.records(ROWS), done, strict=True):
+        places = [row[at : at + len(_EDIT)] for at in range(width, len(row), len(_EDIT))]
+        edits = [
+            Edit._make((*place, answer.completion))
+            for place, answer in zip(places, given[:: targets.samples], strict=False)
+        ]
+        gained = {} if len(before) == fields else _gained(targets, given)
+        for name, place in zip(targets.gained, places[fields:], strict=True):
+            if name in gained and place[0] >= 0:  # as an earlier run in place has left it
+                value = Json(json.dumps(gained.pop(name)))
+                edits.append(Edit(place[0], place[1], "", value))
+        yield _record_of(row, edits, {} if _is_broken(row) else gained)
+
+
+def _record_of(
+    row: tuple[Any, ...], edits: Sequence[Edit], gained: Mapping[str, Any] = MappingProxyType({})
+) -> EditedRecord:
+    return EditedRecord._make((*row[: len(_RECORD)], edits, gained))
+
+
+def _gained(targets: Targets, answers: Sequence[Answer]) -> dict[str, Any]:
+    gained: dict[str, Any] = {}
+    if targets.samples_field:
+        gained[targets.samples_field] = [each.completion for each in answers[: targets.samples]]
+    if targets.status_field:
+        gained[targets.status_field] = status(answers)
+    return gained
+
+
+def _is_broken(row: tuple[Any, ...]) -> bool:
+    return row[_RECORD.index("skip")] in (BROKEN, FOREIGN)
 
 
 def write_files(
-    dataset: Dataset, place: Callable[[str], Path | str], tick: Callable[[int], None] = no_tick
+    rows: Iterator[EditedRecord],
+    place: Callable[[str], Path | str],
+    tick: Callable[[int], None] = no_tick,
 ) -> dict[str, str]:
-    """Writes the files of a transformed carrier, each to the place that there is for its name.
+    """Writes the files of records, each to the place that there is for its name.
 
     `tick` is told the records that were written, as they are. Gives the SHA-256 of each file by
-    its path.
-    Raises: UsageError, ExportError.
+    its path. Raises: ExportError.
     """
-    if not len(dataset):
-        return {}
-    missing = set(COLUMNS) - set(dataset.column_names)
-    if missing:
-        raise UsageError(f"not a transformed carrier: no column {', '.join(sorted(missing))}")
-    rows = _rows(dataset)
     row = next(rows, None)
     with Replacing() as files, ThreadPoolExecutor(1) as behind:
         while row is not None:
@@ -92,19 +159,11 @@ def write_files(
     return files.digests
 
 
-def copy_unchanged(source: Source, path: str) -> str:
+def copy_unchanged(source: InputFile, path: str) -> str:
     """A file with no records in it goes through as it is. Gives its SHA-256."""
     with Replacing() as files, files.open(path, compress=False) as file:
         file.write(source.path.read_bytes())
     return files.digests[path]
-
-
-def _rows(dataset: Dataset) -> Iterator[_Row]:
-    """The records, each with the edits of all its targets."""
-    first, *others = by_target(dataset)
-    edits = zip(*(_tuples(part, _EDIT) for part in (first, *others)), strict=True)
-    for record, edit in zip(_tuples(first, _RECORD), edits, strict=True):
-        yield _Row._make((*record, edit))
 
 
 def _tuples(dataset: Dataset, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -114,18 +173,21 @@ def _tuples(dataset: Dataset, names: Sequence[str]) -> Iterator[tuple[Any, ...]]
 
 
 def _write_file(
-    sink: _Behind, row: _Row, rows: Iterator[_Row], tick: Callable[[int], None]
-) -> _Row | None:
+    sink: _Behind, row: EditedRecord, rows: Iterator[EditedRecord], tick: Callable[[int], None]
+) -> EditedRecord | None:
     """Writes one file's rows, from its first on; gives the first of the next file."""
     name, expected = row.file, 0
     parts: list[str] = []
-    current: _Row | None = row
+    current: EditedRecord | None = row
     with sink:
         while current is not None and current.file == name and current.number == expected:
             expected += 1
             parts.append(current.before)
             if current.skip == FOREIGN:
                 parts.append(current.raw.encode("latin-1").decode("utf-8", "surrogateescape"))
+            elif current.gained:
+                whole = "".join(spliced(current.raw, current.edits))
+                parts.append(with_members(whole, current.gained))
             else:
                 parts += spliced(current.raw, current.edits)
             if current.after is not None:
@@ -191,6 +253,28 @@ def spliced(raw: str, edits: Sequence[Edit]) -> Iterator[str]:
 
 def literal(value: str, raw: str) -> str:
     """The value as a JSON string in the record's own manner: escaped to ASCII where that is."""
+    if isinstance(value, Json):
+        return value
     if value.isascii() or (raw.isascii() and "\\u" in raw and _escaped_character.search(raw)):
         return encode_basestring_ascii(value)
     return encode_basestring(value)
+
+
+def with_members(record: str, members: Mapping[str, Any]) -> str:
+    """The record's text with members behind its own, in its own manner: spaces, line ends,
+    escapes. What is no object stays."""
+    if not record.startswith("{"):
+        return record
+    inside = record[:-1].rstrip(" \t\n\r")
+    first = _first_member.match(record)
+    opening, colon = first.groups() if first else ("", " ")
+    lead = opening if "\n" in opening else " " if colon else ""
+    separators = (", ", ": ") if colon else (",", ":")
+    to_ascii = record.isascii() and _escaped_character.search(record) is not None
+    parts = [inside]
+    for name, value in members.items():
+        if first or len(parts) > 1:
+            parts.append(f",{lead}")
+        text = json.dumps({name: value}, ensure_ascii=to_ascii, separators=separators)
+        parts.append(text[1:-1])
+    return "".join((*parts, record[len(inside) :]))

@@ -23,6 +23,7 @@ from typing import Any
 from fabe_ds.errors import RunStopped
 from fabe_ds.providers.base import Requirement
 from fabe_ds.providers.transformers.turns import Added, AddedToken, Marks, all_ends, opens_reasoning
+from fabe_ds.store.layout import Layout
 
 _POINTER = b"version https://git-lfs"
 _SETTING = re.compile(
@@ -362,7 +363,7 @@ class Digests:
         """Those that a cache folder holds. None holds none, and keeps none."""
         if folder is None:
             return cls()
-        file = folder / "models.json"
+        file = Layout(folder).models
         try:
             kept = json.loads(file.read_text())
         except (OSError, ValueError):

@@ -1,0 +1,173 @@
+"""Answers: what became of every record, as one Arrow column beside the records.
+
+A record has a list of answers: those to its first field, sample by sample, then those to the next
+field. The list is what an executor gives, what a format writes back, and what a report counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from fabe_ds.fields import Targets
+from fabe_ds.paging import passed_over
+from fabe_ds.request import Outcome
+from fabe_ds.text import encodable
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+COLUMN = "answers"
+FIELDS = {
+    "completion": pa.large_string(),  # the new value; null where the record keeps its own
+    "failure": pa.string(),  # class of what went wrong, or null
+    "message": pa.string(),  # and what that was
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int64(),
+    "completion_tokens": pa.int64(),
+    "answer": pa.large_string(),  # the last answer of a record that failed
+    "cached": pa.bool_(),  # whether no request was sent for it
+}
+"""What is kept of one answer."""
+FLAT_SCHEMA = pa.schema(list(FIELDS.items()))
+_ANSWER = pa.struct(list(FIELDS.items()))
+SCHEMA = pa.schema([(COLUMN, pa.list_(_ANSWER))])
+STATUS = {
+    **dict.fromkeys(("state", "failure", "message", "finish_reason"), pa.string()),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens"), pa.int64()),
+}
+"""What `--status-field` says of a record."""
+
+
+class Answer(NamedTuple):
+    """One answer, as `FIELDS` describes it."""
+
+    completion: str | None
+    failure: str | None
+    message: str | None
+    finish_reason: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    answer: str | None
+    cached: bool
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Answer:
+        got, text = outcome.completion, outcome.text
+        return cls(
+            None if text is None else encodable(text),
+            outcome.kind,
+            outcome.message,
+            got.finish_reason if got else None,
+            got.prompt_tokens if got else None,
+            got.completion_tokens if got else None,
+            encodable(got.text) if outcome.kind and got else None,
+            outcome.cached,
+        )
+
+
+def features() -> Features:
+    """The answers' column as `Dataset.map` wants it declared."""
+    from datasets import Features
+
+    return Features.from_arrow_schema(SCHEMA)
+
+
+def flat_table(outcomes: Iterable[Outcome]) -> pa.Table:
+    """One row an outcome, with the columns of `FLAT_SCHEMA`."""
+    rows = list(map(Answer.of, outcomes))
+    columns = zip(*rows, strict=True) if rows else [()] * len(FIELDS)
+    return pa.table(list(map(list, columns)), schema=FLAT_SCHEMA)
+
+
+def answer_table(outcomes: Iterable[Outcome], each: int) -> pa.Table:
+    """One row a record, with its list of `each` answers. A table, which a map writes as it is."""
+    return listed_answers(flat_table(outcomes), each)
+
+
+def listed_answers(flat: pa.Table, each: int) -> pa.Table:
+    """The rows of `flat_table` as lists of `each`."""
+    chunks = [column.combine_chunks() for column in flat.columns]
+    struct = pa.StructArray.from_arrays(chunks, fields=list(_ANSWER))
+    offsets = pa.array(range(0, len(flat) + 1, each), pa.int32())
+    return pa.table([pa.ListArray.from_arrays(offsets, struct)], schema=SCHEMA)
+
+
+def status(answers: Sequence[Answer]) -> dict[str, Any]:
+    """What became of one record: its first failure, else its last answer; tokens of all.
+
+    `state` is done, cached (no request was sent), failed or skipped (it has no text).
+    """
+    shown = next((answer for answer in answers if answer.failure is not None), answers[-1])
+    if shown.failure is not None:
+        state = "failed"
+    elif all(answer.completion is None for answer in answers):
+        state = "skipped"
+    else:
+        given = (answer for answer in answers if answer.completion is not None)
+        state = "cached" if all(answer.cached for answer in given) else "done"
+    return {
+        "state": state,
+        "failure": shown.failure,
+        "message": shown.message,
+        "finish_reason": shown.finish_reason,
+        "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in answers),
+        "completion_tokens": sum(answer.completion_tokens or 0 for answer in answers),
+    }
+
+
+class Answers:
+    """The answers to all records of a Dataset, in its order, mapped from disk."""
+
+    def __init__(self, dataset: Dataset, targets: Targets) -> None:
+        self.dataset, self.targets = dataset, targets
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def flat(self) -> pa.Table:
+        """One row an answer."""
+        import pyarrow.compute as pc
+
+        structs = pc.list_flatten(self.dataset.data.table.column(COLUMN))
+        columns = [pc.struct_field(structs, name) for name in FIELDS]
+        return pa.table(columns, schema=FLAT_SCHEMA)
+
+    def column(self, name: str, field: int, sample: int = 0) -> pa.ChunkedArray:
+        """One value a record: of its answer to a field, a sample of them. Not for long texts."""
+        values = self.flat.column(name)
+        each = self.targets.each
+        if each == 1:
+            return values
+        first = field * self.targets.samples + sample
+        return values.take(pa.array(range(first, len(values), each), pa.int64()))
+
+    @property
+    def has_failures(self) -> bool:
+        failures = self.flat.column("failure")
+        return bool(failures.null_count != len(failures))
+
+    @property
+    def has_completions(self) -> bool:
+        completions = self.flat.column("completion")
+        return bool(completions.null_count != len(completions))
+
+    def tables(self, rows: int) -> Iterator[pa.Table]:
+        """One row an answer, those of so many records at a time."""
+        import pyarrow.compute as pc
+
+        for part in passed_over(self.dataset.with_format("arrow").iter(batch_size=rows)):
+            structs = pc.list_flatten(part.column(COLUMN))
+            yield pa.table([pc.struct_field(structs, n) for n in FIELDS], schema=FLAT_SCHEMA)
+
+    def records(self, rows: int) -> Iterator[list[Answer]]:
+        """The answers to one record after another."""
+        each = self.targets.each
+        for table in self.tables(rows):
+            flat = map(Answer._make, zip(*(c.to_pylist() for c in table.columns), strict=True))
+            while answers := list(islice(flat, each)):
+                yield answers

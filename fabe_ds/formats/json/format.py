@@ -1,0 +1,155 @@
+"""JSON and JSON lines as a format: the text of each record is kept, and spliced into."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import repeat
+from typing import Any
+
+import pyarrow as pa
+
+from fabe_ds.answers import Answers
+from fabe_ds.errors import UsageError
+from fabe_ds.fields import dotted_hint
+from fabe_ds.formats.base import Format, Records, Row, Source, Tick, states_of
+from fabe_ds.formats.json.load import load, target_columns
+from fabe_ds.formats.json.write import copy_unchanged, rows_with_answers, write_files
+
+log = logging.getLogger(__name__)
+
+KEYS_SHOWN = 20
+
+
+class JsonFormat(Format):
+    """JSON files (a list of records, objects one after another, a list inside an object) and JSON
+    lines, also compressed. Each file becomes a file of the same layout."""
+
+    name = "json"
+    suffixes = (".json", ".jsonl", ".ndjson")
+
+    def load(self, source: Source, tick: Tick) -> Records:
+        settings, targets = self.settings.input, self.targets
+        gained = [(name.replace(".", "\\."), None) for name in targets.gained]
+        wanted = [*zip(targets.names, targets.backup_keys, strict=True), *gained]
+        states = states_of(source.files)
+        loaded = load(
+            source.files,
+            wanted,
+            settings.records_key,
+            settings.on_bad_input,
+            self.settings.cache_dir,
+            tick,
+        )
+        locations = {file.name: file.location for file in source.files}
+        good = [file for file in loaded.files if not file.error]
+        return Records(
+            loaded.dataset,
+            loaded.dataset._fingerprint,
+            parts=[(locations[file.name], file.records) for file in good],
+            left_out=[
+                *map(str, source.unread),
+                *(file.error for file in loaded.files if file.error),
+            ],
+            digests={locations[name]: digest for name, digest in loaded.digests.items()},
+            states={location: states[location] for location in (locations[f.name] for f in good)},
+            details=[file for file in source.files if file.name in {f.name for f in good}],
+        )
+
+    def columns(self, records: Records, whole: bool) -> list[str]:
+        texts = [group[3] for group in target_columns(len(self.targets.names))]
+        return [*texts, "error", *(["raw"] if whole else [])]
+
+    def rows(self, table: pa.Table, whole: bool) -> Iterator[Row]:
+        count = len(self.targets.names)
+        texts = (table.column(group[3]).to_pylist() for group in target_columns(count))
+        records = table.column("raw").to_pylist() if whole else repeat(None, len(table))
+        errors = table.column("error").to_pylist()
+        return map(Row, zip(*texts, strict=True), records, errors)
+
+    def where(self, row: Mapping[str, Any], field: int = 0) -> dict[str, Any]:
+        names = target_columns(field + 1)[field]
+        text = row["raw"] if row["error"] is not None else row[names[3]]
+        return {
+            "record": row["index"],
+            "file": row["file"],
+            "line": row["line"],
+            "text": text,
+        }
+
+    def check(self, records: Records) -> None:
+        import pyarrow.compute as pc
+
+        table = records.dataset.data.table
+        readable = pc.is_null(table.column("error"))
+        groups = target_columns(len(self.targets.names) + len(self.targets.gained))
+        fields = len(self.targets.names)
+        for name, backup, group in zip(
+            self.targets.names, self.targets.backup_keys, groups, strict=False
+        ):
+            joint, text, skip = (table.column(column) for column in group[2:])
+            missing = pc.equal(skip.fill_null(""), "missing")
+            if pc.any(readable).as_py() and not pc.any(pc.and_not(readable, missing)).as_py():
+                first = pc.index(readable, True).as_py()
+                raw = table.column("raw")[first].as_py()
+                raise no_such_field(name, pc.sum(readable).as_py(), raw)
+            held = pc.sum(pc.and_(pc.is_valid(text), pc.equal(joint, ""))).as_py() or 0
+            if backup and held:
+                log.info(
+                    "%d records hold %r already: it stays as it is, and no other original is kept",
+                    *(held, backup),
+                )
+            if log.isEnabledFor(logging.DEBUG):
+                _say_skipped(table, name, group[4])
+        for name, group in zip(self.targets.gained, groups[fields:], strict=True):
+            held = pc.sum(pc.greater_equal(table.column(group[0]), 0)).as_py() or 0
+            if held and not self.settings.output.inplace:  # else an earlier run's
+                raise UsageError(
+                    f"{self.flag_of(name)} {name}: {held} records hold it; name another"
+                )
+
+    def skips(self, records: Records) -> list[pa.ChunkedArray]:
+        table = records.dataset.data.table
+        return [table.column(group[4]) for group in target_columns(len(self.targets.names))]
+
+    def write(
+        self, records: Records, answers: Answers, paths: Mapping[str, str], tick: Tick
+    ) -> dict[str, str]:
+        digests = write_files(rows_with_answers(records, answers), paths.__getitem__, tick)
+        empty = {location for location, count in records.parts if not count}
+        for file in records.details:
+            path = paths[file.name]
+            if file.location in empty and path != file.location:
+                digests[path] = copy_unchanged(file, path)
+        return digests
+
+
+def _say_skipped(table: pa.Table, name: str, column: str) -> None:
+    import pyarrow.compute as pc
+
+    skipped = table.filter(pc.is_valid(table.column(column))).select(["file", "line", column])
+    for row in skipped.to_pylist():
+        log.debug("%s:%d: %r skipped: %s", row["file"], row["line"], name, row[column])
+
+
+def no_such_field(name: str, records: int, raw: str) -> UsageError:
+    """What is said where none of so many records has the field; `raw` is the first one's text."""
+    try:
+        first = json.loads(raw)
+    except (ValueError, RecursionError):
+        first = None
+    if isinstance(first, list):
+        return UsageError(
+            f"--field {name}: a record is a JSON list; if the file is one list of records, name it "
+            ".json"
+        )
+    keys = first if isinstance(first, dict) else {}
+    more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
+    shown = ", ".join(list(keys)[:KEYS_SHOWN]) + more or "no keys"
+    lists = [key for key, value in keys.items() if isinstance(value, list)]
+    hint = (
+        f" (--records-key {lists[0]}, if the records are there)" if lists and records == 1 else ""
+    )
+    dotted = dotted_hint(name, keys)
+    return UsageError(f"--field {name}: no record has it{dotted}; the first one has {shown}{hint}")

@@ -1,0 +1,70 @@
+"""Counts of records, out of the answers to them."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import pyarrow as pa
+
+from fabe_ds.answers import Answers
+
+
+def record_counts(
+    answers: Answers, skips: list[pa.ChunkedArray] | None, asked: bool
+) -> dict[str, Any]:
+    """The counts of records for a RunResult: failed where any answer did, else rewritten where any
+    field was. `skips` are the reasons why fields have no text. `asked` False: all that was
+    answered comes from an earlier run.
+    """
+    import pyarrow.compute as pc
+
+    targets = answers.targets
+    each = [(f, s) for f in range(len(targets.names)) for s in range(targets.samples)]
+
+    def columns(name: str) -> list[pa.ChunkedArray]:
+        return [answers.column(name, field, sample) for field, sample in each]
+
+    failure = pc.coalesce(*columns("failure"))
+    good = pc.is_null(failure)
+    changed = list(map(_is_given, columns("completion")))
+    rewritten = pc.and_(good, reduce(pc.or_, changed))
+    sent = map(pc.and_not, changed, columns("cached"))
+    done = pc.sum(pc.and_(rewritten, reduce(pc.or_, sent))).as_py() or 0 if asked else 0
+    left = pc.and_(good, pc.invert(rewritten))
+    return {
+        "records": len(failure),
+        "done": done,
+        "cached": (pc.sum(rewritten).as_py() or 0) - done,
+        "failed": len(failure) - failure.null_count,
+        "skipped": _skipped(left, skips),
+        "failures_by_kind": counted(failure),
+    }
+
+
+def _is_given(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    import pyarrow.compute as pc
+
+    return pc.is_valid(column)
+
+
+def _skipped(left: pa.ChunkedArray, skips: list[pa.ChunkedArray] | None) -> dict[str, int]:
+    """The records that were left as they are, by the reason."""
+    import pyarrow.compute as pc
+
+    count = pc.sum(left).as_py() or 0
+    if not count:
+        return {}
+    if skips is None:
+        return {"no text": count}
+    reasons = pc.coalesce(*skips).filter(left)
+    skipped = counted(reasons)
+    if reasons.null_count:
+        skipped["done before"] = reasons.null_count
+    return skipped
+
+
+def counted(column: Any) -> dict[str, int]:
+    """How often each value stands in a column."""
+    counts = column.drop_null().value_counts().to_pylist()
+    return {entry["values"]: entry["counts"] for entry in counts}

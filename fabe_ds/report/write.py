@@ -1,0 +1,140 @@
+"""What a run leaves beside its output: the report, the list of failures, some examples."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fabe_ds.answers import Answers
+from fabe_ds.files import replacing
+from fabe_ds.formats.base import Format, Records
+from fabe_ds.job import Job
+from fabe_ds.report.counts import record_counts
+from fabe_ds.report.course import Course
+from fabe_ds.report.result import RunResult
+from fabe_ds.report.run_report import write_report
+from fabe_ds.run_files import FAILURES, REPORT, SAMPLES, beside
+
+ROWS = 1000
+EXAMPLES_KEPT, EXAMPLE_CHARACTERS = 200, 4000
+
+
+def write_reports(
+    job: Job, records: Records, answers: Answers, outputs: Sequence[Path], course: Course
+) -> RunResult:
+    """Writes what stands beside the output, and gives the counts."""
+    kind, transform, reports = job.format, job.transform, job.destination.reports
+    stats, flat = transform.stats, answers.flat
+    counts = record_counts(answers, kind.skips(records), asked=stats.settled > 0)
+    result = RunResult(
+        **counts,
+        bad_files=records.left_out,
+        outputs=list(outputs),
+        seconds=time.monotonic() - course.started,
+        requests=stats.requests if transform.provider.cached else 0,
+        retries=stats.retries,
+        refusals=stats.refusals,
+        reasks=stats.reasks,
+        hedged=stats.hedged,
+        prompt_tokens=stats.prompt_tokens,
+        completion_tokens=stats.completion_tokens,
+        cost=stats.cost,
+        loading=stats.loading,
+        notes=stats.notes,
+        failures_file=beside(reports, FAILURES) if counts["failed"] else None,
+        report=beside(reports, REPORT),
+    )
+    failures = failed_records(records, kind, answers) if counts["failed"] else ()
+    write_failures(failures, beside(reports, FAILURES))
+    write_examples(examples(records, kind, answers), beside(reports, SAMPLES))
+    details = {
+        "history": course.history,
+        "latency": stats.latency,
+        "instruction": transform.template[0],
+        "prompt_tokens_each": sizes(flat.column("prompt_tokens")),
+        "completion_tokens_each": sizes(flat.column("completion_tokens")),
+    }
+    write_report(job.config, result, details)
+    return result
+
+
+def failed_records(records: Records, kind: Format, answers: Answers) -> Iterator[dict[str, Any]]:
+    """A failure for each field that failed: where its record stands, what went wrong, the texts."""
+    targets = answers.targets
+    names = targets.names
+    dataset = records.dataset.with_format("arrow")
+    for number, given in enumerate(answers.records(ROWS)):
+        row: dict[str, Any] | None = None
+        for field, name in enumerate(names):
+            samples = given[field * targets.samples : (field + 1) * targets.samples]
+            failed = next((answer for answer in samples if answer.failure is not None), None)
+            if failed is None:
+                continue
+            if row is None:
+                (row,) = dataset[number : number + 1].to_pylist()
+            where: dict[str, Any] = {"record": number, **kind.where(row, field)}
+            yield {
+                "record": where.pop("record"),
+                **({"field": name} if len(names) > 1 else {}),
+                **{key: where.pop(key) for key in ("file", "line") if key in where},
+                "failure": failed.failure,
+                "message": failed.message,
+                "finish_reason": failed.finish_reason,
+                **where,
+                "answer": failed.answer,
+            }
+
+
+def write_failures(failures: Iterable[dict[str, Any]], path: Path) -> None:
+    """One line a failure; no file where there are none."""
+    rows = iter(failures)
+    first = next(rows, None)
+    if first is None:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as file:
+        for failure in (first, *rows):
+            line = json.dumps(failure, ensure_ascii=False, default=str)
+            file.write((line + "\n").encode())
+
+
+def sizes(column: Any) -> dict[int, int]:
+    """A column of whole numbers as counts by size: {n: values of up to 2**(n/4)}."""
+    steps: Counter[int] = Counter()
+    for entry in column.drop_null().value_counts().to_pylist():
+        steps[math.ceil(4 * math.log2(max(1, entry["values"])))] += entry["counts"]
+    return dict(sorted(steps.items()))
+
+
+def examples(records: Records, kind: Format, answers: Answers) -> Iterator[tuple[str, str, str]]:
+    """(where, before, after) of some records that were rewritten, evenly spaced."""
+    import pyarrow.compute as pc
+
+    flat, each = answers.flat.column("completion"), answers.targets.each
+    given = pc.indices_nonzero(pc.is_valid(flat)).to_numpy()
+    given = given[given % each == 0]  # answers to the first field
+    step = max(1, math.ceil(len(given) / EXAMPLES_KEPT))
+    dataset = records.dataset.with_format("arrow")
+    for index in map(int, given[::step]):
+        table = dataset[index // each : index // each + 1]
+        (row,) = table.to_pylist()
+        before = next(iter(kind.rows(table, whole=False))).texts[0]
+        where = {"record": index // each, **kind.where(row)}
+        place = f"record {where['record']}"
+        if "file" in where:
+            place = f"{where['file']}:{where.get('line', '?')} ({place})"
+        yield place, before, flat[index].as_py()
+
+
+def write_examples(examples: Iterable[tuple[str, str, str]], path: Path) -> None:
+    """Some records before and after, for the report's page."""
+    with replacing(path) as file:
+        for where, before, after in examples:
+            texts = {"before": before[:EXAMPLE_CHARACTERS], "after": after[:EXAMPLE_CHARACTERS]}
+            line = json.dumps({"where": where, **texts}, ensure_ascii=False)
+            file.write((line + "\n").encode())

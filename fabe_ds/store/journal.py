@@ -1,0 +1,63 @@
+"""The journal of runs in place: which values in which files an earlier run has rewritten.
+
+A value that is a job's own answer is not asked about again, or each run would rewrite what the one
+before has written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from fabe_ds.store.completions import RecordCache
+
+Position = tuple[str, int]
+"""The file of a record, and the record's number in it."""
+
+
+class Journal:
+    """The marks of the values that `jobs` have written; the first job is the run's own, others are
+    names under which earlier versions knew it."""
+
+    def __init__(self, cache: RecordCache, jobs: Sequence[str], fields: int) -> None:
+        self._cache, self._jobs, self._fields = cache, jobs, fields
+        self._paths: dict[str, str] = {}
+
+    def rewritten(
+        self, positions: Iterable[Position], texts: Iterable[Sequence[str | None]]
+    ) -> Iterator[list[int]]:
+        """For each record, the fields whose values are answers of these jobs."""
+        for (location, number), values in zip(positions, texts, strict=True):
+            yield [
+                field
+                for field, value in enumerate(values)
+                if isinstance(value, str)
+                and any(
+                    self._cache.was_written(self._mark(job, location, number, field, value))
+                    for job in self._jobs
+                )
+            ]
+
+    def write(
+        self, positions: Iterable[Position], completions: Iterable[Sequence[str | None]]
+    ) -> None:
+        """Remembers the values that are about to be written."""
+        self._cache.mark_written(
+            self._mark(self._jobs[0], location, number, field, value)
+            for (location, number), values in zip(positions, completions, strict=True)
+            for field, value in enumerate(values)
+            if value is not None
+        )
+
+    def _mark(self, job: str, location: str, number: int, field: int, value: str) -> bytes:
+        path = self._paths.get(location)
+        if path is None:
+            path = self._paths[location] = str(Path(location).resolve())
+        return written_mark(job, path, number * self._fields + field, value)
+
+
+def written_mark(job: str, path: str, index: int, value: str) -> bytes:
+    """Names one value that job `job` wrote into record `index` of the file `path`."""
+    seed = f"{job}\0{path}\0{index}\0{value}"
+    return hashlib.sha256(seed.encode("utf-8", "surrogateescape")).digest()[:16]
