@@ -8,6 +8,7 @@ from pathlib import Path
 from fabe_ds.config import rules
 from fabe_ds.config.settings import InputSettings, OutputSettings, RunConfig
 from fabe_ds.destinations import Destination, destination_of, paths_of
+from fabe_ds.engine.budget import budget_of
 from fabe_ds.formats.base import Format, Settings, Source
 from fabe_ds.formats.registry import open_source
 from fabe_ds.transform import Transform
@@ -35,8 +36,7 @@ def open_job(
 
     Raises: FabeError where the run could not begin.
     """
-    transform = transform or Transform(config)
-    rules.check(config, transform.provider)
+    transform = transform or checked_transform(config)
     config = config.model_copy(update={"base_url": transform.config.base_url})
     destination = destination_of(config)
     kind, source = open_source(config, destination.ours(config))
@@ -49,3 +49,11 @@ def open_job(
     opened = kind(settings)
     paths = paths_of(config, destination, opened, source)
     return Job(config, transform, source, opened, destination, paths)
+
+
+def checked_transform(config: RunConfig) -> Transform:
+    """The transform of a run whose settings go together. Raises: FabeError."""
+    transform = Transform(config)
+    rules.check(config, transform.provider)
+    budget_of(config, config.model)  # a price that is missing is said now
+    return transform

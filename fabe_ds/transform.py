@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.answers import Answer, flat_table
+from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
-from fabe_ds.config.settings import TransformConfig, flag, setting
+from fabe_ds.config.settings import TransformConfig, setting
 from fabe_ds.engine.runtime import Session, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.formats import columns as by_column
@@ -28,7 +29,6 @@ from fabe_ds.prompts.template import Instruction, load_instruction
 from fabe_ds.providers import (
     Endpoint,
     HttpProvider,
-    LocalProvider,
     Provider,
     Request,
     Sampling,
@@ -102,32 +102,17 @@ class Transform:
         # A misspelled name is said before what else is missing.
         self._provider_class = provider_class(config.provider)
         config = config.model_copy(update={"base_url": self._base_url(config)})
-        asks = self._provider_class.asks
-        if asks and not config.instruction:
-            raise UsageError("--instruction is required: a text or a template file")
-        if asks and not config.model:
-            raise UsageError("--model is required (or MODEL_PATH in the environment)")
+        rules.check_transform(config, self._provider_class)
         self.targets = config.targets
-        try:
-            paths = self.targets.paths
-        except ValueError as error:
-            raise UsageError(f"--field: {error}") from None
-        for name, path in zip(config.also_fields, paths[1:], strict=True):
-            others = (other for other in paths if other is not path)
-            if any(path[: len(other)] == other[: len(path)] for other in others):
-                raise UsageError(f"--also-field {name}: another field is the same, or inside it")
-        if config.batch_api and config.provider != "openai":
-            raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
         self._checks_record = False
         if config.validate_with:
             # A wrong one is said now, not at the first answer.
             self._checks_record = build_check(config.validate_with).needs_record
         self.config = config
-        self._check_backups()
         self._open_cache = open_cache
         self.template = template or load_instruction(config.instruction or "")
         self.instructions = [
-            Instruction(*self.template, config.template_vars, path) for path in paths
+            Instruction(*self.template, config.template_vars, path) for path in self.targets.paths
         ]
         self.instruction = self.instructions[0]
         self._sampling = Sampling(
@@ -138,27 +123,13 @@ class Transform:
             config.seed,
             tuple(config.stop),
         )
-        if config.samples > 1 and asks and not self._sampling.samples:
-            raise UsageError("--samples: equal answers without sampling; give a --temperature")
         self._system, self._chat = config.system_prompt or None, config.use_chat_template
         self._language = config.template_vars.get("language", "python")
         self._session: Session | None = None
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._rank = 0
-        self._check_local()
         self._chat_template = _read_template(config.chat_template)
         self.provider = self._build_provider()
-
-    def _check_local(self) -> None:
-        """Raises: UsageError where a setting of local models goes with another provider."""
-        if issubclass(self._provider_class, LocalProvider):
-            return
-        for name in ("base_model", "chat_template", "thinking"):
-            if getattr(self.config, name) is not None:
-                raise UsageError(
-                    f"{flag(name)} goes with a local model (hf, modelscope); "
-                    f"{self.config.provider} asks a server"
-                )
 
     def _base_url(self, config: TransformConfig) -> str | None:
         """The server's address, of the configuration or of the provider's own variables."""
@@ -170,20 +141,6 @@ class Transform:
                 log.info("%s: asking %s", name, without_secrets(base_url))
                 return base_url
         return None
-
-    def _check_backups(self) -> None:
-        """Raises: UsageError where two backups would have one place."""
-        targets = self.targets
-        if not targets.backup:
-            return
-        pairs = zip(targets.paths, targets.backup_keys, strict=True)
-        keys = {(path[:-1], kept) for path, kept in pairs}
-        for places in (keys, set(targets.backup_columns)):
-            if len(places) < len(targets.names):
-                raise UsageError(
-                    f"--backup-field {self.config.backup_field}: two fields would be kept there; "
-                    "give another"
-                )
 
     def _build_provider(self) -> Provider:
         config = self.config

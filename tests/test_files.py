@@ -442,22 +442,22 @@ def lose_list(folder: Path) -> None:
 
 
 def damage_answers(folder: Path) -> None:
-    (path,) = folder.glob("datasets/*/answers-*.arrow")
+    (path,) = folder.glob("answers/*/answers-*.arrow")
     path.write_bytes(path.read_bytes().replace(b"echo", b"ECHO"))
 
 
 def cut_answers(folder: Path) -> None:
-    (path,) = folder.glob("datasets/*/answers-*.arrow")
+    (path,) = folder.glob("answers/*/answers-*.arrow")
     path.write_bytes(path.read_bytes()[:50])
 
 
 def spoil_state(folder: Path) -> None:
-    (path,) = folder.glob("datasets/*/finished-*.json")
+    (path,) = folder.glob("answers/*/finished-*.json")
     path.write_text('{"answers": 3, "exports": [')
 
 
 def state_folder(folder: Path) -> None:
-    (path,) = folder.glob("datasets/*/finished-*.json")
+    (path,) = folder.glob("answers/*/finished-*.json")
     path.unlink()
     path.mkdir()
 
@@ -570,13 +570,13 @@ def test_two_runs_over_standard_input_do_not_meet(box):
 
 def test_the_process_number_of_one_that_was_killed(tmp_path):
     """In a container, every process may be number 1."""
-    from fabe_ds import files
+    from fabe_ds import scratch
 
-    mine, other = files.scratch_in(tmp_path), files.scratch_in(tmp_path)
-    other = other.with_name(other.name.replace(files._TOKEN, "0" * 8))
+    mine, other = scratch.scratch_in(tmp_path), scratch.scratch_in(tmp_path)
+    other = other.with_name(other.name.replace(scratch._TOKEN, "0" * 8))
     for path in (mine, other):
         path.write_text("half")
-    files.clear_scratch(tmp_path)
+    scratch.clear_scratch(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [mine.name]
 
 

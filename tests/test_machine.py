@@ -438,7 +438,7 @@ def test_nohup_is_obeyed(box, server):
 @pytest.mark.parametrize("phase", ["loading", "answering", "writing"])
 def test_killed_in_any_phase_nothing_is_left_and_the_next_run_is_whole(box, phase):
     box.lines("d.jsonl", [{"code": f"x = {i}" + "y" * 500} for i in range(60_000)])
-    where = {"loading": ".cache/datasets", "answering": ".cache/datasets/*", "writing": "outputs"}
+    where = {"loading": ".cache/datasets", "answering": ".cache/answers/*", "writing": "outputs"}
     folder = where[phase]
     process = box.start("run", "--input", "d.jsonl")
     wait_for(lambda: any(box.path.glob(f"{folder}/.fabe-ds-*")), 30)

@@ -195,7 +195,7 @@ def test_the_caches_commands(box, server):
     assert box.fabe("cache", "explain", "outputs.run.json", "--record", 9).code == 2
     assert box.fabe("cache", "prune", "--older-than", 1).out.startswith("0 completions removed; ")
     gone = box.fabe("cache", "prune", "--older-than", 0).out
-    assert gone.startswith("10 completions removed, and 1 loaded inputs and reports; ")
+    assert gone.startswith("10 completions removed, and 3 loaded inputs and reports; ")
     assert not list((box.path / ".cache/datasets").iterdir())
 
 

@@ -229,14 +229,18 @@ def test_the_dry_run_of_a_table(box, server):
     [
         ("data.parquet", ("--field", "no"), "--field no: no column 'no'; there are id, code"),
         ("data.parquet", ("--field", "id"), "--field id: the column is int64, not text"),
-        ("data.parquet", ("--inplace",), "--inplace goes with JSON files"),
-        ("data.parquet", ("--device", "cpu,cpu"), "--device cpu,cpu: several go with JSON"),
+        ("data.parquet", ("--inplace", "--split", "train[:5]"), "--inplace replaces whole files"),
+        (
+            "data.parquet",
+            ("--inplace", "--output-format", "csv"),
+            "--inplace and --output-format do",
+        ),
         ("data.parquet", ("--split", "dev"), "--split dev: has train"),
         ("broken.parquet", (), "broken.parquet"),
         ("org/name", (), "--input org/name: "),
         ("data/name", (), "--input data/name: no such file or directory"),
-        ("data.jsonl", ("--status-field", "b"), "--status-field goes with tables"),
-        ("data.jsonl", ("--samples", 2, "--temperature", 1), "--samples goes with tables"),
+        ("data.jsonl", ("--status-field", "code"), "--status-field code: another field has"),
+        ("data.jsonl", ("--samples", 2), "--samples: equal answers without sampling"),
     ],
 )
 def test_what_is_wrong_is_one_line(box, server, source, more, said):

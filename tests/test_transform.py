@@ -16,6 +16,7 @@ import pytest
 
 import fabe_ds
 from fabe_ds import FabeError, UsageError, transform_fn
+from fabe_ds.formats.columns import rows_of
 from fabe_ds.store.completions import RecordCache
 from tests.server import ModelServer, completion, error
 
@@ -364,7 +365,7 @@ def test_a_thread_takes_over_what_another_leaves(tmp_path):
     batch = {"code": [row["code"] for row in ROWS]}
     with ModelServer(latency=0.1) as server:
         rewrite = transform_fn(**options(server, tmp_path, concurrency=3))
-        leaving = rewrite.session.outcomes(rewrite.table_items(batch))
+        leaving = rewrite.outcomes(rows_of(batch, rewrite.targets, whole=False))
         next(leaving)
         with ThreadPoolExecutor(1) as pool:
             staying = pool.submit(rewrite, batch)

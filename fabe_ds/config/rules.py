@@ -1,14 +1,17 @@
-"""What goes with what: asked before anything is read or sent, by runs and dry runs alike."""
+"""What goes with what: all combinations of settings that are refused, or have no effect.
+
+Asked before anything is read or sent, by runs, dry runs and `transform_fn` alike.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+from typing import Protocol
 
 from fabe_ds.config.settings import RunConfig, TransformConfig, flag
-from fabe_ds.engine.budget import Budget, read_price
 from fabe_ds.errors import UsageError
-from fabe_ds.providers import LocalProvider, Provider
+from fabe_ds.fields import FieldPath
 
 log = logging.getLogger(__name__)
 
@@ -16,20 +19,116 @@ _CODE = re.compile(r"code|source|script|func|program|solution|snippet|impl|sql|p
 """Names of fields that hold code."""
 _OF_PUSHES = ("public", "revision", "push_config_name", "force", "push_failures")
 _OF_RAY = ("ray_address", "workers", "gpus_per_worker")
+_OF_LOCAL_MODELS = ("base_model", "chat_template", "thinking")
 
 
-def check(config: RunConfig, provider: Provider) -> None:
-    """Raises: UsageError where settings do not go together."""
+class ProviderFacts(Protocol):
+    """What rules look at of a provider: its class knows it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def asks(self) -> bool: ...
+    @property
+    def cached(self) -> bool: ...
+    @property
+    def is_local(self) -> bool: ...
+    @property
+    def has_batches(self) -> bool: ...
+
+
+def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
+    """Raises: UsageError where settings of a transform do not go together."""
+    if provider.asks and not config.instruction:
+        raise UsageError("--instruction is required: a text or a template file")
+    if provider.asks and not config.model:
+        raise UsageError("--model is required (or MODEL_PATH in the environment)")
+    _check_fields(config)
+    if config.batch_api and not provider.has_batches:
+        raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
+    sampling = config.temperature > 0 if config.do_sample is None else config.do_sample
+    if config.samples > 1 and provider.asks and not sampling:
+        raise UsageError("--samples: equal answers without sampling; give a --temperature")
+    if not provider.is_local:
+        for name in _OF_LOCAL_MODELS:
+            if getattr(config, name) is not None:
+                raise UsageError(
+                    f"{flag(name)} goes with a local model (hf, modelscope); "
+                    f"{config.provider} asks a server"
+                )
+
+
+def _check_fields(config: TransformConfig) -> None:
+    """Raises: UsageError where fields are no paths, or one another's, or two backups have one
+    place."""
+    targets = config.targets
+    try:
+        paths = targets.paths
+    except ValueError as error:
+        raise UsageError(f"--field: {error}") from None
+    for name, path in zip(config.also_fields, paths[1:], strict=True):
+        others = (other for other in paths if other is not path)
+        if any(_is_inside(path, other) for other in others):
+            raise UsageError(f"--also-field {name}: another field is the same, or inside it")
+    if targets.backup:
+        pairs = zip(paths, targets.backup_keys, strict=True)
+        keys = {(path[:-1], kept) for path, kept in pairs}
+        for places in (keys, set(targets.backup_columns)):
+            if len(places) < len(paths):
+                raise UsageError(
+                    f"--backup-field {config.backup_field}: two fields would be kept there; "
+                    "give another"
+                )
+    taken = {*targets.names, *filter(None, targets.backup_columns)}
+    for name in targets.gained:
+        spelled = "--status-field" if name == targets.status_field else "--samples-field"
+        if name in taken:
+            raise UsageError(f"{spelled} {name}: another field has that name; give another")
+        taken.add(name)
+
+
+def _is_inside(path: FieldPath, other: FieldPath) -> bool:
+    return path[: len(other)] == other[: len(path)]
+
+
+def check(config: RunConfig, provider: ProviderFacts) -> None:
+    """Raises: UsageError where settings of a run do not go together."""
+    if config.inplace:
+        for name in ("output_path", "output_format"):
+            if getattr(config, name) is not None:
+                raise UsageError(f"--inplace and {flag(name)} do not go together")
     if config.batch_api:
         refuse_caps(config, "--batch-api")
-    if isinstance(provider, LocalProvider):
+    if provider.is_local:
         refuse_caps(config, f"--provider {provider.name}")
     if config.runner == "ray":
-        refuse_caps(config, "--runner ray")
-    budget_of(config)
+        check_workers(config)
+    if config.max_cost is not None and config.prices is None:
+        raise UsageError("--max-cost needs --prices, a YAML file of the models' prices")
 
 
-def remark(config: RunConfig, provider: Provider) -> None:
+def check_workers(config: TransformConfig) -> None:
+    """Raises: UsageError for what goes with one process alone, and not with Ray's workers."""
+    if config.batch_api:
+        raise UsageError("--batch-api sends from one process; leave --runner ray out")
+    refuse_caps(config, "--runner ray")
+    if len(config.devices) > 1:
+        raise UsageError(
+            f"--device {config.device}: Ray gives each worker its own; say --device cuda and "
+            "--workers"
+        )
+
+
+def refuse_caps(config: TransformConfig, other: str) -> None:
+    """Raises: UsageError where spending is capped, which goes without `other`."""
+    if config.capped:
+        raise UsageError(
+            "--max-requests, --max-tokens-total and --max-cost hold for the requests that one "
+            f"process sends to a server; leave {other} out"
+        )
+
+
+def remark(config: RunConfig, provider: ProviderFacts) -> None:
     """Says which settings have no effect, and what a person may not have meant."""
     _say_system_prompt(config, provider)
     if config.runner != "ray":
@@ -40,11 +139,11 @@ def remark(config: RunConfig, provider: Provider) -> None:
         log.warning("--glob has no effect: %s is one file", config.input_path)
 
 
-def _say_system_prompt(config: RunConfig, provider: Provider) -> None:
+def _say_system_prompt(config: RunConfig, provider: ProviderFacts) -> None:
     """Says that the system prompt is the one for code, where it may be none of the user's."""
     if "system_prompt" in config.model_fields_set or not provider.cached:
         return
-    names = [name.rpartition(".")[2] for name in (config.field, *config.also_fields)]
+    names = [name.rpartition(".")[2] for name in config.targets.names]
     if not all(_CODE.search(name) for name in names):
         log.info(
             "the system prompt is the default, for code (%r); --system-prompt gives another, or '' "
@@ -57,20 +156,3 @@ def _say_idle(config: RunConfig, names: tuple[str, ...], other: str) -> None:
     for name in names:
         if getattr(config, name) not in (None, False):
             log.warning("%s has no effect without %s", flag(name), other)
-
-
-def refuse_caps(config: TransformConfig, other: str) -> None:
-    """Raises: UsageError where spending is capped, which goes without `other`."""
-    if config.capped:
-        raise UsageError(
-            "--max-requests, --max-tokens-total and --max-cost hold for the requests that one "
-            f"process sends to a server; leave {other} out"
-        )
-
-
-def budget_of(config: TransformConfig) -> Budget:
-    """What may be spent. Raises: UsageError where there is a cap on costs and no price."""
-    price = None
-    if config.max_cost is not None or config.prices is not None:
-        price = read_price(config.prices, config.model or "")
-    return Budget(config.max_requests, config.max_tokens_total, config.max_cost, price)

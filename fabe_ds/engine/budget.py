@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fabe_ds.config.settings import BudgetSettings
 from fabe_ds.config.yaml_file import read_yaml
 from fabe_ds.errors import UsageError, reason
 from fabe_ds.request import Completion, Request
@@ -47,6 +48,15 @@ def read_price(file: Path | None, model: str) -> Price:
             f"--prices {file}: no price of {model!r}; write `{model}: {{prompt: 0.15, "
             "completion: 0.60}`, per million tokens"
         ) from None
+
+
+def budget_of(settings: BudgetSettings, model: str | None) -> Budget:
+    """What may be spent. Raises: UsageError where there is a cap on costs and no price."""
+    price = None
+    if settings.max_cost is not None or settings.prices is not None:
+        price = read_price(settings.prices, model or "")
+    caps = (settings.max_requests, settings.max_tokens_total, settings.max_cost)
+    return Budget(*caps, price)
 
 
 class Budget:

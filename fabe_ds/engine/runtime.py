@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.config.rules import budget_of, refuse_caps
+from fabe_ds.config.rules import refuse_caps
 from fabe_ds.config.settings import RunConfig, TransformConfig
+from fabe_ds.engine.budget import budget_of
 from fabe_ds.engine.coalesce import Intake
 from fabe_ds.engine.local import LocalEngine
 from fabe_ds.engine.worker_slots import SharedSlots, die_with_parent, is_worker
@@ -82,7 +83,7 @@ class Session:
 
                 self.engine = BatchEngine(provider, intake, policy)
                 return
-            slots, budget = None, budget_of(config)
+            slots, budget = None, budget_of(config, config.model)
             if is_worker():
                 refuse_caps(config, "num_proc")
                 die_with_parent()

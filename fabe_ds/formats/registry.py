@@ -86,10 +86,10 @@ def open_source(
     file = InputFile(os.fspath(root), shown_name(root.name))
     found = class_of(root.name)
     if found is None:
-        known = ", ".join(sorted(format_classes()))
-        hint = ", ".join(compression.SUFFIXES)
+        *known, last = sorted(format_classes(), key=lambda suffix: not kind_of(f"x{suffix}"))
+        packed = ", ".join(compression.SUFFIXES)
         raise UsageError(
-            f"--input {root}: not a file of a known kind ({known}; JSON also with {hint})"
+            f"--input {root}: not a {', '.join(known)} or {last} file (JSON also with {packed})"
         )
     return found, Source(root, [file])
 

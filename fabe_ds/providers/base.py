@@ -69,6 +69,11 @@ class Provider(ABC):
     asks: ClassVar[bool] = True
     """Whether there is a model to name, and an instruction to give it."""
 
+    is_local: ClassVar[bool] = False
+    """Whether the model is in this process."""
+    has_batches: ClassVar[bool] = False
+    """Whether its servers take batches of requests (--batch-api)."""
+
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.former_answers = 0  # that were found under the keys of earlier versions
@@ -130,6 +135,8 @@ class Provider(ABC):
 
 class LocalProvider(Provider):
     """A model in this process."""
+
+    is_local = True
 
     def vouched(self) -> bool:
         """Whether it is known that the model can be loaded as it is, so that what is stored of its

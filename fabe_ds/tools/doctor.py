@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fabe_ds import network
-from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import CacheError, FabeError, RunStopped, UsageError
 from fabe_ds.files import check_writable
-from fabe_ds.job import open_job
+from fabe_ds.job import checked_transform, open_job
 from fabe_ds.providers import Endpoint, HttpProvider
 from fabe_ds.providers.openai import OpenAIProvider
 from fabe_ds.store.layout import usable_folder
@@ -162,11 +161,9 @@ def _cache(folder: Path) -> Iterator[Finding]:
 
 def _run(config: RunConfig) -> Iterator[Finding]:
     """Whether a run with these settings could begin."""
-    from fabe_ds.transform import Transform
 
     try:
-        transform = Transform(config)
-        rules.check(config, transform.provider)
+        transform = checked_transform(config)
         yield Finding("ok", "settings", f"{config.provider}, model {config.model}")
     except FabeError as error:
         yield Finding("bad", "settings", str(error))

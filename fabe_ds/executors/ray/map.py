@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.answers import features
+from fabe_ds.config.rules import check_workers
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import RunStopped, first_line
 from fabe_ds.executors.base import Work
 from fabe_ds.executors.ray.cluster import cluster
 from fabe_ds.executors.ray.driver_node import DriverNode, progress_actor
-from fabe_ds.executors.ray.pool import BLOCK_ROWS, Pool, pool_for, refuse, share
+from fabe_ds.executors.ray.pool import BLOCK_ROWS, Pool, pool_for, share
 from fabe_ds.executors.ray.shards import (
     shards_folder,
     with_sample_numbers,
@@ -52,7 +53,7 @@ class RayExecutor:
         if finished and work.path.exists():
             return Dataset.from_file(str(work.path))
         config, transform, total = self._config, work.transform, len(work.dataset)
-        refuse(transform.config)
+        check_workers(transform.config)
         with cluster(config), shards_folder(config.cache_dir) as folder:
             pool = pool_for(config, transform, total)
             rows = min(BLOCK_ROWS, -(-total // (SHARDS_EACH * pool.workers)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
-from fabe_ds.config.rules import refuse_caps
+from fabe_ds.config.rules import check_workers
 from fabe_ds.config.settings import RunConfig, TransformConfig
 from fabe_ds.errors import UsageError
 from fabe_ds.executors.ray.driver_node import DriverNode
@@ -46,7 +46,7 @@ def transform(
     their originals.
     """
     whole = transform_fn(**options)
-    refuse(whole.config)
+    check_workers(whole.config)
     if isinstance(whole.config.concurrency, int) and isinstance(whole.provider, HttpProvider):
         workers = min(workers, whole.config.concurrency)
     node = DriverNode.here(whole.config)
@@ -123,18 +123,6 @@ def pool_for(config: RunConfig, transform: Transform, total: int) -> Pool:
         share = min(1.0, int(100 * cpus / workers) / 100)
     log.info("ray: %d workers on %d nodes", workers, nodes)
     return Pool(workers, share, each, local)
-
-
-def refuse(config: TransformConfig) -> None:
-    """Raises: UsageError for what goes with one process alone."""
-    if config.batch_api:
-        raise UsageError("--batch-api sends from one process; leave --runner ray out")
-    refuse_caps(config, "--runner ray")
-    if len(config.devices) > 1:
-        raise UsageError(
-            f"--device {config.device}: Ray gives each worker its own; say --device cuda and "
-            "--workers"
-        )
 
 
 def share(transform: Transform, workers: int, gpus: float) -> TransformConfig:
