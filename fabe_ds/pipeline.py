@@ -75,7 +75,7 @@ def _run(config: RunConfig, course: Course) -> RunResult:
         records = job.format.load(job.source, course.tick)
         job.format.check(records)
         rules.remark(job.config, job.transform.provider)
-        course.stats = job.transform.session.stats
+        course.stats = job.transform.runtime.stats
         finished = Finished.of(
             Layout(config.cache_dir).answers(records.fingerprint), job.transform.digest()
         )
@@ -119,7 +119,7 @@ def _done(job: Job, records: Records) -> Iterator[list[int]]:
 def _journal(job: Job) -> Journal:
     transform = job.transform
     return Journal(
-        transform.session.journal_cache(), transform.jobs(), len(transform.targets.names)
+        transform.runtime.journal_cache(), transform.jobs(), len(transform.targets.names)
     )
 
 

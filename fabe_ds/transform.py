@@ -18,7 +18,7 @@ from fabe_ds.answers import Answer, flat_table
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.settings import TransformConfig, setting
-from fabe_ds.engine.runtime import Session, open_cache
+from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import BROKEN, Row
@@ -125,7 +125,7 @@ class Transform:
         )
         self._system, self._chat = config.system_prompt or None, config.use_chat_template
         self._language = config.template_vars.get("language", "python")
-        self._session: Session | None = None
+        self._runtime: Runtime | None = None
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._rank = 0
         self._chat_template = _read_template(config.chat_template)
@@ -216,8 +216,8 @@ class Transform:
         return [_named(JOB_VERSION, each) for each in specs]
 
     def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
-        if self._session is not None:
-            self._session.intake.begin()  # datasets pickles its callable when a map begins
+        if self._runtime is not None:
+            self._runtime.coalescer.begin()  # datasets pickles its callable when a map begins
         spec = self.spec()
         self._leave_runtime(hashlib.sha256(spec.encode()).hexdigest()[:16])
         return _rebuild, (spec, TRANSFORM_VERSION)
@@ -241,28 +241,28 @@ class Transform:
     # The work.
 
     @property
-    def session(self) -> Session:
+    def runtime(self) -> Runtime:
         """What is open in this process: cache and engine. Never shared with a forked child."""
         if self._opening[0] != os.getpid():  # a lock that another thread held at a fork stays shut
             self._opening = (os.getpid(), threading.Lock())
         with self._opening[1]:
-            if self._session is None or self._session.pid != os.getpid():
-                if self._session is not None:
+            if self._runtime is None or self._runtime.pid != os.getpid():
+                if self._runtime is not None:
                     self.provider = self._build_provider()
-                self._session = Session(self.config, self.provider, self._open_cache)
-                weakref.finalize(self, self._session.close)  # a map's callable has no last call
-            return self._session
+                self._runtime = Runtime(self.config, self.provider, self._open_cache)
+                weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
+            return self._runtime
 
     @property
     def stats(self) -> Stats:
         """Counts so far in this process."""
-        return self._session.stats if self._session else Stats()
+        return self._runtime.stats if self._runtime else Stats()
 
     def close(self) -> None:
         """Closes what is open in this process."""
-        if self._session is not None:
-            self._session.close()
-        self._session = None
+        if self._runtime is not None:
+            self._runtime.close()
+        self._runtime = None
 
     def item(self, text: Any, record: str | Mapping[str, Any] | None, field: int = 0) -> Item:
         """What one record asks for, for the nth of its fields. Raises: TemplateError."""
@@ -300,7 +300,7 @@ class Transform:
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """The outcomes of all that the rows ask for, in order. Raises: RunStopped, CacheError."""
-        return self.session.outcomes(self.items(rows))
+        return self.runtime.outcomes(self.items(rows))
 
     def items(
         self, rows: Iterable[Row], numbers: Iterable[Sequence[int]] | None = None

@@ -353,7 +353,7 @@ def test_threads_share_the_limit_and_ask_once(tmp_path):
     batch = {"code": [row["code"] for row in ROWS]}
     with ModelServer(latency=0.05) as server:
         rewrite = transform_fn(**options(server, tmp_path, concurrency=3))
-        _ = rewrite.session
+        _ = rewrite.runtime
         with ThreadPoolExecutor(4) as pool:
             for result in pool.map(rewrite, [batch] * 4):
                 assert result["code"] == [f"X = {i}" for i in range(30)]

@@ -18,10 +18,10 @@ from typing import Any
 import requests
 
 from fabe_ds import network
-from fabe_ds.engine.coalesce import Intake, Slot
-from fabe_ds.engine.http import Policy
+from fabe_ds.config.settings import PolicySettings
+from fabe_ds.engine.coalesce import Coalescer, Pending
 from fabe_ds.engine.local import answer_window
-from fabe_ds.engine.verdict import Verdict, judge
+from fabe_ds.engine.verdict import Verdict, classify
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers import Completion, HttpProvider, Request
 from fabe_ds.providers.finish import End, end_of
@@ -42,11 +42,13 @@ _AGAIN = Verdict("retry", "batch", "the batch ended without an answer")
 class BatchEngine:
     """Answers items in order; what the cache lacks goes into batches of up to 50,000 requests."""
 
-    def __init__(self, provider: HttpProvider, intake: Intake, policy: Policy) -> None:
-        assert isinstance(intake.cache, RecordCache)  # batches are not sent from other nodes
+    def __init__(
+        self, provider: HttpProvider, coalescer: Coalescer, policy: PolicySettings
+    ) -> None:
+        assert isinstance(coalescer.cache, RecordCache)  # batches are not sent from other nodes
         provider.refuse_open_key()
-        self.provider, self.intake, self.policy = provider, intake, policy
-        self.cache = intake.cache
+        self.provider, self.coalescer, self.policy = provider, coalescer, policy
+        self.cache = coalescer.cache
         self._session = network.session()
         self._session.headers.update(provider.headers())
         learned = self.cache.learned(str(provider.address), provider.endpoint.model)
@@ -54,48 +56,48 @@ class BatchEngine:
 
     def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order. Raises: RunStopped, CacheError."""
-        if not self.intake.offline:
+        if not self.coalescer.offline:
             self._collect_open()
         iterator = iter(items)
         while window := list(islice(iterator, MOST_REQUESTS)):
-            yield from answer_window(self.intake, window, self._answer)
+            yield from answer_window(self.coalescer, window, self._answer)
 
     def close(self) -> None:
         self._session.close()
 
-    def _answer(self, slots: list[Slot]) -> None:
-        left = [(slot, _AGAIN) for slot in slots]
+    def _answer(self, entries: list[Pending]) -> None:
+        left = [(entry, _AGAIN) for entry in entries]
         tries = 0
         while left and tries <= self.policy.retry:
-            todo, left = [slot for slot, _ in left], []
+            todo, left = [entry for entry, _ in left], []
             for part in self._parts(todo):
                 left += self._run(part)
             tries += 1
-            self.intake.stats.retries += len(left)
-        for slot, verdict in left:
-            self.intake.failed(slot, RecordFailed(verdict.kind, verdict.message))
+            self.coalescer.stats.retries += len(left)
+        for entry, verdict in left:
+            self.coalescer.failed(entry, RecordFailed(verdict.kind, verdict.message))
 
-    def _parts(self, slots: list[Slot]) -> Iterator[list[tuple[Slot, bytes]]]:
-        """The slots with their lines, in files of a size that is taken."""
-        part: list[tuple[Slot, bytes]] = []
+    def _parts(self, entries: list[Pending]) -> Iterator[list[tuple[Pending, bytes]]]:
+        """The entries with their lines, in files of a size that is taken."""
+        part: list[tuple[Pending, bytes]] = []
         size = 0
-        for slot in slots:
-            line = self._line(slot)
+        for entry in entries:
+            line = self._line(entry)
             if part and size + len(line) > MOST_BYTES:
                 yield part
                 part, size = [], 0
-            part.append((slot, line))
+            part.append((entry, line))
             size += len(line)
         if part:
             yield part
 
-    def _line(self, slot: Slot) -> bytes:
-        assert slot.request is not None
+    def _line(self, entry: Pending) -> bytes:
+        assert entry.request is not None
         line = {
-            "custom_id": slot.key.hex(),
+            "custom_id": entry.key.hex(),
             "method": "POST",
-            "url": self._endpoint(self.provider.path(slot.request)),
-            "body": self.provider.sent(self.provider.body(slot.request), self._learned),
+            "url": self._endpoint(self.provider.path(entry.request)),
+            "body": self.provider.sent(self.provider.body(entry.request), self._learned),
         }
         return json.dumps(line).encode() + b"\n"
 
@@ -106,32 +108,32 @@ class BatchEngine:
         version = next((part for part in segments[::-1] if re.fullmatch(r"v\d+", part)), None)
         return f"/{version}{path}" if version else path
 
-    def _run(self, part: list[tuple[Slot, bytes]]) -> list[tuple[Slot, Verdict]]:
-        """One batch, to its end. Gives the slots that are to be tried again."""
-        slots = {slot.key.hex(): slot for slot, _ in part}
-        run = hashlib.sha256("".join(sorted(slots)).encode()).hexdigest()[:32]
+    def _run(self, part: list[tuple[Pending, bytes]]) -> list[tuple[Pending, Verdict]]:
+        """One batch, to its end. Gives the entries that are to be tried again."""
+        entries = {entry.key.hex(): entry for entry, _ in part}
+        run = hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()[:32]
         first = part[0][0].request
         assert first is not None
-        self.intake.stats.requests += len(part)
+        self.coalescer.stats.requests += len(part)
         opened = OpenBatch(run, str(self.provider.address), None)
         state = self._create(opened, first, b"".join(line for _, line in part), len(part))
         left = []
         for key, answer in self._results(state):
-            slot = slots.pop(key, None)
-            if slot is None:
+            entry = entries.pop(key, None)
+            if entry is None:
                 continue
             if isinstance(answer, Completion):
-                self.intake.store([(slot, answer)])
-                if not self.intake.answered(slot, answer):
-                    left.append((slot, _AGAIN))
+                self.coalescer.store([(entry, answer)])
+                if not self.coalescer.answered(entry, answer):
+                    left.append((entry, _AGAIN))
             elif answer.action == "stop":
                 raise RunStopped(f"{self.provider.address}: {answer.message}")
             elif answer.action == "retry":
-                left.append((slot, answer))
+                left.append((entry, answer))
             else:
-                self.intake.failed(slot, RecordFailed(answer.kind, answer.message))
+                self.coalescer.failed(entry, RecordFailed(answer.kind, answer.message))
         self.cache.forget_batch(run)
-        return left + [(slot, _AGAIN) for slot in slots.values()]
+        return left + [(entry, _AGAIN) for entry in entries.values()]
 
     def _create(
         self, opened: OpenBatch, first: Request, lines: bytes, count: int
@@ -201,7 +203,7 @@ class BatchEngine:
             state = self._call("GET", f"/batches/{batch}")
             if state.get("status") in _ENDED:
                 return state
-            self.intake.stats.state = f"batch {batch} is {state.get('status')}"
+            self.coalescer.stats.state = f"batch {batch} is {state.get('status')}"
             time.sleep(seconds)
             seconds = min(WAIT_MOST, seconds * WAIT_GROWTH)
 
@@ -217,7 +219,7 @@ class BatchEngine:
             return _AGAIN
         body = response.get("body")
         if response.get("status_code") != 200 or not isinstance(body, Mapping):
-            return judge(int(response.get("status_code") or 500), {}, json.dumps(body).encode())
+            return classify(int(response.get("status_code") or 500), {}, json.dumps(body).encode())
         try:
             completion = self.provider.completion(body)
         except MalformedResponse as error:
@@ -247,7 +249,7 @@ class BatchEngine:
                     answer = network.get(answer.headers["Location"], {}, self.policy.timeout)
                 if answer.ok:
                     return answer
-                verdict = judge(answer.status_code, answer.headers, answer.content)
+                verdict = classify(answer.status_code, answer.headers, answer.content)
             except requests.RequestException as error:
                 verdict = Verdict("retry", "connection", type(error).__name__)
             now = time.monotonic()

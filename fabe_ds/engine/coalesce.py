@@ -23,7 +23,7 @@ from fabe_ds.request import (
 from fabe_ds.store.completions import Completions, Row
 
 
-class Slot:
+class Pending:
     """A record's place in the order of answers."""
 
     __slots__ = ("key", "outcome", "owner", "request")
@@ -84,10 +84,10 @@ def _serves(answer: Completion, old_limit: int, limit: int) -> bool:
     return old_limit <= limit or (tokens is not None and 0 < tokens <= limit)
 
 
-class Intake:
+class Coalescer:
     """Sorts items into those that are answered and those that are to be sent, each once.
 
-    Whoever takes slots must settle or abandon each of them: until then, equal requests wait.
+    Whoever takes entries must settle or abandon each of them: until then, equal requests wait.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Intake:
         self.provider, self.accept, self.stats = provider, accept, stats
         self.cache = cache if provider.cached else None
         self.offline, self._retry_all = offline, retry_all
-        self._waiting: dict[bytes, list[Slot]] = {}
+        self._waiting: dict[bytes, list[Pending]] = {}
         self._failed: dict[bytes, Outcome] = {}
         self._samples: Counter[bytes] = Counter()
         self._asked: set[bytes] = set()  # by us, so the stored answer is as new as can be
@@ -117,214 +117,216 @@ class Intake:
         self._failed.clear()
         self._samples.clear()
 
-    def take(
+    def admit(
         self, items: Iterable[Item], owner: object = None
-    ) -> tuple[list[Slot], list[Slot], list[Slot]]:
+    ) -> tuple[list[Pending], list[Pending], list[Pending]]:
         """Slots for all items in order; those of them to send; those that are being sent by
         another process, or by this one for another `owner`."""
-        slots: list[Slot] = []
+        entries: list[Pending] = []
         for item in items:
             if isinstance(item, Request):
-                slots.append(Slot(request=item, owner=owner))
+                entries.append(Pending(request=item, owner=owner))
             elif item is None:
                 self.stats.skipped += 1
-                slots.append(Slot(outcome=SKIPPED))
+                entries.append(Pending(outcome=SKIPPED))
             else:
-                slots.append(Slot())
-                self._settle(slots[-1], Outcome(kind=item.kind, message=str(item)))
-        asking = [slot for slot in slots if slot.request is not None]
+                entries.append(Pending())
+                self._settle(entries[-1], Outcome(kind=item.kind, message=str(item)))
+        asking = [entry for entry in entries if entry.request is not None]
         if self.cache is None:
-            return slots, asking, []
-        for slot in asking:
-            self._give_key(slot)
-        todo, foreign = self._sort(asking)
+            return entries, asking, []
+        for entry in asking:
+            self._give_key(entry)
+        todo, elsewhere = self._sort(asking)
         if self.offline:
-            for slot in todo + foreign:
-                if slot.outcome is None:
-                    self._finish(slot, UNANSWERED)
-            return slots, [], []
-        return slots, todo, foreign
+            for entry in todo + elsewhere:
+                if entry.outcome is None:
+                    self._finish(entry, UNANSWERED)
+            return entries, [], []
+        return entries, todo, elsewhere
 
-    def take_over(self, slots: list[Slot]) -> tuple[list[Slot], list[Slot]]:
+    def adopt(self, entries: list[Pending]) -> tuple[list[Pending], list[Pending]]:
         """Looks again at what others were sending: what is left to send by us, and what they still
         have. Answered ones are settled."""
-        return (slots, []) if self.cache is None else self._sort(slots)
+        return (entries, []) if self.cache is None else self._sort(entries)
 
-    def _sort(self, asking: list[Slot]) -> tuple[list[Slot], list[Slot]]:
+    def _sort(self, asking: list[Pending]) -> tuple[list[Pending], list[Pending]]:
         """Settles what is answered; gives what is to be sent by us, and what others are sending."""
-        fresh: list[Slot] = []
-        foreign: list[Slot] = []
+        fresh: list[Pending] = []
+        elsewhere: list[Pending] = []
         try:
             while asking:
-                asking = self._look_up(asking, fresh, foreign)
+                asking = self._look_up(asking, fresh, elsewhere)
             todo, held = ([], []) if self.offline else self._claim(fresh)
         except BaseException:
             self._forget(fresh)
             raise
-        return (fresh if self.offline else todo), foreign + held
+        return (fresh if self.offline else todo), elsewhere + held
 
-    def _look_up(self, asking: list[Slot], fresh: list[Slot], foreign: list[Slot]) -> list[Slot]:
-        """Settles what is answered, adds to `fresh` what is to be sent and to `foreign` what is
+    def _look_up(
+        self, asking: list[Pending], fresh: list[Pending], elsewhere: list[Pending]
+    ) -> list[Pending]:
+        """Settles what is answered, adds to `fresh` what is to be sent and to `elsewhere` what is
         being sent for another owner; gives those that were asked again because of their stored
         answer, under their new keys."""
         assert self.cache is not None
         wanted = {
-            slot.key: slot.request
-            for slot in asking
-            if slot.request is not None and slot.key not in self._failed
+            entry.key: entry.request
+            for entry in asking
+            if entry.request is not None and entry.key not in self._failed
         }
         found = stored(self.cache, self.provider, wanted)
         again = []
-        for slot in asking:
-            waiting = self._waiting.get(slot.key)
-            if slot.key in self._failed:
-                self._settle(slot, self._failed[slot.key])
-            elif waiting and waiting[0] is not slot:
-                (waiting if waiting[0].owner is slot.owner else foreign).append(slot)
-            elif self._settled_by(slot, found.get(slot.key)):
+        for entry in asking:
+            waiting = self._waiting.get(entry.key)
+            if entry.key in self._failed:
+                self._settle(entry, self._failed[entry.key])
+            elif waiting and waiting[0] is not entry:
+                (waiting if waiting[0].owner is entry.owner else elsewhere).append(entry)
+            elif self._settled_by(entry, found.get(entry.key)):
                 pass
-            elif slot.key in found and self._asks_again(slot, found[slot.key]):
-                again.append(slot)
+            elif entry.key in found and self._asks_again(entry, found[entry.key]):
+                again.append(entry)
             else:
-                self._waiting.setdefault(slot.key, [slot])
-                fresh.append(slot)
+                self._waiting.setdefault(entry.key, [entry])
+                fresh.append(entry)
         return again
 
-    def _asks_again(self, slot: Slot, completion: Completion) -> bool:
-        """Whether the answer calls for another request, which the slot then holds."""
-        outcome = self._outcome(slot, completion, cached=False)
-        if outcome.kind is None or slot.request is None:
+    def _asks_again(self, entry: Pending, completion: Completion) -> bool:
+        """Whether the answer calls for another request, which the entry then holds."""
+        outcome = self._outcome(entry, completion, cached=False)
+        if outcome.kind is None or entry.request is None:
             return False
-        request = self._reask(slot.request, completion, outcome.kind, outcome.message or "")
+        request = self._reask(entry.request, completion, outcome.kind, outcome.message or "")
         if request is None:
             return False
-        slot.request, slot.key = request, self.provider.key(request)
+        entry.request, entry.key = request, self.provider.key(request)
         return True
 
-    def _claim(self, slots: list[Slot]) -> tuple[list[Slot], list[Slot]]:
-        if not slots or self.cache is None:
-            return slots, []
-        held = self.cache.claim([slot.key for slot in slots])
-        mine = [slot for slot in slots if slot.key not in held]
+    def _claim(self, entries: list[Pending]) -> tuple[list[Pending], list[Pending]]:
+        if not entries or self.cache is None:
+            return entries, []
+        held = self.cache.claim([entry.key for entry in entries])
+        mine = [entry for entry in entries if entry.key not in held]
         # Between the look-up and the claim another process may have been done with a few.
-        found = self.cache.get([slot.key for slot in mine])
-        late = [slot for slot in mine if self._settled_by(slot, found.get(slot.key))]
+        found = self.cache.get([entry.key for entry in mine])
+        late = [entry for entry in mine if self._settled_by(entry, found.get(entry.key))]
         if late:
-            self.cache.release([slot.key for slot in late])
-        todo = [slot for slot in mine if slot.outcome is None]
-        return todo, [slot for slot in slots if slot.key in held]
+            self.cache.release([entry.key for entry in late])
+        todo = [entry for entry in mine if entry.outcome is None]
+        return todo, [entry for entry in entries if entry.key in held]
 
-    def store(self, rows: list[tuple[Slot, Completion]]) -> None:
+    def store(self, rows: list[tuple[Pending, Completion]]) -> None:
         """Puts completions on disk; afterwards they may be settled."""
         if self.cache is not None and rows:
-            self.cache.put([self._row(slot, completion) for slot, completion in rows])
+            self.cache.put([self._row(entry, completion) for entry, completion in rows])
 
-    def _row(self, slot: Slot, completion: Completion) -> Row:
-        request = slot.request
+    def _row(self, entry: Pending, completion: Completion) -> Row:
+        request = entry.request
         assert request is not None
         if not request.sampling.repeats:
-            return Row(slot.key, completion)
+            return Row(entry.key, completion)
         base = self.provider.key_without_limit(request)
-        return Row(slot.key, completion, base, request.sampling.max_new_tokens)
+        return Row(entry.key, completion, base, request.sampling.max_new_tokens)
 
-    def answered(self, slot: Slot, completion: Completion) -> bool:
-        """Settles a slot, and all that wait for the same request, with a new completion.
+    def answered(self, entry: Pending, completion: Completion) -> bool:
+        """Settles a entry, and all that wait for the same request, with a new completion.
 
-        False where the slot is to be sent again, with another request.
+        False where the entry is to be sent again, with another request.
         """
-        if slot.outcome is not None:
+        if entry.outcome is not None:
             return True
         self.stats.prompt_tokens += completion.prompt_tokens or 0
         self.stats.completion_tokens += completion.completion_tokens or 0
         if self._retry_all:
-            self._asked.add(slot.key)
-        key = slot.key
-        if self._asks_again(slot, completion):
+            self._asked.add(entry.key)
+        key = entry.key
+        if self._asks_again(entry, completion):
             self.stats.reasks += 1
             if self.cache is not None:
-                waiting = self._waiting.pop(key, [slot])
-                self._waiting.setdefault(slot.key, []).extend(waiting)
-                self.cache.claim([slot.key])
+                waiting = self._waiting.pop(key, [entry])
+                self._waiting.setdefault(entry.key, []).extend(waiting)
+                self.cache.claim([entry.key])
             return False
-        self._finish(slot, self._outcome(slot, completion, cached=False))
+        self._finish(entry, self._outcome(entry, completion, cached=False))
         return True
 
-    def failed(self, slot: Slot, error: RecordFailed) -> None:
-        """Settles a slot, and all that wait for the same request, with a failure."""
-        if slot.outcome is not None:
+    def failed(self, entry: Pending, error: RecordFailed) -> None:
+        """Settles a entry, and all that wait for the same request, with a failure."""
+        if entry.outcome is not None:
             return
         if self.cache is not None:
-            self.cache.release([slot.key])
-        self._finish(slot, Outcome(kind=error.kind, message=str(error)))
+            self.cache.release([entry.key])
+        self._finish(entry, Outcome(kind=error.kind, message=str(error)))
 
-    def abandon(self, slots: Iterable[Slot]) -> None:
+    def abandon(self, entries: Iterable[Pending]) -> None:
         """Gives up what will not be sent after all: another owner, or a later pass, may. Slots
         that are settled, or wait for another, are passed over."""
         if self.cache is None:
             return
-        keys = self._forget(slots)
+        keys = self._forget(entries)
         if keys:
             self.cache.release(keys)
 
-    def _forget(self, slots: Iterable[Slot]) -> list[bytes]:
-        """Lets nothing wait for these slots any more; the keys that they were to be sent under."""
+    def _forget(self, entries: Iterable[Pending]) -> list[bytes]:
+        """Lets nothing wait for these entries any more; the keys that they had."""
         keys = []
-        for slot in slots:
-            waiting = self._waiting.get(slot.key)
-            if slot.outcome is not None or not waiting:
+        for entry in entries:
+            waiting = self._waiting.get(entry.key)
+            if entry.outcome is not None or not waiting:
                 continue
-            if waiting[0] is slot:
-                del self._waiting[slot.key]
-                keys.append(slot.key)
-            elif slot in waiting:
-                waiting.remove(slot)
+            if waiting[0] is entry:
+                del self._waiting[entry.key]
+                keys.append(entry.key)
+            elif entry in waiting:
+                waiting.remove(entry)
         return keys
 
-    def _finish(self, slot: Slot, outcome: Outcome) -> None:
-        self._settle(slot, outcome)
+    def _finish(self, entry: Pending, outcome: Outcome) -> None:
+        self._settle(entry, outcome)
         if self.cache is None:
             return
-        for other in self._waiting.pop(slot.key, ()):
-            if other is not slot:
+        for other in self._waiting.pop(entry.key, ()):
+            if other is not entry:
                 self._settle(other, outcome._replace(cached=outcome.kind is None))
         if outcome.kind is not None:
-            self._failed[slot.key] = outcome
+            self._failed[entry.key] = outcome
 
-    def _settled_by(self, slot: Slot, completion: Completion | None) -> bool:
+    def _settled_by(self, entry: Pending, completion: Completion | None) -> bool:
         """Whether a stored completion serves. One that fails serves too, where it would fail the
         same if it were asked for again."""
         if completion is None:
             return False
-        outcome = self._outcome(slot, completion, cached=True)
-        if outcome.kind is not None and not self._lasts(slot, completion, outcome):
+        outcome = self._outcome(entry, completion, cached=True)
+        if outcome.kind is not None and not self._lasts(entry, completion, outcome):
             return False
-        self._settle(slot, outcome)
-        for other in self._waiting.pop(slot.key, ()):
-            if other is not slot:
+        self._settle(entry, outcome)
+        for other in self._waiting.pop(entry.key, ()):
+            if other is not entry:
                 self._settle(other, outcome)
         return True
 
-    def _lasts(self, slot: Slot, completion: Completion, outcome: Outcome) -> bool:
-        request = slot.request
+    def _lasts(self, entry: Pending, completion: Completion, outcome: Outcome) -> bool:
+        request = entry.request
         assert request is not None
         assert outcome.kind is not None
-        again = self._retry_all and slot.key not in self._asked
+        again = self._retry_all and entry.key not in self._asked
         # An answer of reasoning alone is the model's; one of nothing at all may be the server's.
         lasting = outcome.kind in LASTING or (outcome.kind == "empty" and completion.text.strip())
         if again or not lasting or not request.sampling.repeats:
             return False
         return self._reask(request, completion, outcome.kind, outcome.message or "") is None
 
-    def _outcome(self, slot: Slot, completion: Completion, cached: bool) -> Outcome:
-        assert slot.request is not None
+    def _outcome(self, entry: Pending, completion: Completion, cached: bool) -> Outcome:
+        assert entry.request is not None
         try:
-            text = self.accept(slot.request, completion)
+            text = self.accept(entry.request, completion)
         except RecordFailed as error:
             return Outcome(None, completion, error.kind, str(error), cached)
         return Outcome(text, completion, cached=cached)
 
-    def _settle(self, slot: Slot, outcome: Outcome) -> None:
-        slot.outcome = outcome
+    def _settle(self, entry: Pending, outcome: Outcome) -> None:
+        entry.outcome = outcome
         if outcome.kind is not None:
             self.stats.failed += 1
             self.stats.failures[outcome.kind] += 1
@@ -333,17 +335,17 @@ class Intake:
         else:
             self.stats.done += 1
 
-    def _give_key(self, slot: Slot) -> None:
+    def _give_key(self, entry: Pending) -> None:
         """The key; where tokens are sampled, equal requests are told apart by their number."""
-        request = slot.request
+        request = entry.request
         assert request is not None
-        slot.key = self.provider.key(request)
+        entry.key = self.provider.key(request)
         if request.sampling.samples:
-            number = self._samples[slot.key]
-            self._samples[slot.key] += 1
+            number = self._samples[entry.key]
+            self._samples[entry.key] += 1
             if number:
-                slot.request = request._replace(sample=request.sample + number)
-                slot.key = self.provider.key(slot.request)
+                entry.request = request._replace(sample=request.sample + number)
+                entry.key = self.provider.key(entry.request)
 
 
 LASTING = ("check", "truncated", "context", "refused", "invalid", "unfinished", "tool call")

@@ -1,4 +1,8 @@
-"""One pass over a stream of items: what is pulled, sent, tried again, stored and handed over."""
+"""Moves records between waiting, sleeping, in flight and answered.
+
+What a verdict means is decided in `retry`, whether one more request may go in `capacity`, what one
+request comes to in `client`. Everything here but `ready` and `drained` belongs to the event loop.
+"""
 
 from __future__ import annotations
 
@@ -11,113 +15,54 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from fabe_ds.engine.coalesce import Intake, Slot
+from fabe_ds.engine.capacity import GO_ON
+from fabe_ds.engine.coalesce import Pending
+from fabe_ds.engine.endpoint import Endpoint, Task
 from fabe_ds.engine.local import POLL_SECONDS
-from fabe_ds.engine.outage import Outage
+from fabe_ds.engine.retry import decide
 from fabe_ds.engine.verdict import Verdict, in_context
 from fabe_ds.errors import CacheError, FabeError, RecordFailed, RunStopped
-from fabe_ds.request import Completion, Item, Request
-from fabe_ds.text import clock, listed
-
-if TYPE_CHECKING:
-    from fabe_ds.engine.http import HttpEngine
+from fabe_ds.request import Completion, Item
+from fabe_ds.text import listed
 
 log = logging.getLogger(__name__)
 
 CHUNK = 64
-SLOT_SECONDS = 0.005
+"""Items that are pulled, and looked up in the record cache, together."""
 WATCH_SECONDS = 0.5
-CHARACTERS_A_TOKEN = 4  # a guess, put right by the usage that comes with the answer
-BACKOFF_SECONDS, BACKOFF_MAX = 0.5, 30.0
-SUSPICIOUS = 20  # records that all failed before any went well: it is not the records
-HEAD_START_SECONDS = 1.0
-"""How long the first request of all goes alone to an endpoint that has never answered: a refused
-key, model or parameter comes sooner, and then costs one request."""
-FORBIDDEN = 3  # records refused with 403, and none answered: it is the key
-SAID_AFTER, CUT_SAID_AFTER = 1.0, 3.0
-"""Seconds that a wait, and a limit that is held back, last before the log says so."""
+SUSPICIOUS = 20
+"""Records that all failed before any went well: it is not the records."""
+FORBIDDEN = 3
+"""Records that were refused with 403, and none answered: it is the key."""
 
 
-class Task:
-    """A slot on its way: how often it was tried, and since when.
+class Pass:
+    """One pass over a stream of items."""
 
-    `twin` is the second request for the same slot, where the first does not answer; `over` says
-    that the other one was first.
-    """
-
-    __slots__ = ("cuts", "free_retry", "over", "running", "sent_at", "slot", "tries", "twin")
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot, self.tries, self.free_retry, self.cuts = slot, 0, True, 0
-        self.running: asyncio.Task[None] | None = None
-        self.sent_at = 0.0
-        self.twin: Task | None = None
-        self.over = False
-
-
-def _request(task: Task) -> Request:
-    assert task.slot.request is not None
-    return task.slot.request
-
-
-def _how_unavailable(verdict: Verdict) -> str:
-    if verdict.gone:
-        return "the server is gone"
-    return "the model is loading" if verdict.loading else "the server refuses all"
-
-
-def _used_up(cap: str) -> str:
-    return (
-        f"the budget is used up ({cap}); what was answered is kept: run the same command again "
-        "with a higher one to go on, or with --offline to write what there is"
-    )
-
-
-_GO_ON = (
-    "what was answered is kept: run the same command again to go on, or with --offline to write "
-    "what there is"
-)
-
-
-def _tokens_at_most(task: Task) -> int:
-    request = _request(task)
-    return len(request.prompt) // CHARACTERS_A_TOKEN + request.sampling.max_new_tokens
-
-
-class Job:
-    """One pass over a stream of items. All but `ready` and `drained` belongs to the loop."""
-
-    def __init__(self, engine: HttpEngine, items: Iterator[Item]) -> None:
-        self.engine, self.policy = engine, engine.policy
-        self.intake: Intake = engine.intake
-        self.items = items
-        self.ready: queue.SimpleQueue[list[Slot] | None] = queue.SimpleQueue()
+    def __init__(self, endpoint: Endpoint, items: Iterator[Item]) -> None:
+        self._all, self._items = endpoint, items
+        self._client, self._capacity = endpoint.client, endpoint.capacity
+        self._coalescer, self._stats = endpoint.coalescer, endpoint.coalescer.stats
+        self.ready: queue.SimpleQueue[list[Pending] | None] = queue.SimpleQueue()
         self.drained = threading.Event()
         self.error: BaseException | None = None
-        self._order: deque[Slot] = deque()  # pulled and not yet delivered
+        self._order: deque[Pending] = deque()  # pulled and not yet delivered
         self._todo: deque[Task] = deque()
-        self._foreign: list[Slot] = []
+        self._elsewhere: list[Pending] = []
         self._tasks: dict[asyncio.Task[None], Task] = {}
         self._sleeping: dict[Task, asyncio.TimerHandle] = {}
+        self._unstored: list[tuple[Task, Completion]] = []
+        self._forbidden: list[tuple[Task, Verdict]] = []  # until others show what it means
         self._ahead = 0  # pulled and not yet consumed
         self._exhausted = self._stopping = False
-        self._unstored: list[tuple[Task, Completion]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._outage = Outage(time.monotonic)
-        self._forbidden: list[tuple[Task, Verdict]] = []  # until others show what it means
-        self._forbidden_in_a_row = 0
-        self._first_sent_at: float | None = None
-        self._held_since: float | None = None
-        self._held_said = False
-        self._reason = ""  # of the latest refusal
-        self._bad = 0
+        self._forbidden_in_a_row = self._failures = 0
 
     # Pulling and starting.
 
     def begin(self) -> None:
-        self.engine.jobs.append(self)
+        self._all.passes.append(self)
         self.pump()
         self.watch()
 
@@ -125,58 +70,38 @@ class Job:
         """Starts what may be started, and pulls items while there is room for more."""
         if self.drained.is_set():
             return
-        engine, stats = self.engine, self.intake.stats
+        capacity = self._capacity
         try:
             while not self._stopping:
-                limit = 1 if self._outage.down else engine.limiter.limit
-                if len(self._todo) < limit:
+                if len(self._todo) < capacity.limit:
                     self._pull()
-                busy = engine.busy
+                busy = self._all.busy
                 if self._forbidden and not (self._todo or self._sleeping or busy):
-                    self._judge_forbidden()  # nobody is left to show what it meant
-                if not self._todo or busy >= limit or not self._may_send(busy):
+                    self._classify_forbidden()  # nobody is left to show what it meant
+                if not self._todo or busy >= capacity.limit or not self._may_send(busy):
                     break
                 self._start(self._todo.popleft())
         except BaseException as error:  # the items are the caller's code: it gets its error back
             self.fatal(error)
-        stats.in_flight, stats.limit = engine.busy, engine.limiter.limit
-        if engine.slots:
-            engine.slots.hold(engine.busy)
+        self._stats.in_flight, self._stats.limit = self._all.busy, capacity.limiter.limit
+        capacity.hold(self._all.busy)
         self._deliver()
 
     def _may_send(self, busy: int) -> bool:
         """Whether the next request may go now; where not, what wakes us is under way."""
-        engine = self.engine
-        if not engine.checked:
-            engine.begin_check()
+        if not self._all.checked:
+            self._all.begin_check(asyncio.get_running_loop())
             return False
-        if (asked := engine.rates.asked_for) > self.policy.give_up_after:
-            self.fatal(
-                RunStopped(
-                    f"{engine.provider.address}: {engine.rates.reason}, for {clock(asked)} more: "
-                    f"longer than --give-up-after; {_GO_ON}"
-                )
-            )
-            return False
-        if (pause := max(engine.rates.pause(), self._outage.until_probe())) > 0:
-            self._wake_after(pause)
-            return False
-        if not engine.proven and busy and (left := self._head_start()) > 0:
-            self._wake_after(left)
-            return False
-        if lacking := engine.budget.lacking(_request(self._todo[0])):
-            if not busy:  # else an answer may give some of what it reserved back
-                self.fatal(RunStopped(_used_up(lacking)))
-            return False
-        if engine.slots and not engine.slots.hold(busy + 1):
-            self._wake_after(SLOT_SECONDS)
-            return False
-        return True
+        gate = self._capacity.gate(self._todo[0].request, busy)
+        if gate.stop is not None:
+            self.fatal(RunStopped(f"{self._address}: {gate.stop}"))
+        elif gate.wait is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(gate.wait, self._wake)
+        return gate.opens
 
-    def _head_start(self) -> float:
-        """Seconds for which the first request still goes alone."""
-        first = self._first_sent_at
-        return 0.0 if first is None else first + HEAD_START_SECONDS - time.monotonic()
+    @property
+    def _address(self) -> str:
+        return str(self._client.provider.address)
 
     @property
     def busy(self) -> int:
@@ -184,54 +109,48 @@ class Job:
         return len(self._tasks) + len(self._unstored)
 
     def _pull(self) -> None:
-        room = self.policy.window - self._ahead
-        while not self._exhausted and room > 0 and len(self._todo) < 2 * self.engine.limiter.limit:
-            chunk = list(islice(self.items, min(CHUNK, room)))
+        room = self._all.window - self._ahead
+        most = 2 * self._capacity.limiter.limit
+        while not self._exhausted and room > 0 and len(self._todo) < most:
+            chunk = list(islice(self._items, min(CHUNK, room)))
             if not chunk:
                 self._exhausted = True
                 break
-            slots, todo, foreign = self.intake.take(chunk, self)
-            self._order.extend(slots)
-            self._ahead += len(slots)
-            room -= len(slots)
+            entries, todo, elsewhere = self._coalescer.admit(chunk, self)
+            self._order.extend(entries)
+            self._ahead += len(entries)
+            room -= len(entries)
             self._todo.extend(map(Task, todo))
-            self._watch_foreign(foreign)
+            self._wait_for(elsewhere)
 
-    def _watch_foreign(self, foreign: list[Slot]) -> None:
-        if foreign and not self._foreign:
+    def _wait_for(self, elsewhere: list[Pending]) -> None:
+        """Looks again, after a while, after records that another process is sending."""
+        if elsewhere and not self._elsewhere:
             asyncio.get_running_loop().call_later(POLL_SECONDS, self._poll)
-        self._foreign += foreign
+        self._elsewhere += elsewhere
 
     def _poll(self) -> None:
-        """Looks after the records that another process is sending."""
-        waiting, self._foreign = self._foreign, []
+        waiting, self._elsewhere = self._elsewhere, []
         if self._stopping:
             return
         try:
-            todo, foreign = self.intake.take_over(waiting)
+            todo, elsewhere = self._coalescer.adopt(waiting)
         except CacheError as error:
             self.fatal(error)
             return
         self._todo.extend(map(Task, todo))
-        self._watch_foreign(foreign)
+        self._wait_for(elsewhere)
         self.pump()
-
-    def _wake_after(self, seconds: float) -> None:
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._wake)
 
     def _wake(self) -> None:
         self._timer = None
         self.pump()
 
     def _start(self, task: Task) -> None:
-        self.intake.stats.requests += 1
-        self.engine.limiter.sent()
-        self.engine.rates.sent(_tokens_at_most(task))
-        self.engine.budget.reserve(_request(task))
+        self._stats.requests += 1
+        self._capacity.sent(task.request)
         running = asyncio.get_running_loop().create_task(self._send(task))
         task.running, task.sent_at = running, time.monotonic()
-        self._first_sent_at = self._first_sent_at or task.sent_at
         self._tasks[running] = task
         running.add_done_callback(self._over)
 
@@ -239,92 +158,137 @@ class Job:
         self._tasks.pop(running, None)
         if not running.cancelled() and (error := running.exception()) is not None:
             self.fatal(error)
-        self.engine.pump()
+        self._all.pump()
 
     # Sending.
 
     async def _send(self, task: Task) -> None:
-        request = _request(task)
-        answer = await self.engine.post(request)
-        completion = answer if isinstance(answer, Completion) else None
-        # A refusal costs nothing; where the answer never came, nobody knows.
-        known = completion is not None or (isinstance(answer, Verdict) and answer.refused)
-        self.engine.budget.settle(request, completion, known)
-        self.intake.stats.cost = self.engine.budget.cost
+        result, headers = await self._client.post(task.request)
+        if headers is not None:
+            self._capacity.read(headers)
+        self._stats.cost = self._capacity.settle(task.request, result)
         if task.over:
             return
         if twin := task.twin:
-            task.over = twin.over = isinstance(answer, Completion)
+            task.over = twin.over = isinstance(result, Completion)
             task.twin = twin.twin = None
             if not task.over:
                 return  # the other one may still answer
             if twin.running is not None:
                 twin.running.cancel()
-        if isinstance(answer, Completion):
-            self._answered(task, answer)
+        if isinstance(result, Completion):
+            self._answered(task, result)
         else:
-            about_key = answer.doubtful and answer.kind == "key"
-            verdict = in_context(answer, self.engine.answered_ago)
+            about_key = result.doubtful and result.kind == "key"
+            verdict = in_context(result, self._client.answered_ago)
             self._forbidden_in_a_row += about_key and verdict.action == "fail"
             self._refused(task, verdict)
 
     def _answered(self, task: Task, completion: Completion) -> None:
-        stats, engine = self.intake.stats, self.engine
-        if self._outage.down and self._outage.seconds >= SAID_AFTER:  # as it was said to be gone
-            log.info("the server answers again after %s", clock(self._outage.seconds))
-        self._outage.reset()
         self._forbidden_in_a_row = 0
-        engine.answered()
-        engine.limiter.answered(task.sent_at, engine.busy)
-        stats.took(time.monotonic() - task.sent_at)
-        if completion.completion_tokens is not None:
-            used = (completion.prompt_tokens or 0) + completion.completion_tokens
-            engine.rates.corrected(used - _tokens_at_most(task))
+        self._client.answered()
+        self._capacity.proven = True
+        self._capacity.answered(task.request, task.sent_at, completion, self._all.busy)
+        self._stats.took(time.monotonic() - task.sent_at)
         if not self._unstored:
             asyncio.get_running_loop().call_soon(self._flush)
         self._unstored.append((task, completion))
-        self._judge_forbidden()
+        self._classify_forbidden()
 
     def _refused(self, task: Task, verdict: Verdict) -> None:
         """Does what a verdict says."""
         log.debug("%s (%s): %s", verdict.action, verdict.kind, verdict.message)
         if verdict.action == "fail":
-            self._outage.reset()
+            self._capacity.outage.reset()
         if verdict.lesson is not None:
-            self.engine.learn(verdict.lesson, verdict.message)
+            self._client.learn(verdict.lesson, verdict.message)
             self._todo.appendleft(task)
         elif verdict.doubtful and verdict.kind == "key":
             self._forbidden.append((task, verdict))
             if len(self._forbidden) >= FORBIDDEN:
-                self._judge_forbidden()
+                self._classify_forbidden()
         elif verdict.action == "stop":
-            self._abandon([task])
-            models = self.engine.provider.models if verdict.kind == "model" else []
+            models = self._client.provider.models if verdict.kind == "model" else []
             hint = f"; it has {listed(models)}" if models else ""
-            self.fatal(RunStopped(f"{self.engine.provider.address}: {verdict.message}{hint}"))
+            self._give_up([task], f"{verdict.message}{hint}")
         elif verdict.action == "fail":
             self._fail(task, verdict)
             if self._forbidden_in_a_row >= SUSPICIOUS:
-                self.fatal(
-                    RunStopped(
-                        f"{self.engine.provider.address}: the last {SUSPICIOUS} records were all "
-                        f"refused, is the key still good? ({verdict.message})"
-                    )
+                self._give_up(
+                    [],
+                    f"the last {SUSPICIOUS} records were all refused, is the key still good? "
+                    f"({verdict.message})",
                 )
         else:
             self._retry(task, verdict)
 
-    def _judge_forbidden(self) -> None:
+    def _give_up(self, tasks: Iterable[Task], message: str) -> None:
+        """Ends the run, with these records unanswered."""
+        self._abandon(tasks)
+        self.fatal(RunStopped(f"{self._address}: {message}"))
+
+    def _classify_forbidden(self) -> None:
         """What a 403 meant: the key, where nobody was answered; else those records."""
         held, self._forbidden = self._forbidden, []
-        ago = self.engine.answered_ago
-        for task, verdict in held:
-            if ago is None:
-                self._abandon([task])
-            else:
-                self._fail(task, in_context(verdict, ago))
+        ago = self._client.answered_ago
+        for task, verdict in held if ago is not None else ():
+            self._fail(task, in_context(verdict, ago))
         if held and ago is None:
-            self.fatal(RunStopped(f"{self.engine.provider.address}: {held[0][1].message}"))
+            self._give_up([task for task, _ in held], held[0][1].message)
+
+    def _retry(self, task: Task, verdict: Verdict) -> None:
+        if self._stopping:
+            self._abandon([task])
+            return
+        capacity, give_up_after = self._capacity, self._all.policy.give_up_after
+        if verdict.wait is not None and verdict.wait > give_up_after:
+            self._give_up(
+                [task],
+                f"the server asks to wait {verdict.wait:.0f} s, longer than --give-up-after; run "
+                f"the same command again then ({verdict.message})",
+            )
+            return
+        self._stats.refusals += verdict.busy and not verdict.loading
+        capacity.refused(verdict, task.entry, task.sent_at, self._all.busy)
+        outage = capacity.outage
+        if outage.down and outage.seconds > min(verdict.patience, give_up_after):
+            said = f"{outage.how} for {outage.seconds:.0f} s ({verdict.message}); {GO_ON}"
+            self._give_up([task], said)
+        elif outage.down and verdict.unavailable:
+            # A probe costs the record no try; the next asks for another.
+            self._stats.retries += 1
+            outage.probed(verdict.wait)
+            self._todo.append(task)
+        else:
+            decision = decide(task.attempts, verdict, self._all.policy.retry, random.uniform)
+            task.attempts = decision.attempts
+            if decision.after is None:
+                self._fail(task, verdict)
+                return
+            self._stats.retries += decision.counts
+            self._sleep(task, decision.after)
+
+    def _fail(self, task: Task, verdict: Verdict) -> None:
+        self._coalescer.failed(task.entry, RecordFailed(verdict.kind, verdict.message))
+        self._count_failure(verdict.message)
+
+    def _count_failure(self, message: str) -> None:
+        """Stops the run where nothing has gone well, and so many records have failed."""
+        self._failures += 1
+        nothing_went_well = not self._stats.done and not self._stats.cached
+        many = max(SUSPICIOUS, self._capacity.limiter.limit)
+        if nothing_went_well and self._failures == many and not self._all.patient:
+            self.fatal(RunStopped(f"the first {many} records all failed; the last: {message}"))
+
+    def _sleep(self, task: Task, seconds: float) -> None:
+        log.debug("again in %.1f s, after %d tries", seconds, task.attempts.tries)
+        timer = asyncio.get_running_loop().call_later(seconds, self._again, task)
+        self._sleeping[task] = timer
+
+    def _again(self, task: Task) -> None:
+        del self._sleeping[task]
+        self._todo.appendleft(task)
+        self.pump()
 
     def watch(self) -> None:
         """Twice a second: says what holds the run up, and asks a second time, once, where an
@@ -335,60 +299,30 @@ class Job:
         if self.drained.is_set():
             return
         asyncio.get_running_loop().call_later(WATCH_SECONDS, self.watch)
-        self._tell()
-        late = self.engine.limiter.late()
-        room = self.engine.limiter.limit - self.engine.busy
-        if late is None or self._stopping or self._outage.down:
+        state = self._state()
+        self._stats.state = state
+        self._capacity.say(state, self._stopping)
+        late = self._capacity.limiter.late()
+        room = self._capacity.limiter.limit - self._all.busy
+        if late is None or self._stopping or self._capacity.outage.down:
             return
         now = time.monotonic()
         for task in list(self._tasks.values()):
             if room > 0 and not task.twin and not task.over and now - task.sent_at > late:
-                if self.engine.budget.lacking(_request(task)):
+                if self._capacity.budget.lacking(task.request):
                     return
-                task.twin = Task(task.slot)
-                task.twin.twin, task.twin.tries = task, task.tries
+                task.twin = Task(task.entry, task.attempts)
+                task.twin.twin = task
                 self._start(task.twin)
-                self.intake.stats.hedged += 1
+                self._stats.hedged += 1
                 room -= 1
 
-    def _tell(self) -> None:
-        """Puts what holds the run up into its counts, and into the log where it lasts."""
-        state = self._state()
-        if state and not self.intake.stats.state:
-            log.debug("%s", state)
-        self.intake.stats.state = state
-        if not state:
-            self._held_since, self._held_said = None, False
-            return
-        now = time.monotonic()
-        self._held_since = self._held_since or now
-        waits = self._outage.down or self._stopping or self.engine.rates.pause() > 0
-        if not self._held_said and now - self._held_since >= (
-            SAID_AFTER if waits else CUT_SAID_AFTER
-        ):
-            self._held_said = True
-            log.info("%s", state)
-
     def _state(self) -> str:
-        limiter, rates = self.engine.limiter, self.engine.rates
         if self._stopping:
-            return f"stopping: {self.engine.busy} answers are on their way" if self.busy else ""
-        if self._outage.down:
-            left = self.policy.give_up_after - self._outage.seconds
-            return (
-                f"{self._outage.how} for {clock(self._outage.seconds)} ({self._outage.reason}), "
-                f"looking for it, for {clock(max(0.0, left))} more"
-            )
-        if rates.asked_for >= 1:
-            return f"waiting {clock(rates.asked_for)}: {rates.reason}"
-        if rates.pause() >= 1:
-            return "waiting for --rpm or --tpm"
-        if limiter.held_back:
-            return (
-                f"{limiter.limit} at once, not {limiter.ceiling}: the server refuses "
-                f"{limiter.share:.0%} ({self._reason})"
-            )
-        return ""
+            return f"stopping: {self._all.busy} answers are on their way" if self.busy else ""
+        return self._capacity.state()
+
+    # Handing over, and ending.
 
     def _flush(self) -> None:
         """Stores the completions of this turn of the loop, all in one commit.
@@ -399,106 +333,17 @@ class Job:
         """
         rows, self._unstored = self._unstored, []
         try:
-            self.intake.store([(task.slot, completion) for task, completion in rows])
+            self._coalescer.store([(task.entry, completion) for task, completion in rows])
             for task, completion in rows:
-                if not self.intake.answered(task.slot, completion):
-                    self._todo.appendleft(Task(task.slot))
+                if not self._coalescer.answered(task.entry, completion):
+                    self._todo.appendleft(Task(task.entry))
                     continue
-                if task.slot.outcome is not None and task.slot.outcome.kind is not None:
-                    self._failed_first(task.slot.outcome.message or "")
+                if task.entry.outcome is not None and task.entry.outcome.kind is not None:
+                    self._count_failure(task.entry.outcome.message or "")
         except BaseException as error:  # it runs as a callback: nobody else would hear of it
             self._abandon([task for task, _ in rows])
             self.fatal(error)
-        self.engine.pump()
-
-    def _fail(self, task: Task, verdict: Verdict) -> None:
-        self.intake.failed(task.slot, RecordFailed(verdict.kind, verdict.message))
-        self._failed_first(verdict.message)
-
-    def _failed_first(self, message: str) -> None:
-        """Stops the run where nothing has gone well, and so many records have failed."""
-        self._bad += 1
-        if self.policy.patient:
-            return
-        nothing_went_well = not self.intake.stats.done and not self.intake.stats.cached
-        if nothing_went_well and self._bad == max(SUSPICIOUS, self.engine.limiter.limit):
-            self.fatal(RunStopped(f"the first {self._bad} records all failed; the last: {message}"))
-
-    def _retry(self, task: Task, verdict: Verdict) -> None:
-        if self._stopping:
-            self._abandon([task])
-            return
-        wait, give_up_after = verdict.wait, self.policy.give_up_after
-        if wait is not None and wait > give_up_after:
-            self._abandon([task])
-            self.fatal(
-                RunStopped(
-                    f"the server asks to wait {wait:.0f} s, longer than --give-up-after; "
-                    f"run the same command again then ({verdict.message})"
-                )
-            )
-            return
-        self._note_refusal(task, verdict)
-        if self._outage.down:
-            if self._outage.seconds > min(verdict.patience, give_up_after):
-                self._abandon([task])
-                self.fatal(
-                    RunStopped(
-                        f"{self.engine.provider.address}: {self._outage.how} for "
-                        f"{self._outage.seconds:.0f} s ({verdict.message}); {_GO_ON}"
-                    )
-                )
-                return
-            if verdict.unavailable:  # a probe costs the record no try; the next asks for another
-                self.intake.stats.retries += 1
-                self._outage.probed(wait)
-                self._todo.append(task)
-                return
-        if verdict.local or (verdict.gone and task.free_retry):
-            task.free_retry = False  # an idle connection that the server had closed
-            self._sleep(task, SLOT_SECONDS)
-            return
-        task.tries += 1
-        task.cuts += verdict.proxy_cut
-        if task.tries > self.policy.retry or task.cuts > 1:  # the model ran for nothing, twice
-            self._fail(task, verdict)
-            return
-        self.intake.stats.retries += 1
-        ceiling = min(BACKOFF_MAX, BACKOFF_SECONDS * 2 ** min(10, task.tries))
-        self._sleep(task, max(random.uniform(0, ceiling), wait or 0.0))
-
-    def _note_refusal(self, task: Task, verdict: Verdict) -> None:
-        """Tells the limiter, the rates and the outage of a refusal."""
-        engine = self.engine
-        if not verdict.unavailable:
-            return
-        others = engine.busy - 1
-        if verdict.busy and not verdict.loading:
-            self.intake.stats.refusals += 1
-            self._reason = verdict.message
-            engine.limiter.refused(task.sent_at, others)
-            if verdict.wait and verdict.kind == "rate":
-                engine.rates.hold(verdict.wait, f"the server asks for it ({verdict.message})")
-        self._outage.failed(
-            task.slot,
-            verdict.message,
-            _how_unavailable(verdict),
-            engine.limiter.limit,
-            certain=verdict.loading,
-            alone=verdict.gone or others == 0,
-        )
-
-    def _sleep(self, task: Task, seconds: float) -> None:
-        log.debug("again in %.1f s, retry %d of %d", seconds, task.tries, self.policy.retry)
-        timer = asyncio.get_running_loop().call_later(seconds, self._again, task)
-        self._sleeping[task] = timer
-
-    def _again(self, task: Task) -> None:
-        del self._sleeping[task]
-        self._todo.appendleft(task)
-        self.pump()
-
-    # Handing over, and ending.
+        self._all.pump()
 
     def _deliver(self) -> None:
         ready = []
@@ -514,6 +359,7 @@ class Job:
         self.pump()
 
     def fatal(self, error: BaseException) -> None:
+        """Ends the pass with this error, or with the one that came before it."""
         if self.error is None:
             self.error = error
         self.stop()
@@ -531,6 +377,7 @@ class Job:
         self.pump()
 
     def abort(self) -> None:
+        """Drops what is on its way."""
         for running in self._tasks:
             running.cancel()
         self._abandon(self._tasks.values())
@@ -538,7 +385,7 @@ class Job:
 
     def _abandon(self, tasks: Iterable[Task]) -> None:
         try:
-            self.intake.abandon([task.slot for task in tasks])
+            self._coalescer.abandon([task.entry for task in tasks])
         except FabeError as error:
             log.debug("claims were not given up: %s", error)
 
@@ -547,11 +394,10 @@ class Job:
             return
         if self._timer is not None:
             self._timer.cancel()
-        # Whatever happened, no slot of ours may be waited for.
-        self._abandon([Task(slot) for slot in self._order if slot.outcome is None])
-        if self in self.engine.jobs:
-            self.engine.jobs.remove(self)
-        stats = self.intake.stats
-        stats.in_flight, stats.state = self.engine.busy, ""
+        # Whatever happened, no entry of ours may be waited for.
+        self._abandon([Task(entry) for entry in self._order if entry.outcome is None])
+        if self in self._all.passes:
+            self._all.passes.remove(self)
+        self._stats.in_flight, self._stats.state = self._all.busy, ""
         self.drained.set()
         self.ready.put(None)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 
-from fabe_ds.engine.coalesce import Intake, Slot
+from fabe_ds.engine.coalesce import Coalescer, Pending
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import LocalProvider
 from fabe_ds.request import SKIPPED, Completion, Item, Outcome, Request
@@ -16,49 +16,49 @@ LOADING = "loading the model"
 
 
 def answer_window(
-    intake: Intake, items: list[Item], answer: Callable[[list[Slot]], None]
+    coalescer: Coalescer, items: list[Item], answer: Callable[[list[Pending]], None]
 ) -> Iterator[Outcome]:
-    """One outcome an item, in order; `answer` settles the slots that are to be sent.
+    """One outcome an item, in order; `answer` settles the entries that are to be sent.
 
     What another process is sending is waited for, or taken over when that process ends.
     """
-    slots, todo, foreign = intake.take(items)
+    entries, todo, elsewhere = coalescer.admit(items)
     try:
         answer(todo)
-        while foreign:
-            todo, foreign = intake.take_over(foreign)
+        while elsewhere:
+            todo, elsewhere = coalescer.adopt(elsewhere)
             answer(todo)
-            if foreign:
+            if elsewhere:
                 time.sleep(POLL_SECONDS)
     finally:  # whatever happened, nothing may wait for what we do not send
-        intake.abandon(slots)
-    for slot in slots:
-        assert slot.outcome is not None
-        yield slot.outcome
+        coalescer.abandon(entries)
+    for entry in entries:
+        assert entry.outcome is not None
+        yield entry.outcome
 
 
 class LocalEngine:
     """Answers items in order. `window`: how many records are looked at together."""
 
-    def __init__(self, provider: LocalProvider, intake: Intake, window: int) -> None:
-        self.provider, self.intake, self.window = provider, intake, window
+    def __init__(self, provider: LocalProvider, coalescer: Coalescer, window: int) -> None:
+        self.provider, self.coalescer, self.window = provider, coalescer, window
         self._checked = False
 
     def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order; each completion is stored before the next batch runs."""
         iterator = iter(items)
         while window := list(islice(iterator, self.window)):
-            if self.intake.cache is None:
+            if self.coalescer.cache is None:
                 yield from self._straight(window)
                 continue
             asked = any(isinstance(item, Request) for item in window)
-            if asked and not self._checked and not self.intake.offline:
+            if asked and not self._checked and not self.coalescer.offline:
                 self._check_once()
-            yield from answer_window(self.intake, window, self._answer)
+            yield from answer_window(self.coalescer, window, self._answer)
 
     def _straight(self, items: list[Item]) -> Iterator[Outcome]:
         """Answers that nothing is kept of: no keys, no look-ups."""
-        stats = self.intake.stats
+        stats = self.coalescer.stats
         requests = [item for item in items if isinstance(item, Request)]
         answers = iter(self.provider.complete(requests))
         for item in items:
@@ -84,7 +84,7 @@ class LocalEngine:
 
     def _load(self) -> None:
         """Loads the model: a phase of its own, outside the rate of answers."""
-        stats, started = self.intake.stats, time.monotonic()
+        stats, started = self.coalescer.stats, time.monotonic()
         stats.state = LOADING
         try:
             self.provider.preflight()
@@ -93,24 +93,24 @@ class LocalEngine:
             stats.loading += time.monotonic() - started
         self._checked = True
 
-    def _answer(self, slots: list[Slot]) -> None:
-        while slots:
-            slots = self._answer_once(slots)
-        self.intake.stats.notes = self.provider.told()
+    def _answer(self, entries: list[Pending]) -> None:
+        while entries:
+            entries = self._answer_once(entries)
+        self.coalescer.stats.notes = self.provider.told()
 
-    def _answer_once(self, slots: list[Slot]) -> list[Slot]:
+    def _answer_once(self, entries: list[Pending]) -> list[Pending]:
         """Gives those that are to be asked again."""
         if not self._checked:
             self._load()
-        requests = [slot.request for slot in slots if slot.request is not None]
-        stats, again = self.intake.stats, []
+        requests = [entry.request for entry in entries if entry.request is not None]
+        stats, again = self.coalescer.stats, []
         for batch in self.provider.stream(requests):
             stats.requests += len(batch)
-            good = [(slots[i], a) for i, a in batch if isinstance(a, Completion)]
-            self.intake.store(good)
+            good = [(entries[i], a) for i, a in batch if isinstance(a, Completion)]
+            self.coalescer.store(good)
             for index, answer in batch:
                 if isinstance(answer, RecordFailed):
-                    self.intake.failed(slots[index], answer)
-                elif not self.intake.answered(slots[index], answer):
-                    again.append(slots[index])
+                    self.coalescer.failed(entries[index], answer)
+                elif not self.coalescer.answered(entries[index], answer):
+                    again.append(entries[index])
         return again

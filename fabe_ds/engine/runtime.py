@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config.rules import refuse_caps
-from fabe_ds.config.settings import RunConfig, TransformConfig
+from fabe_ds.config.settings import BudgetSettings, PolicySettings, RunConfig, TransformConfig
 from fabe_ds.engine.budget import budget_of
-from fabe_ds.engine.coalesce import Intake
+from fabe_ds.engine.coalesce import Coalescer
 from fabe_ds.engine.local import LocalEngine
 from fabe_ds.engine.worker_slots import SharedSlots, die_with_parent, is_worker
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError
@@ -37,7 +37,7 @@ def open_cache(config: TransformConfig) -> RecordCache:
     return cache
 
 
-class Session:
+class Runtime:
     """The open side of a transform in one process."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Session:
         self._config = config
         self._journal: RecordCache | None = None
         self.cache = open_cache(config) if provider.cached else None
-        intake = self.intake = Intake(
+        self.coalescer = Coalescer(
             provider,
             self.cache,
             acceptance(config, provider),
@@ -61,42 +61,38 @@ class Session:
             offline=config.offline,
             retry_all=config.retry_all,
         )
-        self.engine: LocalEngine | HttpEngine | BatchEngine
-        if isinstance(provider, HttpProvider):
-            from fabe_ds.engine.http import HttpEngine, Policy
-            from fabe_ds.engine.limiter import AUTO_MAX
+        self.engine = self._engine(config, provider)
 
-            policy = Policy(
-                concurrency=None if config.concurrency == "auto" else config.concurrency,
-                retry=config.retry,
-                timeout=config.timeout,
-                give_up_after=config.give_up_after,
-                rpm=config.rpm,
-                tpm=config.tpm,
-                stream=config.stream,
-                # A run keeps failed records in any case, and is better stopped.
-                patient=config.on_error == "keep" and not isinstance(config, RunConfig),
-            )
-            if config.batch_api:
-                refuse_caps(config, "--batch-api")
-                from fabe_ds.engine.batch import BatchEngine
-
-                self.engine = BatchEngine(provider, intake, policy)
-                return
-            slots, budget = None, budget_of(config, config.model)
-            if is_worker():
-                refuse_caps(config, "num_proc")
-                die_with_parent()
-                slots = SharedSlots(config.cache_dir, policy.concurrency or AUTO_MAX)
-            self.engine = HttpEngine(provider, intake, policy, budget, slots)
-        elif isinstance(provider, LocalProvider):
+    def _engine(
+        self, config: TransformConfig, provider: Provider
+    ) -> LocalEngine | HttpEngine | BatchEngine:
+        """Raises: UsageError."""
+        if is_worker():
+            die_with_parent()
+        if isinstance(provider, LocalProvider):
             refuse_caps(config, f"--provider {provider.name}")
-            if is_worker():
-                die_with_parent()
             window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
-            self.engine = LocalEngine(provider, intake, window)
-        else:
+            return LocalEngine(provider, self.coalescer, window)
+        if not isinstance(provider, HttpProvider):
             raise UsageError(f"provider {provider.name}: neither an HTTP nor a local provider")
+        policy = config.part(PolicySettings)
+        if config.batch_api:
+            refuse_caps(config, "--batch-api")
+            from fabe_ds.engine.batch import BatchEngine
+
+            return BatchEngine(provider, self.coalescer, policy)
+        from fabe_ds.engine.http import HttpEngine
+        from fabe_ds.engine.limiter import AUTO_MAX
+
+        slots = None
+        if is_worker():
+            refuse_caps(config, "num_proc")
+            places = AUTO_MAX if policy.concurrency == "auto" else policy.concurrency
+            slots = SharedSlots(config.cache_dir, places)
+        budget = budget_of(config.part(BudgetSettings), config.model)
+        # A run keeps failed records in any case, and is better stopped.
+        patient = config.on_error == "keep" and not isinstance(config, RunConfig)
+        return HttpEngine(provider, self.coalescer, policy, budget, slots=slots, patient=patient)
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
         """One outcome an item, in order. Raises: RunStopped, when `stopping` has been set."""

@@ -219,12 +219,12 @@ _PROXY_CUT = Verdict(
 )
 
 
-def judge(status: int, headers: Mapping[str, str], body: bytes, seconds: float = 0.0) -> Verdict:
+def classify(status: int, headers: Mapping[str, str], body: bytes, seconds: float = 0.0) -> Verdict:
     """The verdict on an answer that holds no completion and came after so many seconds."""
-    return judge_error(status, read_error(body), headers, seconds)
+    return classify_error(status, read_error(body), headers, seconds)
 
 
-def judge_error(
+def classify_error(
     status: int, error: ServerError, headers: Mapping[str, str], seconds: float = 0.0
 ) -> Verdict:
     message = error.message.removeprefix(f"{status}: ")
@@ -285,7 +285,7 @@ def in_context(verdict: Verdict, answered_ago: float | None) -> Verdict:
     return replace(verdict, action="fail", kind="refused", doubtful=False, message=message)
 
 
-def judge_payload(payload: Any, headers: Mapping[str, str]) -> Verdict | None:
+def classify_payload(payload: Any, headers: Mapping[str, str]) -> Verdict | None:
     """The verdict on a 200 whose body says that it is an error; None where it does not."""
     if not isinstance(payload, Mapping):
         return Verdict("retry", "malformed", "the answer is not a JSON object")
@@ -303,7 +303,7 @@ def judge_payload(payload: Any, headers: Mapping[str, str]) -> Verdict | None:
         if payload.get("code") in (None, 0, "0", 200, "200") or "choices" in payload:
             return None
     error = error_of(payload)
-    return judge_error(_status_in(error), error, headers)
+    return classify_error(_status_in(error), error, headers)
 
 
 def _status_in(error: ServerError) -> int:

@@ -32,8 +32,8 @@ class LocalExecutor:
 
     def map(self, work: Work, finished: bool) -> Dataset:
         function = AnswerMap(work.kind, work.transform)
-        # The session reads its items when the first batch is asked for, and not before.
-        ahead = work.transform.session.outcomes(work.items())
+        # The runtime reads its items when the first batch is asked for, and not before.
+        ahead = work.transform.runtime.outcomes(work.items())
         function.ahead = ahead
         with contextlib.closing(ahead):  # type: ignore[type-var]
             return mapped(work, function, finished)
@@ -47,7 +47,7 @@ class DevicesExecutor:
 
     def map(self, work: Work, finished: bool) -> Dataset:
         function = AnswerMap(work.kind, work.transform)
-        stats = work.transform.session.stats
+        stats = work.transform.runtime.stats
         with tempfile.TemporaryDirectory() as counts, gathered(Path(counts), stats), _spawning():
             return mapped(work, function, finished, num_proc=self._devices, with_rank=True)
 

@@ -13,7 +13,7 @@ from typing import cast
 
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
-from fabe_ds.engine.coalesce import Intake
+from fabe_ds.engine.coalesce import Coalescer
 from fabe_ds.engine.runtime import acceptance, asking_again
 from fabe_ds.errors import RecordFailed
 from fabe_ds.executors.base import Work
@@ -99,7 +99,7 @@ class _Counter:
     def __init__(self, transform: Transform, cache: RecordCache | None, seen: DryRun) -> None:
         config, self._transform, self._seen = transform.config, transform, seen
         self._keys: set[bytes] = set()
-        self._sorter = Intake(
+        self._sorter = Coalescer(
             transform.provider,
             cache or cast(Completions, _NothingStored()),  # offline, it is but asked
             acceptance(config, transform.provider),
@@ -127,16 +127,16 @@ class _Counter:
             seen.to_send += len(requests)
 
     def _sort(self, requests: Sequence[Request]) -> None:
-        slots, _, _ = self._sorter.take(requests)
-        for slot in slots:
-            assert slot.outcome is not None
-            if slot.outcome.kind is None:
+        entries, _, _ = self._sorter.admit(requests)
+        for entry in entries:
+            assert entry.outcome is not None
+            if entry.outcome.kind is None:
                 self._seen.cached += 1
-            elif slot.outcome.completion is not None:
-                self._seen.kept[slot.outcome.kind] += 1
-            elif slot.key not in self._keys:
+            elif entry.outcome.completion is not None:
+                self._seen.kept[entry.outcome.kind] += 1
+            elif entry.key not in self._keys:
                 self._seen.to_send += 1
-                self._keys.add(slot.key)
+                self._keys.add(entry.key)
 
 
 class _NothingStored:

@@ -65,11 +65,11 @@ def preview(config: RunConfig, count: int) -> Preview:
     outcomes: list[Outcome] = []
     stopped = None
     try:
-        _ = transform.session
+        _ = transform.runtime
         if asked and isinstance(transform.provider, LocalProvider) and not config.offline:
             transform.provider.preflight()  # a model's loading is no part of what a record takes
         started = time.monotonic()
-        outcomes.extend(transform.session.outcomes(item for _, item in asked))
+        outcomes.extend(transform.runtime.outcomes(item for _, item in asked))
     except RunStopped as error:
         if not outcomes:
             raise

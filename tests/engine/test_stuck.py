@@ -16,6 +16,7 @@ from aiohttp import web
 import fabe_ds
 from fabe_ds.engine.loop import LoopThread
 from fabe_ds.errors import FabeError
+from fabe_ds.formats.base import Row
 from tests.conftest import wait_for
 from tests.server import Call, ModelServer, error, openai_run
 
@@ -138,11 +139,11 @@ def test_F1_items_that_fail_hold_up_nobody_afterwards(tmp_path):
         fn = transform(tmp_path, server)
 
         def broken():
-            yield from fn.table_items({"code": [f"x = {i}" for i in range(4)]})
+            yield from fn.items(Row([f"x = {i}"]) for i in range(4))
             raise ValueError("the caller's code")
 
         with pytest.raises(ValueError, match="the caller's code"):
-            list(fn.session.outcomes(broken()))
+            list(fn.runtime.outcomes(broken()))
         assert list(mapped(fn)) == [f"X = {i}" for i in range(8)]
 
 
@@ -177,12 +178,12 @@ def test_F3_a_finalizer_on_the_engines_thread_ends(tmp_path):
     with ModelServer() as server:
         fn = transform(tmp_path, server)
         mapped(fn)
-        session = fn.session
+        runtime = fn.runtime
         loop = LoopThread.shared()
         done = threading.Event()
 
         def close():
-            session.close()
+            runtime.close()
             done.set()
 
         loop.loop.call_soon_threadsafe(close)
@@ -194,10 +195,10 @@ def test_F3_a_transform_that_was_stopped_leaves_no_cycle_behind(tmp_path):
     with ModelServer(refusing(401)) as server:
         fn = transform(tmp_path, server)
         assert isinstance(mapped(fn), FabeError)
-        session = fn._session
+        runtime = fn._runtime
         del fn
         gc.collect()
-        wait_for(lambda: session.closed, 5)
+        wait_for(lambda: runtime.closed, 5)
 
 
 def test_F4_first_calls_from_several_threads_open_one_session(tmp_path):

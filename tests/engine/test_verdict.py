@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fabe_ds.engine.verdict import in_context, judge, judge_payload, read_error, retry_after
+from fabe_ds.engine.verdict import classify, classify_payload, in_context, read_error, retry_after
 
 
 def body(message="no", **fields):
@@ -59,7 +59,7 @@ def body(message="no", **fields):
     ],
 )
 def test_statuses(status, content, action, kind):
-    verdict = judge(status, {}, content)
+    verdict = classify(status, {}, content)
     assert (verdict.action, verdict.kind) == (action, kind)
 
 
@@ -77,7 +77,7 @@ def test_statuses(status, content, action, kind):
     ],
 )
 def test_errors_with_status_200(payload, action):
-    verdict = judge_payload(payload, {})
+    verdict = classify_payload(payload, {})
     assert (verdict and verdict.action) == action
 
 
@@ -127,7 +127,7 @@ Please retry in 38.5s.", "details": [{"retryDelay": "38s"}]}}]""".replace("\n", 
 
 
 def test_A11_geminis_minute_is_no_empty_account():
-    verdict = judge(429, {}, GEMINI.encode())
+    verdict = classify(429, {}, GEMINI.encode())
     assert (verdict.action, verdict.kind, verdict.wait) == ("retry", "rate", 38.5)
 
 
@@ -151,7 +151,7 @@ def test_A11_waits_in_words(message, seconds):
     [(None, None, "stop"), (1.0, None, "retry"), (1000.0, None, "stop"), (None, 3.0, "retry")],
 )
 def test_A4_a_quota_in_the_light_of_others(ago, wait, action):
-    verdict = judge(
+    verdict = classify(
         429, {"Retry-After": str(wait)} if wait else {}, body(code="insufficient_quota")
     )
     assert in_context(verdict, ago).action == action

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from fabe_ds.errors import FabeError
 from fabe_ds.providers import Endpoint, Request, Requirement, Sampling
-from fabe_ds.providers.transformers.checkpoint import Digests, at, wanted_files
+from fabe_ds.providers.transformers.checkpoint import at, wanted_files
+from fabe_ds.providers.transformers.digests import Digests
 from fabe_ds.providers.transformers.hf import HFProvider
 from fabe_ds.providers.transformers.threads import granted
 from tests.hub import Hub, Repo

@@ -8,7 +8,7 @@ import pytest
 
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers import Endpoint, Sampling
-from fabe_ds.providers.transformers.decoder import Answer
+from fabe_ds.providers.transformers.attention import Answer
 from fabe_ds.providers.transformers.vllm import engine_arguments, read_output, sampling_arguments
 
 

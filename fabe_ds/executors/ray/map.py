@@ -46,7 +46,7 @@ class RayExecutor:
         self._config = config
 
     def map(self, work: Work, finished: bool) -> Dataset:
-        """The answers, written in the records' order to the work's file. The session's stats follow
+        """The answers, written in the records' order to the work's file. The runtime's stats follow
         the workers' counts. Raises: FabeError."""
         from datasets import Dataset
 

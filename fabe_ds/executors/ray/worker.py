@@ -68,7 +68,7 @@ class Worker:
                 opened = Transform(
                     self._task.config, lambda _: self._link.cache(), self._task.template
                 )
-                _ = opened.session  # here, and not by two calls at once
+                _ = opened.runtime  # here, and not by two calls at once
                 self._transform = opened
         return self._transform
 
@@ -80,7 +80,7 @@ class Worker:
         assert self._task.kind is not None
         items = transform.items(asking_rows(self._task.kind, rows, transform), numbers)
         each = transform.targets.each
-        result = answer_table(transform.session.outcomes(items), each)
+        result = answer_table(transform.runtime.outcomes(items), each)
         return result.append_column(ROW, rows.column(ROW))
 
     # What it says, and is told, of the run.
@@ -97,7 +97,7 @@ class Worker:
         told = self._task.progress.report.remote(self._name, counts, self._running > 0)
         with contextlib.suppress(ray.exceptions.RayError):  # the driver ends, and we with it
             if ray.get(told) and self._transform is not None:
-                self._transform.session.stopping = True
+                self._transform.runtime.stopping = True
 
     def _keep_telling(self) -> None:
         while True:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
 import re
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fabe_ds.errors import RecordFailed, RunStopped, UsageError
-from fabe_ds.providers.base import Endpoint, LocalProvider, Requirement
+from fabe_ds.errors import RecordFailed, UsageError
+from fabe_ds.providers.transformers import amendments
 from fabe_ds.providers.transformers import checkpoint as checkpoints
-from fabe_ds.providers.transformers.checkpoint import PASSED_OVER, Checkpoint, Digests
-from fabe_ds.providers.transformers.stops import before_stop
+from fabe_ds.providers.transformers.amendments import PASSED_OVER
+from fabe_ds.providers.transformers.checkpoint import Checkpoint
+from fabe_ds.providers.transformers.devices import cpu_has_bf16, device_of
+from fabe_ds.providers.transformers.identity import CheckpointProvider
+from fabe_ds.providers.transformers.reading import AnswerReader
 from fabe_ds.providers.transformers.turns import (
-    Marks,
-    Piece,
     all_ends,
     any_of,
     special_ids,
@@ -32,140 +28,16 @@ from fabe_ds.request import Completion, Request
 
 if TYPE_CHECKING:
     from fabe_ds.providers.transformers.chat import Chat
-    from fabe_ds.providers.transformers.decoder import Answer
     from fabe_ds.providers.transformers.generation import Generation
     from fabe_ds.providers.transformers.vllm import VllmGeneration
 
 log = logging.getLogger(__name__)
 
 
-class TransformersProvider(LocalProvider):
+class TransformersProvider(CheckpointProvider):
     """What hf and modelscope share: all but how a model's name becomes a folder."""
 
-    needs = (
-        "torch and transformers: pip install 'fabe-ds[hf]'; a local folder, .gguf file or hub id"
-    )
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        """Raises: Requirement where the engine is not installed."""
-        if endpoint.engine == "vllm" and not importlib.util.find_spec("vllm"):
-            raise Requirement("--engine vllm: not installed; pip install 'fabe-ds[vllm]'")
-        super().__init__(endpoint)
-
-    @classmethod
-    def missing(cls) -> str | None:
-        lacking = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-        if lacking:
-            return f"{' and '.join(lacking)} not installed; pip install 'fabe-ds[{cls.name}]'"
-        return None
-
-    @abstractmethod
-    def fetch(self, model: str, one: str | None = None) -> Path:
-        """The folder of a model that is given by its name in a hub. `one`: the file of it that is
-        asked for.
-
-        Raises: Requirement where it is not on this machine and may not be fetched.
-        """
-
-    @cached_property
-    def path(self) -> Path:
-        """The folder or .gguf file that holds the model. Raises: Requirement."""
-        return self._path_of(self.endpoint.model, Path())
-
-    def _path_of(self, model: str, beside: Path) -> Path:
-        """Where a model is that is given by its path, from here or from `beside`, or its name."""
-        for path in (_expanded(model), beside / _expanded(model)):
-            if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-                return path
-            if path.exists():
-                raise Requirement(f"--model {model}: not a model folder or a .gguf file")
-        if model.startswith((".", "/", "~")):
-            raise Requirement(f"--model {model}: no such model folder or .gguf file")
-        if model.endswith(".gguf"):
-            owner, _, rest = model.partition("/")
-            name, _, file = rest.partition("/")
-            if not file:
-                raise Requirement(f"--model {model}: no such model folder or .gguf file")
-            return self.fetch(f"{owner}/{name}", file) / file
-        return self.fetch(model)
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """What --model names: a model, or an adapter. Raises: Requirement, RunStopped."""
-        found = checkpoints.at(self.path, self.endpoint.model)
-        if self.endpoint.base_model and not found.is_adapter:
-            raise UsageError(
-                f"--base-model: {self.endpoint.model} is a model and no adapter of one"
-            )
-        return found
-
-    @cached_property
-    def base(self) -> Checkpoint:
-        """The model itself: that which the adapter is for, where --model names one.
-
-        Raises: Requirement, RunStopped.
-        """
-        adapter = self.checkpoint
-        if not adapter.is_adapter:
-            return adapter
-        if self.endpoint.engine == "vllm":
-            raise Requirement(
-                f"--model {adapter.name}: an adapter, which --engine vllm does not load; merge it"
-            )
-        name = self.endpoint.base_model or adapter.base
-        if not name:
-            raise Requirement(
-                f"--model {adapter.name}: an adapter that does not name its model; give it with "
-                "--base-model"
-            )
-        try:
-            return checkpoints.at(self._path_of(name, adapter.folder), name)
-        except Requirement as error:
-            raise Requirement(
-                f"--model {adapter.name}: an adapter of {name}, which is not here "
-                f"({str(error).partition(': ')[2]}); give its folder with --base-model"
-            ) from None
-
     # Identity.
-
-    def identity(self) -> str:
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        """Names the model by its contents, and by what this version makes of them otherwise than
-        earlier ones did."""
-        try:
-            digest = self._digest
-            if self._amended:
-                digest = hashlib.sha256(f"{digest} {self._amended}".encode()).hexdigest()
-        except OSError as error:
-            raise RunStopped(
-                f"--model {self.endpoint.model}: {error.filename}: {error.strerror}"
-            ) from None
-        self._digests.save()
-        return digest
-
-    @cached_property
-    def _digests(self) -> Digests:
-        return Digests.below(self.endpoint.cache_dir)
-
-    @cached_property
-    def _digest(self) -> str:
-        digest = self.checkpoint.digest(self._digests)
-        if self.base is not self.checkpoint:
-            digest = f"{self.base.digest(self._digests)} with {digest}"
-        return digest
-
-    @cached_property
-    def _amended(self) -> list[str]:
-        return checkpoints.amended(self.base, self._speaking, self._digests)
-
-    @property
-    def _speaking(self) -> Checkpoint:
-        """Where tokenizer and chat template are taken from: the adapter, where it has them."""
-        has_tokenizer = (self.checkpoint.folder / "tokenizer_config.json").is_file()
-        return self.checkpoint if has_tokenizer else self.base
 
     def former_key(self, request: Request) -> tuple[bytes, float] | None:
         former = self.former_identity()
@@ -181,7 +53,7 @@ class TransformersProvider(LocalProvider):
     @cached_property
     def _controls(self) -> dict[str, int]:
         """The special tokens of the tokenizer, read from its files."""
-        return special_ids(checkpoints.added_tokens(self._speaking, self._digests))
+        return special_ids(amendments.added_tokens(self._speaking, self._digests))
 
     def _brings_controls(self, request: Request) -> bool:
         """Whether a record names control tokens."""
@@ -192,21 +64,6 @@ class TransformersProvider(LocalProvider):
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return any_of(self._controls)
-
-    @cached_property
-    def _changed(self) -> float:
-        return self.checkpoint.changed
-
-    def former_identity(self) -> str | None:
-        """How earlier versions named this very model."""
-        return self._former_identity
-
-    @cached_property
-    def _former_identity(self) -> str | None:
-        if self.checkpoint.is_adapter:
-            return None
-        former = self.checkpoint.former_digest()
-        return None if former == self._identity else former
 
     def body(self, request: Request) -> dict[str, Any]:
         endpoint, sampling = self.endpoint, request.sampling
@@ -276,7 +133,7 @@ class TransformersProvider(LocalProvider):
 
     def _shown_settings(self, request: Request) -> dict[str, Any]:
         """Those of the model's own settings that hold for a request."""
-        from fabe_ds.providers.transformers.generation import held
+        from fabe_ds.providers.transformers.loaded_model import held
 
         sampling, own = request.sampling, held(self._own_settings, request.sampling.samples)
         if sampling.top_p is not None:
@@ -292,7 +149,7 @@ class TransformersProvider(LocalProvider):
     @cached_property
     def _own_settings(self) -> dict[str, Any]:
         """The generation settings that came with the model's folder."""
-        return checkpoints.own_settings(self.base)
+        return amendments.own_settings(self.base)
 
     @property
     def _passed_over(self) -> list[str]:
@@ -336,17 +193,7 @@ class TransformersProvider(LocalProvider):
 
     @cached_property
     def device(self) -> str:
-        import torch
-
-        wanted = self.endpoint.device
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        if wanted == "auto":
-            return "cuda" if cuda else "mps" if mps else "cpu"
-        if wanted.startswith("cuda") and not cuda:
-            raise Requirement(f"--device {wanted}: no CUDA device here; use --device cpu or auto")
-        if wanted == "mps" and not mps:
-            raise Requirement("--device mps: no Apple GPU here; use --device cpu or auto")
-        return wanted
+        return device_of(self.endpoint.device)
 
     @cached_property
     def dtype(self) -> Any:
@@ -356,7 +203,7 @@ class TransformersProvider(LocalProvider):
         if wanted == "auto":
             if self.device.startswith("cuda"):
                 return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            return torch.bfloat16 if self.device == "cpu" and _cpu_has_bf16() else torch.float32
+            return torch.bfloat16 if self.device == "cpu" and cpu_has_bf16() else torch.float32
         dtype = getattr(torch, wanted, None)
         if not isinstance(dtype, torch.dtype):
             raise UsageError(f"--dtype {wanted}: use auto, float32, bfloat16 or float16")
@@ -418,8 +265,8 @@ class TransformersProvider(LocalProvider):
     def _ends(self, own: dict[str, Any]) -> frozenset[int]:
         """The tokens that end an answer: those of the model's settings, of its tokenizer, and of
         its chat template. Folders of fine-tuned models name different ones in each."""
-        ends = checkpoints.as_list(own.get("eos_token_id"))
-        ends += checkpoints.as_list(self.tokenizer.eos_token_id)
+        ends = amendments.as_list(own.get("eos_token_id"))
+        ends += amendments.as_list(self.tokenizer.eos_token_id)
         return all_ends(ends, self.chat.added, self.chat.template)
 
     @cached_property
@@ -436,12 +283,13 @@ class TransformersProvider(LocalProvider):
             return VllmGeneration(
                 self.path, self.endpoint, self.tokenizer, self._ends(self._own_settings)
             )
-        from fabe_ds.providers.transformers.generation import Generation, Loaded
+        from fabe_ds.providers.transformers.generation import Generation
+        from fabe_ds.providers.transformers.loaded_model import LoadedModel
 
         model = self.model
         own = self._loaded_settings
         return Generation(
-            Loaded(
+            LoadedModel(
                 model,
                 self.tokenizer,
                 self.device,
@@ -467,7 +315,8 @@ class TransformersProvider(LocalProvider):
         self, requests: Sequence[Request]
     ) -> Iterator[list[tuple[int, Completion | RecordFailed]]]:
         """Answers as they are ready, each with its request's index."""
-        from fabe_ds.providers.transformers.decoder import Prompt, seed_of
+        from fabe_ds.providers.transformers.attention import Prompt
+        from fabe_ds.providers.transformers.decoder import seed_of
 
         prompts: list[Prompt] = []
         failed: list[tuple[int, Completion | RecordFailed]] = []
@@ -484,14 +333,14 @@ class TransformersProvider(LocalProvider):
         if not prompts:
             return
         ids_of = {prompt.number: prompt.ids for prompt in prompts}
-        sampling = replace(requests[0].sampling, stop=self._stops(requests[0]))
+        sampling = replace(requests[0].sampling, stop=self._reader.stops(requests[0]))
         for given in self.generation.answers(prompts, sampling):
             yield [
                 (
                     i,
                     a
                     if isinstance(a, RecordFailed)
-                    else self._completion(requests[i], ids_of[i], a),
+                    else self._reader.completion(requests[i], ids_of[i], a),
                 )
                 for i, a in given
             ]
@@ -533,52 +382,10 @@ class TransformersProvider(LocalProvider):
             why += ", and cutting the value does not help"
         raise RecordFailed("context", why)
 
-    def _completion(self, request: Request, prompt: list[int], answer: Answer) -> Completion:
-        """The answer as text, and its reasoning apart where the model writes its marks as special
-        tokens, or the prompt has opened it."""
-        text, reasoning = answer.text, None
-        awaited = self.chat.awaited(prompt) if request.chat and self.chat.template else None
-        closer = self._specials.get(awaited) if awaited else None
-        if self._marks or closer is not None:
-            pieces, thought = self._marks.split(answer.tokens, closer, self._decoded, request.text)
-            if thought or text is None:
-                reasoning = self._decoded(thought) if thought else None
-                whole = "".join(self._joined(pieces))
-                before = before_stop(whole, self._stops(request))
-                text = whole if before is None else before
-        if text is None:
-            text = self._decoded(answer.tokens)
-        if awaited is not None and closer is None:
-            thoughts, found, rest = text.partition(awaited)
-            text, reasoning = (rest.lstrip("\r\n"), thoughts) if found else ("", text)
-        # The token that ended it was computed too.
-        count = len(answer.tokens) + (answer.reason == "stop" and answer.text is None)
-        return Completion(text, answer.reason, len(prompt), count, reasoning)
-
-    def _joined(self, pieces: Sequence[Piece]) -> Iterator[str]:
-        """The texts of an answer's tokens, and the marks between them."""
-        for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, str)):
-            if is_text:
-                yield from (str(mark) for mark in group)
-            else:
-                yield self._decoded([piece for piece in group if isinstance(piece, int)])
-
-    def _stops(self, request: Request) -> tuple[str, ...]:
-        """The stop strings of the user and those of the model's own settings."""
+    @cached_property
+    def _reader(self) -> AnswerReader:
         own = self._own_settings.get("stop_strings") or ()
-        return (*request.sampling.stop, *((own,) if isinstance(own, str) else own))
-
-    @cached_property
-    def _marks(self) -> Marks:
-        return Marks.of(self.chat.added)
-
-    @cached_property
-    def _specials(self) -> dict[str, int]:
-        return special_ids(self.chat.added)
-
-    def _decoded(self, tokens: Sequence[int]) -> str:
-        """The text of tokens without special ones."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return AnswerReader(self.chat, (own,) if isinstance(own, str) else tuple(own))
 
     def told(self) -> list[str]:
         notes = []
@@ -591,17 +398,3 @@ class TransformersProvider(LocalProvider):
         if loaded is None:
             return notes
         return [*notes, *self.chat.notes, *self._passed_over, *loaded.told()]
-
-
-def _expanded(model: str) -> Path:
-    try:
-        return Path(model).expanduser()
-    except RuntimeError:  # the home of a user that is not there
-        return Path(model)
-
-
-def _cpu_has_bf16() -> bool:
-    import torch
-
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(check and check())

@@ -11,7 +11,7 @@ from typing import Any
 
 from fabe_ds.errors import RecordFailed, RunStopped, first_line
 from fabe_ds.providers.base import Endpoint
-from fabe_ds.providers.transformers.decoder import Answer, Prompt
+from fabe_ds.providers.transformers.attention import Answer, Prompt
 from fabe_ds.providers.transformers.stops import stop_tokens
 from fabe_ds.request import Sampling
 

@@ -1,0 +1,255 @@
+"""One request in, its completion or a verdict out: what is sent over HTTP, and what came back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from fabe_ds import network
+from fabe_ds.config.settings import PolicySettings
+from fabe_ds.engine.verdict import (
+    ServerError,
+    Verdict,
+    classify_error,
+    classify_payload,
+    read_error,
+)
+from fabe_ds.errors import MalformedResponse, RecordFailed
+from fabe_ds.providers.finish import End, end_of
+from fabe_ds.providers.http import STREAM, HttpProvider, refused_parameter, stream_parts
+from fabe_ds.request import Completion, Request
+from fabe_ds.store.completions import Completions
+from fabe_ds.text import encodable, load_json
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT = 32 << 20
+HEADER_LIMIT = 256 << 10
+CONNECT_SECONDS = 10.0
+_PARAMETER_STATUSES = (400, 422)
+
+
+class Reply(NamedTuple):
+    """What one request came to; `headers` are the answer's, None where there was none."""
+
+    result: Completion | Verdict
+    headers: Mapping[str, str] | None = None
+
+
+class HttpClient:
+    """Sends single requests to one endpoint, in the way that it has been found to want them.
+
+    `open` and `post` belong to the event loop; `check` blocks.
+    """
+
+    def __init__(
+        self, provider: HttpProvider, policy: PolicySettings, memory: Completions | None
+    ) -> None:
+        """`memory` keeps, for later runs, what was learned of the endpoint."""
+        self.provider, self._policy, self._memory = provider, policy, memory
+        self._endpoint = (str(provider.address), provider.endpoint.model)
+        self._learned: dict[str, str] = {}
+        self.proven = False
+        """Whether this endpoint has answered a request for this model, in this run or earlier."""
+        if memory is not None:
+            self._learned |= memory.learned(*self._endpoint)
+            self.proven = bool(self._learned.pop("answered", ""))
+        self._answered_before = self.proven
+        self._answered_at: float | None = None  # on the monotonic clock: the latest answer
+        if policy.stream:
+            self._learned[STREAM] = "true"
+        self._session: aiohttp.ClientSession
+
+    async def open(self) -> None:
+        """Opens the connections' pool. Raises: RunStopped, UsageError."""
+        timeout = aiohttp.ClientTimeout(total=self._policy.timeout, sock_connect=CONNECT_SECONDS)
+        secure = self.provider.address.parts.scheme == "https"
+        proxy = network.usable_proxy(self.provider.address.base)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, ttl_dns_cache=300, ssl=network.certificates() if secure else True
+            ),
+            timeout=timeout,
+            headers={"Content-Type": "application/json", **self.provider.headers()},
+            proxy=proxy.url if proxy else None,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            raise_for_status=False,
+            max_line_size=HEADER_LIMIT,
+            max_field_size=HEADER_LIMIT,
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    def check(self) -> None:
+        """Asks the endpoint whether it is there, before the first request is spent on it.
+
+        Raises: RunStopped, UsageError.
+        """
+        self.provider.refuse_open_key()
+        self.provider.preflight()
+
+    def answered(self) -> None:
+        """A completion came: the key, the model and the parameters are good."""
+        self._answered_at = time.monotonic()
+        if not self.proven:
+            self.proven = True
+            self._remember("answered", "1")
+
+    @property
+    def answered_ago(self) -> float | None:
+        """Seconds since the latest answer; infinite where it came in an earlier run."""
+        if self._answered_at is None:
+            return math.inf if self._answered_before else None
+        return time.monotonic() - self._answered_at
+
+    def learn(self, lesson: Mapping[str, str], why: str) -> None:
+        """Sends bodies in another way from now on, and in later runs."""
+        for name, value in lesson.items():
+            if self._learned.get(name) != value:
+                self._learned[name] = value
+                self._remember(name, value)
+                log.info("%s: %s (%s)", self.provider.address, _in_words(name, value), why)
+
+    def _remember(self, name: str, value: str) -> None:
+        if self._memory is not None:
+            self._memory.learn(*self._endpoint, name, value)
+
+    async def post(self, request: Request) -> Reply:
+        """One try."""
+        url = self.provider.address.url(self.provider.path(request))
+        sent = self.provider.sent(self.provider.body(request), self._learned)
+        started = time.monotonic()
+        try:
+            data = json.dumps(sent).encode()
+            async with self._session.post(url, data=data, allow_redirects=False) as response:
+                data = await _read(response)
+                status, headers = response.status, response.headers
+        except _TooLarge:
+            message = f"the answer is over {BODY_LIMIT >> 20} MiB"
+            return Reply(Verdict("fail", "too large", message))
+        except (aiohttp.ClientError, OSError) as error:
+            return Reply(self._broken(error))
+        if status != 200:
+            told = read_error(data)
+            verdict = classify_error(status, told, headers, time.monotonic() - started)
+            return Reply(self._with_lesson(verdict, status, told, sent), headers)
+        return Reply(self._answer(data, headers, sent), headers)
+
+    def _broken(self, error: Exception) -> Verdict:
+        """The verdict on a connection that failed."""
+        if isinstance(error, aiohttp.ClientSSLError):
+            hint = network.certificate_hint()
+            message = f"the server's certificate is not accepted: {error} ({hint})"
+            return Verdict("stop", "certificate", message)
+        if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
+            return Verdict("stop", "url", "--base-url is not an http address")
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            proxy = network.proxy_for(self.provider.address.base)
+            message = f"the proxy refuses ({proxy}): {error.status} {error.message}"
+            return Verdict("retry", "connection", message, gone=True)
+        if isinstance(error, aiohttp.ServerDisconnectedError):
+            return Verdict("retry", "connection", "the server closed the connection", gone=True)
+        if isinstance(error, TimeoutError):
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                return Verdict("retry", "timeout", "no connection in time", gone=True)
+            return Verdict("retry", "timeout", "no answer in time (--timeout)")
+        if isinstance(error, aiohttp.ClientConnectorError):
+            reason = error.strerror or str(error.os_error) or type(error).__name__
+            if error.errno in network.OUT_OF_FILES:
+                return Verdict("retry", "connection", f"no connection: {reason}", local=True)
+            through = network.proxy_for(self.provider.address.base)
+            by = f" (through {through})" if through else ""
+            return Verdict("retry", "connection", f"no connection: {reason}{by}", gone=True)
+        return Verdict("retry", "connection", f"the connection broke: {type(error).__name__}")
+
+    def _answer(
+        self, data: bytes, headers: Mapping[str, str], sent: Mapping[str, Any]
+    ) -> Completion | Verdict:
+        """What a body that came with status 200 holds."""
+        try:
+            payload = _payload(data, self.provider)
+            verdict = classify_payload(payload, headers)
+            if verdict is not None:
+                return self._with_lesson(verdict, 400, read_error(data), sent)
+            completion = self.provider.completion(payload)
+        except MalformedResponse as error:
+            return Verdict("retry", "malformed", str(error))
+        except RecordFailed as error:
+            return Verdict("fail", error.kind, str(error))
+        if end_of(completion.finish_reason) is End.FAULT:
+            message = f"the server broke the answer off (finish reason {completion.finish_reason})"
+            return Verdict("retry", "server", message)
+        return completion
+
+    def _with_lesson(
+        self, verdict: Verdict, status: int, error: ServerError, sent: Mapping[str, Any]
+    ) -> Verdict:
+        """The verdict, and how to send the body instead where a parameter of it is refused."""
+        if verdict.kind not in ("rejected", "server") or status not in _PARAMETER_STATUSES:
+            return verdict
+        if self._answered_at is not None:  # it took them all for another record
+            return verdict
+        name = refused_parameter(sent, error.parameter, error.codes, error.message)
+        if name is None:
+            return verdict
+        lesson = self.provider.instead(name, sent, error.message)
+        if lesson is not None and name not in self._learned.values():
+            return replace(verdict, action="retry", lesson=dict([lesson]))
+        message = f"the server does not take the parameter {name} ({verdict.message})"
+        return Verdict("stop", "parameter", message, refused=True)
+
+
+def _in_words(name: str, value: str) -> str:
+    if name == STREAM:
+        return "it wants to stream its answers" if value == "true" else "it knows no stream"
+    return f"{name} goes as {value}" if value else f"it takes no {name}, so none is sent"
+
+
+def _payload(data: bytes, provider: HttpProvider) -> Any:
+    """The JSON of a body, put together where the server streamed it.
+
+    Raises: MalformedResponse.
+    """
+    try:
+        return load_json(data)
+    except (ValueError, RecursionError):
+        pass
+    text = encodable(data.decode("utf-8-sig", "replace"))
+    if text.lstrip()[:1] == "<":
+        raise MalformedResponse("the answer is an HTML page, not JSON")
+    parts = stream_parts(text)
+    if parts is None:
+        raise MalformedResponse("the answer is not JSON, or cut off")
+    if len(parts) == 1 and not _is_chunk(parts[0]):
+        return parts[0]
+    return provider.joined(parts)
+
+
+def _is_chunk(part: Mapping[str, Any]) -> bool:
+    choices: Any = part.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return part.get("done") is False or (isinstance(first, Mapping) and "delta" in first)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The body, uncompressed, as far as it is of a size to be an answer."""
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > BODY_LIMIT:
+            response.close()
+            raise _TooLarge
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
