@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.answers import Answer, flat_table
@@ -25,7 +24,7 @@ from fabe_ds.formats.base import BROKEN, Row
 from fabe_ds.formats.json.load import SCHEMA
 from fabe_ds.network import without_secrets
 from fabe_ds.prompts.checks import build_check
-from fabe_ds.prompts.template import Instruction, load_instruction
+from fabe_ds.prompts.template import Instruction, load_chat_template, load_instruction
 from fabe_ds.providers import (
     Endpoint,
     HttpProvider,
@@ -128,7 +127,7 @@ class Transform:
         self._runtime: Runtime | None = None
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._rank = 0
-        self._chat_template = _read_template(config.chat_template)
+        self._chat_template = load_chat_template(config.chat_template)
         self.provider = self._build_provider()
 
     def _base_url(self, config: TransformConfig) -> str | None:
@@ -347,24 +346,6 @@ class Transform:
     def is_sampling(self) -> bool:
         """Whether equal requests have answers of their own."""
         return self._sampling.samples
-
-
-def _read_template(name: str | None) -> str | None:
-    """The chat template: a file's text, or what a spec has of one already.
-
-    Raises: UsageError.
-    """
-    if name is None or "{" in name:
-        return name
-    try:
-        template = Path(name).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--chat-template {name}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--chat-template {name}: not UTF-8") from None
-    if "{" not in template:
-        raise UsageError(f"--chat-template {name}: no template of Jinja2 in it")
-    return template
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

@@ -13,6 +13,9 @@ PANELS: tuple[str, ...] = get_args(Panel)
 """The groups of flags, in the order of --help."""
 
 
+IO: Panel = "Input and output"
+
+
 def setting_field(
     panel: Panel,
     text: str,

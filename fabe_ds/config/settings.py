@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator
 
-from fabe_ds.config.section import Panel, Section, in_capitals, setting_field
-from fabe_ds.fields import Targets
+from fabe_ds.config.section import IO, Section, in_capitals, setting_field
+from fabe_ds.config.sections import (
+    AnswerSettings,
+    BudgetSettings,
+    ModelSettings,
+    PolicySettings,
+    PromptSettings,
+    SamplingSettings,
+    StoreSettings,
+    TargetSettings,
+)
 
-_IO: Panel = "Input and output"
 STANDARD = Path("-")
 """Standard input, and standard output."""
 VERY_NEAR = 0.8
@@ -19,326 +27,27 @@ SCHEMA_FILE = "json-schema:"
 """How a check begins that is a file."""
 
 
-class TargetSettings(Section):
-    """Which fields of a record are asked about, and which fields it gains."""
-
-    field: str = setting_field(
-        _IO,
-        "Field to rewrite; a dotted path reaches inside (meta.code, messages.0.content).",
-        "code",
-        affects_output=True,
-    )
-    backup_field: str | None = setting_field(
-        _IO,
-        "Field that keeps the original, put right after the rewritten one; '' for none.",
-        "original_code",
-        affects_output=True,
-    )
-    also_fields: list[str] = setting_field(
-        _IO,
-        "One more field to rewrite in the same pass; repeatable. Its original is kept as original_ "
-        "and its name.",
-        [],
-        flag="also-field",
-        affects_output=True,
-    )
-    status_field: str | None = setting_field(
-        _IO,
-        "Column that says what became of each record (failure, finish reason, tokens); for tables.",
-        affects_output=True,
-    )
-    samples: int = setting_field(
-        "Model",
-        "Answers to each record; above 1 they are listed in --samples-field, for tables.",
-        1,
-        affects_output=True,
-        ge=1,
-    )
-    samples_field: str = setting_field(
-        "Model", "Column of all answers where --samples is above 1.", "samples", affects_output=True
-    )
-
-    @property
-    def targets(self) -> Targets:
-        return Targets(
-            (self.field, *self.also_fields),
-            self.backup_field or None,
-            self.samples,
-            self.samples_field if self.samples > 1 else None,
-            self.status_field or None,
-        )
-
-
-class PromptSettings(Section):
-    """What is asked."""
-
-    instruction: str | None = setting_field(
-        "Prompt", "Instruction: a text, or a Jinja2 template file.", affects_output=True
-    )
-    template_vars: dict[str, str] = setting_field(
-        "Prompt",
-        "Variable for the template, k=v; repeatable.",
-        {},
-        flag="template-var",
-        affects_output=True,
-    )
-    system_prompt: str | None = setting_field(
-        "Prompt",
-        "System prompt; '' for none.",
-        "You are a coding assistant. Output only the final code.",
-        affects_output=True,
-    )
-    use_chat_template: bool = setting_field(
-        "Model",
-        "Ask through the model's chat template, where it has one.",
-        True,
-        affects_output=True,
-    )
-
-
-class AnswerSettings(Section):
-    """What makes a value of an answer."""
-
-    strip_fences: bool = setting_field(
-        "Prompt", "Unwrap an answer that is one fenced code block.", True, affects_output=True
-    )
-    auto_extract_code: bool = setting_field(
-        "Prompt", "The same as --strip-fences.", True, affects_output=True
-    )
-    on_truncated: Literal["fail", "keep"] = setting_field(
-        "Prompt",
-        "What to do with an answer that was cut at the token limit.",
-        "fail",
-        affects_output=True,
-    )
-    fences: Literal["keep", "first", "last", "longest", "fail"] = setting_field(
-        "Prompt",
-        "Which block of an answer of several code blocks is taken; keep takes the answer whole.",
-        "keep",
-        affects_output="when set",
-    )
-    good_ends: list[str] = setting_field(
-        "Prompt",
-        "A finish reason that means a whole answer, beside those that are known; repeatable.",
-        [],
-        flag="good-end",
-        affects_output="when set",
-    )
-    validate_with: str | None = setting_field(
-        "Prompt",
-        "Check of an answer: python-syntax, json, json-schema:FILE, regex:PATTERN.",
-        flag="validate",
-        affects_output=True,
-    )
-    max_reasks: int = setting_field(
-        "Prompt", "Times to ask again, with what is wrong.", 2, affects_output=True, ge=0
-    )
-
-    @property
-    def strips_fences(self) -> bool:
-        return self.strip_fences and self.auto_extract_code
-
-
-class ModelSettings(Section):
-    """Who is asked: the provider, and the model behind it."""
-
-    provider: str = setting_field(
-        "Model", "Who answers; see `fabe-ds providers`.", "echo", affects_output=True
-    )
-    model: str | None = setting_field(
-        "Model", "Model name, folder or .gguf file.", affects_output=True, environment="MODEL_PATH"
-    )
-    base_url: str | None = setting_field("Model", "Base URL of the server.", affects_output=True)
-    base_model: str | None = setting_field(
-        "Model",
-        "Model that an adapter (LoRA) given as --model goes on; by default, the one it names.",
-        affects_output="when set",
-    )
-    chat_template: str | None = setting_field(
-        "Model",
-        "Chat template for a local model, instead of its own: a Jinja2 file.",
-        affects_output="when set",
-    )
-    thinking: Literal["on", "off"] | None = setting_field(
-        "Model",
-        "Whether a local model reasons first, where its chat template has a switch for it.  "
-        "[default: as the template has it]",
-        affects_output="when set",
-    )
-    api_key: SecretStr | None = setting_field(
-        "Model", "Key for the server; better, OPENAI_API_KEY."
-    )
-    device: Annotated[str, Field(pattern=r"^(mps|auto|cpu(,cpu)*|cuda(:\d+(,(cuda:)?\d+)*)?)$")] = (
-        setting_field(
-            "Model",
-            "Device: cpu, cuda, cuda:N, mps or auto; cuda:0,1 for a process on each.",
-            "cpu",
-            environment="DEVICE",
-        )
-    )
-    dtype: str = setting_field(
-        "Model",
-        "Type of the weights: auto, float32, bfloat16, float16.",
-        "auto",
-        affects_output=True,
-    )
-    local_files_only: bool = setting_field(
-        "Model", "Fetch no model from a hub.", True, environment="LOCAL_FILES_ONLY"
-    )
-    engine: Literal["transformers", "vllm"] = setting_field(
-        "Model",
-        "What runs a local model; vllm needs fabe-ds[vllm].",
-        "transformers",
-        affects_output=True,
-    )
-    attn_implementation: str = setting_field(
-        "Model",
-        "Attention of a local model: auto, or one of transformers' (sdpa, eager, ...), which "
-        "then generates in its own way.",
-        "auto",
-    )
-    compile: bool = setting_field("Model", "Compile a local model with torch.compile.", False)
-    trust_remote_code: bool = setting_field("Model", "Run code that comes with the model.", False)
-    on_long_prompt: Literal["fail", "truncate-left"] = setting_field(
-        "Model",
-        "A prompt that is too long for a local model: fail that record, or cut its value's "
-        "beginning.",
-        "fail",
-        affects_output=True,
-    )
-    batch_size: int = setting_field("Execution", "Records of one batch of a local model.", 8, gt=0)
-    max_batch_tokens: int | None = setting_field(
-        "Execution",
-        "Tokens a local model holds at once, at most; by default what half the free memory holds.",
-        gt=0,
-    )
-
-    @property
-    def devices(self) -> list[str]:
-        """The devices, each of which gets a process of its own where there are several."""
-        kind, _, numbers = self.device.partition(":")
-        if not numbers:
-            return self.device.split(",")
-        return [f"{kind}:{number.removeprefix('cuda:')}" for number in numbers.split(",")]
-
-
-class SamplingSettings(Section):
-    """How tokens are chosen."""
-
-    max_new_tokens: int = setting_field(
-        "Model",
-        "Most tokens an answer may have.",
-        128,
-        affects_output=True,
-        environment="MAX_NEW_TOKENS",
-        gt=0,
-    )
-    temperature: float = setting_field(
-        "Model", "Sampling temperature.", 0.0, affects_output=True, environment="TEMPERATURE", ge=0
-    )
-    top_p: float | None = setting_field(
-        "Model", "Nucleus sampling.", affects_output=True, gt=0, le=1
-    )
-    do_sample: bool | None = setting_field(
-        "Model", "Sample tokens; by default where the temperature is above 0.", affects_output=True
-    )
-    seed: int | None = setting_field("Model", "Seed for sampling.", affects_output=True)
-    stop: list[str] = setting_field(
-        "Model", "Text that ends an answer; repeatable.", [], affects_output=True
-    )
-
-
-class PolicySettings(Section):
-    """How hard to try: requests at once, rates, retries, times."""
-
-    concurrency: Annotated[int, Field(gt=0)] | Literal["auto"] = setting_field(
-        "Execution",
-        "Requests in flight at once; auto finds out what the server takes. For a local model: "
-        "batches that it holds at once.",
-        4,
-    )
-    batch_api: bool = setting_field(
-        "Execution", "Send through the server's batch API: cheaper, and done within a day.", False
-    )
-    rpm: float | None = setting_field("Execution", "Most requests a minute.", gt=0)
-    tpm: float | None = setting_field(
-        "Execution", "Most tokens a minute, prompts and answers.", gt=0
-    )
-    retry: int = setting_field("Execution", "Tries after a failed one.", 3, ge=0)
-    timeout: float = setting_field("Execution", "Seconds one request may take.", 600.0, gt=0)
-    give_up_after: float = setting_field(
-        "Execution", "Seconds without a server after which the run stops.", 600.0, gt=0
-    )
-    stream: bool = setting_field(
-        "Execution",
-        "Let the server stream its answers; keeps proxies from cutting long ones.",
-        False,
-    )
-    on_error: Literal["raise", "keep"] = setting_field(
-        "Execution",
-        "For transform_fn: raise after a batch with failed records, or keep their originals.",
-        "raise",
-        affects_output=True,
-    )
-
-
-class BudgetSettings(Section):
-    """What may be spent."""
-
-    max_requests: int | None = setting_field("Execution", "Most requests to send.", ge=0)
-    max_tokens_total: int | None = setting_field("Execution", "Most tokens to use.", ge=0)
-    max_cost: float | None = setting_field("Execution", "Most to spend; needs --prices.", ge=0)
-    prices: Path | None = setting_field(
-        "Execution", "YAML of prices a million tokens, model: {prompt: .., completion: ..}."
-    )
-
-    @property
-    def capped(self) -> bool:
-        """Whether there is a cap on what may be spent."""
-        caps = (self.max_requests, self.max_tokens_total, self.max_cost)
-        return any(cap is not None for cap in caps)
-
-
-class StoreSettings(Section):
-    """What earlier runs have answered, and what is done about it."""
-
-    cache_dir: Path = setting_field(
-        "Execution", "Folder for what is worth keeping.", Path(".cache")
-    )
-    resume: bool = setting_field("Execution", "Use what earlier runs have answered.", True)
-    offline: bool = setting_field(
-        "Execution",
-        "Ask nobody: write what is answered already, and list the rest as failed.",
-        False,
-    )
-    retry_all: bool = setting_field(
-        "Execution",
-        "Ask again for answers that failed and would fail the same (truncated, refused, invalid).",
-        False,
-    )
-
-
 class InputSettings(Section):
     """What is read."""
 
     input_path: Path | None = setting_field(
-        _IO,
+        IO,
         "File, folder, saved Dataset, or dataset of the Hub (org/name) to read; - for standard "
         "input.",
         flag="input",
     )
     input_glob: list[str] = setting_field(
-        _IO, "Pattern of files in a folder (*.jsonl, **/*.json); repeatable.", [], flag="glob"
+        IO, "Pattern of files in a folder (*.jsonl, **/*.json); repeatable.", [], flag="glob"
     )
     records_key: str | None = setting_field(
-        _IO, "Key of the list of records, in files that wrap it in an object."
+        IO, "Key of the list of records, in files that wrap it in an object."
     )
     split: str = setting_field(
-        _IO, "Split of a Hub or saved Dataset, as datasets writes it (train, train[:100]).", "train"
+        IO, "Split of a Hub or saved Dataset, as datasets writes it (train, train[:100]).", "train"
     )
-    config_name: str | None = setting_field(_IO, "Configuration of a Hub dataset.")
+    config_name: str | None = setting_field(IO, "Configuration of a Hub dataset.")
     on_bad_input: Literal["fail", "skip"] = setting_field(
-        _IO,
+        IO,
         "What cannot be read: stop, or leave it out, a line of JSON lines (which is copied, and "
         "fails) or a file.",
         "fail",
@@ -349,15 +58,15 @@ class OutputSettings(Section):
     """Where records are written to, and as what."""
 
     output_path: Path | None = setting_field(
-        _IO,
+        IO,
         "Folder to write to, which mirrors the input; for one file, also a file, or - for standard "
         "output.  [default: outputs]",
         flag="output",
     )
     output_format: Literal["jsonl", "parquet", "csv", "tsv", "dataset"] | None = setting_field(
-        _IO, "What a table is written as.  [default: parquet, or what a CSV or a Dataset is]"
+        IO, "What a table is written as.  [default: parquet, or what a CSV or a Dataset is]"
     )
-    inplace: bool = setting_field(_IO, "Replace the input files.", False)
+    inplace: bool = setting_field(IO, "Replace the input files.", False)
 
 
 class HubSettings(Section):

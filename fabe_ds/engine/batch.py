@@ -18,7 +18,7 @@ from typing import Any
 import requests
 
 from fabe_ds import network
-from fabe_ds.config.settings import PolicySettings
+from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.coalesce import Coalescer, Pending
 from fabe_ds.engine.local import answer_window
 from fabe_ds.engine.verdict import Verdict, classify

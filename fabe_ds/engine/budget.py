@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.config.settings import BudgetSettings
+from fabe_ds.config.sections import BudgetSettings
 from fabe_ds.config.yaml_file import read_yaml
 from fabe_ds.errors import UsageError, reason
 from fabe_ds.request import Completion, Request

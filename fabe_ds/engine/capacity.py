@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from fabe_ds import network
-from fabe_ds.config.settings import PolicySettings
+from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.budget import Budget
 from fabe_ds.engine.limiter import Limiter
 from fabe_ds.engine.outage import Outage

@@ -13,14 +13,9 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from fabe_ds import network
-from fabe_ds.config.settings import PolicySettings
-from fabe_ds.engine.verdict import (
-    ServerError,
-    Verdict,
-    classify_error,
-    classify_payload,
-    read_error,
-)
+from fabe_ds.config.sections import PolicySettings
+from fabe_ds.engine.server_errors import ServerError, read_error
+from fabe_ds.engine.verdict import Verdict, classify_error, classify_payload
 from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers.finish import End, end_of
 from fabe_ds.providers.http import STREAM, HttpProvider, refused_parameter, stream_parts

@@ -7,7 +7,7 @@ import contextlib
 import threading
 from typing import Protocol
 
-from fabe_ds.config.settings import PolicySettings
+from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.capacity import Capacity
 from fabe_ds.engine.client import HttpClient
 from fabe_ds.engine.coalesce import Coalescer, Pending

@@ -6,7 +6,7 @@ import contextlib
 import queue
 from collections.abc import Generator, Iterable
 
-from fabe_ds.config.settings import PolicySettings
+from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.budget import Budget
 from fabe_ds.engine.capacity import Capacity
 from fabe_ds.engine.client import HttpClient

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config.rules import refuse_caps
-from fabe_ds.config.settings import BudgetSettings, PolicySettings, RunConfig, TransformConfig
+from fabe_ds.config.sections import BudgetSettings, PolicySettings
+from fabe_ds.config.settings import RunConfig, TransformConfig
 from fabe_ds.engine.budget import budget_of
 from fabe_ds.engine.coalesce import Coalescer
 from fabe_ds.engine.local import LocalEngine

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.exceptions import SecurityError
@@ -14,6 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fabe_ds.errors import RecordFailed, TemplateError, UsageError, first_line, reason
 from fabe_ds.text import as_path
+
+if TYPE_CHECKING:
+    pass
 
 _FILE_SUFFIXES = (".j2", ".jinja", ".jinja2", ".txt", ".md", ".prompt")
 _MAX_PROMPT = 64 << 20  # characters; a template can multiply text, and must not fill the memory
@@ -146,3 +150,21 @@ def _record_mentions(tree: nodes.Template, key: str) -> bool:
                 return True
     uses = sum(1 for name in tree.find_all(nodes.Name) if name.name == "record")
     return uses > parts
+
+
+def load_chat_template(name: str | None) -> str | None:
+    """The chat template: a file's text, or what a spec has of one already.
+
+    Raises: UsageError.
+    """
+    if name is None or "{" in name:
+        return name
+    try:
+        template = Path(name).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--chat-template {name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--chat-template {name}: not UTF-8") from None
+    if "{" not in template:
+        raise UsageError(f"--chat-template {name}: no template of Jinja2 in it")
+    return template

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from fabe_ds.engine.verdict import classify, classify_payload, in_context, read_error, retry_after
+from fabe_ds.engine.server_errors import read_error, retry_after
+from fabe_ds.engine.verdict import classify, classify_payload, in_context
 
 
 def body(message="no", **fields):

@@ -573,7 +573,7 @@ def test_answers_under_a_former_key_still_serve(box, tmp_path):
     again = run(box, folder, "--output", "second")
     assert "0 rewritten, 1 from cache" in again.out
     os.utime(folder / "config.json")  # put there anew, perhaps by another model
-    shutil.rmtree(box.path / ".cache" / "datasets")  # where the finished run is kept
+    shutil.rmtree(box.path / ".cache" / "answers")  # where the finished run is kept
     third = run(box, folder, "--output", "third")
     assert "1 rewritten, 0 from cache" in third.out
 

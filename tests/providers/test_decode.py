@@ -388,11 +388,12 @@ def test_several_devices_have_a_process_each(box, talkative):
     assert box.read("outputs/data.jsonl") == box.read("alone/data.jsonl")
     again = box.fabe(*command)
     assert "60 from cache" in again.out
-    refused = box.fabe(*command, "--device", "cpu,cpu", "--inplace")
-    assert (refused.code, refused.err) == (
-        2,
-        "fabe-ds: --inplace goes with one device; write to --output\n",
-    )
+    whole = box.read("outputs/data.jsonl")
+    replaced = box.fabe(*command, "--device", "cpu,cpu", "--inplace")
+    assert (replaced.code, box.read("data.jsonl")) == (0, whole)
+    twice = box.fabe(*command, "--device", "cpu,cpu", "--inplace")
+    assert "60 skipped (60 done before)" in twice.out
+    assert box.read("data.jsonl") == whole
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])

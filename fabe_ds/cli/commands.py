@@ -1,0 +1,228 @@
+"""The commands: from their flags to what they do."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fabe_ds.cli.cache import cache_app
+from fabe_ds.cli.display import (
+    print_dry_run,
+    print_preview,
+)
+from fabe_ds.cli.flags import (
+    ValuedFlags,
+    run_signature,
+)
+from fabe_ds.cli.running import config_of, run_and_report, settings_of
+from fabe_ds.cli.terminal import (
+    log_to_stderr,
+)
+from fabe_ds.config.load import read_config
+from fabe_ds.errors import (
+    RunStopped,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="fabe-ds",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="Rewrite one field of every record with a language model; give the rest back as it was.",
+)
+
+
+def _run(config: Path | None, **flags: Any) -> None:
+    settings = settings_of(config, flags)
+    if settings.dry_run:
+        from fabe_ds.tools.dry_run import dry_run
+
+        print_dry_run(dry_run(settings))
+        return
+    run_and_report(settings)
+
+
+def _preview(config: Path | None, number: int, **flags: Any) -> None:
+    from fabe_ds.tools.preview import preview
+
+    settings = settings_of(config, flags)
+    if settings.dry_run:
+        raise UsageError("a preview sends requests; `fabe-ds run --dry-run` sends none")
+    seen = preview(settings, number)
+    print_preview(seen)
+    if seen.stopped:
+        raise RunStopped(seen.stopped)
+
+
+_run.__signature__ = run_signature()  # type: ignore[attr-defined]
+app.command("run", cls=ValuedFlags, help="Rewrite a field of every record.")(_run)
+_preview.__signature__ = _run.__signature__.replace(  # type: ignore[attr-defined]
+    parameters=[
+        inspect.Parameter(
+            "number",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=5,
+            annotation=Annotated[int, typer.Option("-n", help="How many records.", min=1)],
+        ),
+        *_run.__signature__.parameters.values(),  # type: ignore[attr-defined]
+    ]
+)
+app.command(
+    "preview",
+    cls=ValuedFlags,
+    help="Rewrite a few records for real, show before and after, and what all would take.",
+)(_preview)
+
+
+@app.command("providers")
+def providers() -> None:
+    """List the providers, what each needs, and whether it is there."""
+    from fabe_ds.providers import missing_of, provider_class, provider_names
+
+    for name in provider_names():
+        try:
+            found = provider_class(name)
+            state, needs = missing_of(found) or "ready", found.needs
+        except UsageError as error:
+            state, needs = str(error), "?"
+        print(f"{name:<12} {state}\n{'':<12} needs {needs}")
+
+
+@app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where.")] = Path(),
+    provider: Annotated[str, typer.Option(help="Who answers.")] = "openai",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Write a commented configuration and a prompt to begin with."""
+    from fabe_ds.tools.init import write_project
+
+    for path in write_project(folder, provider, force):
+        print(f"written: {path}")
+
+
+@app.command("doctor")
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of a run's settings, to check these too.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="The cache folder.  \\[default: .cache]")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="A server to look for.")] = None,
+) -> None:
+    """Check packages, devices, servers, keys and the cache."""
+    from fabe_ds.tools.doctor import findings
+
+    flags = {"cache_dir": cache_dir, "base_url": base_url}
+    settings = read_config({name: value for name, value in flags.items() if value}, config)
+    bad = False
+    asked = settings if config is not None else None
+    for state, what, detail in findings(settings.cache_dir, settings.base_url, asked):
+        print(f"{state:<5} {what:<18} {detail}")
+        bad = bad or state == "bad"
+    raise typer.Exit(int(bad))
+
+
+@app.command("retry")
+def retry(
+    report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
+    api_key: Annotated[str | None, typer.Option(help="Key for the server.")] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Those too that would fail the same (truncated, refused, ...)."),
+    ] = False,
+) -> None:
+    """Run a run again as it was: just its failed records are sent."""
+    changes = {"resume": True, "offline": False, "retry_all": everything}
+    settings = config_of(report, api_key).model_copy(update=changes)
+    log_to_stderr(settings.log_level)
+    run_and_report(settings)
+
+
+@app.command("push")
+def push(
+    report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
+    repo: Annotated[str, typer.Argument(help="Dataset of the Hub (org/name).")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    config_name: Annotated[
+        str | None,
+        typer.Option(help="Configuration to push as.  \\[default: the one that was read]"),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to push as.  \\[default: the one that was read]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="With failed records too.")] = False,
+    failures: Annotated[
+        bool, typer.Option("--failures", help="The failed ones too, as a configuration.")
+    ] = False,
+    hub: Annotated[Literal["huggingface", "modelscope"], typer.Option(help="Whose hub.")] = (
+        "huggingface"
+    ),
+) -> None:
+    """Push what a run has written to the Hub, with a card that says how it was made."""
+    from fabe_ds.hub import push_to_hub
+
+    place = push_to_hub(
+        report,
+        repo,
+        private=not public,
+        revision=revision,
+        config_name=config_name,
+        split=split,
+        force=force,
+        failures=failures,
+        hub=hub,
+    )
+    print(f"pushed: {place}")
+
+
+@app.command("report")
+def report_page(
+    report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
+    output: Annotated[Path | None, typer.Option(help="The page.  \\[default: beside it]")] = None,
+) -> None:
+    """Write a page about a run: counts, charts, failures, before and after."""
+    from fabe_ds.report.page import write_page
+
+    print(f"written: {write_page(report, output)}")
+
+
+app.add_typer(cache_app, name="cache")
+
+
+@app.command("version")
+def version() -> None:
+    """Print the version."""
+    from fabe_ds.version import __version__
+
+    print(__version__)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    """What all commands have in common."""
+    try:
+        Path.cwd()
+    except OSError:
+        raise UsageError("the folder that this command runs in is gone; go to another") from None
