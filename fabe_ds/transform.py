@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fabe_ds.answers import Answer, flat_table
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
+from fabe_ds.config.sections import ModelSettings
 from fabe_ds.config.settings import TransformConfig, setting
 from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
@@ -30,7 +31,6 @@ from fabe_ds.providers import (
     HttpProvider,
     Provider,
     Request,
-    Sampling,
     build_provider,
     provider_class,
 )
@@ -114,14 +114,7 @@ class Transform:
             Instruction(*self.template, config.template_vars, path) for path in self.targets.paths
         ]
         self.instruction = self.instructions[0]
-        self._sampling = Sampling(
-            config.max_new_tokens,
-            config.temperature,
-            config.top_p,
-            config.do_sample,
-            config.seed,
-            tuple(config.stop),
-        )
+        self._sampling = config.sampling
         self._system, self._chat = config.system_prompt or None, config.use_chat_template
         self._language = config.template_vars.get("language", "python")
         self._runtime: Runtime | None = None
@@ -142,33 +135,22 @@ class Transform:
         return None
 
     def _build_provider(self) -> Provider:
-        config = self.config
-        devices = config.devices
-        endpoint = Endpoint(
-            config.model or "local",
-            config.base_url,
-            devices[self._rank % len(devices)],
-            config.dtype,
-            config.local_files_only,
-            config.trust_remote_code,
-            config.batch_size,
-            config.max_batch_tokens,
-            config.attn_implementation,
-            config.compile,
-            config.on_long_prompt,
-            config.engine,
-            len(devices),
-            batches=4 if config.concurrency == "auto" else config.concurrency,
-            base_model=config.base_model,
-            chat_template=self._chat_template,
-            thinking=None if config.thinking is None else config.thinking == "on",
-            chat=config.use_chat_template,
-            instruction="\n".join(
-                [self.template[0], config.system_prompt or "", *config.template_vars.values()]
-            ),
-            max_new_tokens=config.max_new_tokens,
-            cache_dir=config.cache_dir,
-        )
+        config, devices = self.config, self.config.devices
+        settings = {name: getattr(config, name) for name in ModelSettings.model_fields}
+        words = [self.template[0], config.system_prompt or "", *config.template_vars.values()]
+        run = {
+            "api_key": None,  # it goes to the provider by itself
+            "model": config.model or "local",
+            "device": devices[self._rank % len(devices)],
+            "chat_template": self._chat_template,
+            "sharers": len(devices),
+            "batches": 4 if config.concurrency == "auto" else config.concurrency,
+            "chat": config.use_chat_template,
+            "instruction": "\n".join(words),
+            "max_new_tokens": config.max_new_tokens,
+            "cache_dir": config.cache_dir,
+        }
+        endpoint = Endpoint(**{**settings, **run})
         return build_provider(config.provider, endpoint, self.key())
 
     def key(self) -> str | None:

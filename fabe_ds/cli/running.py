@@ -21,14 +21,11 @@ from fabe_ds.cli.terminal import (
     log_to_stderr,
 )
 from fabe_ds.config.load import read_config, validated
-from fabe_ds.config.settings import STANDARD, RunConfig
+from fabe_ds.config.settings import STANDARD, RunConfig, flag
 from fabe_ds.errors import (
     UsageError,
 )
 from fabe_ds.store.layout import Layout
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     from fabe_ds.report.result import RunResult
@@ -37,9 +34,9 @@ if TYPE_CHECKING:
 def settings_of(config: Path | None, flags: dict[str, Any]) -> RunConfig:
     from fabe_ds.cli.streams import stored_input
 
-    variables = flags.pop("template_vars", None)
-    if variables:
-        flags["template_vars"] = dict(map(_variable, variables))
+    for name in ("template_vars", "provider_options"):
+        if given := flags.pop(name, None):
+            flags[name] = dict(_pair(flag(name), text) for text in given)
     settings = read_config(
         {name: value for name, value in flags.items() if value not in (None, [])}, config
     )
@@ -103,10 +100,10 @@ def _push_of(settings: RunConfig) -> Callable[[RunResult], str] | None:
     return lambda result: push_to_hub(result, repo, **options)
 
 
-def _variable(text: str) -> tuple[str, str]:
+def _pair(spelled: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise UsageError(f"--template-var {text}: write name=value")
+        raise UsageError(f"{spelled} {text}: write name=value")
     return name, value
 
 

@@ -192,21 +192,22 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     for name in _LISTS:
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
-    if "template_vars" in values:
-        values["template_vars"] = _variables(values["template_vars"], f"--config {file}")
+    for name, as_value in (("template_vars", str), ("provider_options", lambda value: value)):
+        if name in values:
+            values[name] = _pairs(values[name], f"--config {file}: {name}", as_value)
     return values
 
 
-def _variables(given: Any, where: str) -> Any:
-    """Template variables as a mapping of texts, or as the flag takes them: name=value."""
+def _pairs(given: Any, where: str, as_value: Callable[[Any], Any]) -> Any:
+    """A mapping, also where it is written as the flag takes it: a list of name=value."""
     if isinstance(given, str | list):
         given = [given] if isinstance(given, str) else given
         pairs = [str(pair).partition("=") for pair in given]
         if wrong := next((name for name, equals, _ in pairs if not equals), None):
-            raise UsageError(f"{where}: template_vars: {wrong}: write name: value, or name=value")
+            raise UsageError(f"{where}: {wrong}: write name: value, or name=value")
         return {name: value for name, _, value in pairs}
     if isinstance(given, dict):
-        return {str(name): str(value) for name, value in given.items()}
+        return {str(name): as_value(value) for name, value in given.items()}
     return given
 
 

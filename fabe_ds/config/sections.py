@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr
 
 from fabe_ds.config.section import IO, Section, setting_field
 from fabe_ds.fields import Targets
+from fabe_ds.request import Sampling
 
 
 class TargetSettings(Section):
@@ -134,6 +135,13 @@ class AnswerSettings(Section):
 class ModelSettings(Section):
     """Who is asked: the provider, and the model behind it."""
 
+    provider_options: dict[str, Any] = setting_field(
+        "Model",
+        "Option that the provider has of its own, name=value; repeatable.",
+        {},
+        flag="provider-option",
+        affects_output="when set",
+    )
     provider: str = setting_field(
         "Model", "Who answers; see `fabe-ds providers`.", "echo", affects_output=True
     )
@@ -238,6 +246,13 @@ class SamplingSettings(Section):
     stop: list[str] = setting_field(
         "Model", "Text that ends an answer; repeatable.", [], affects_output=True
     )
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            **{name: getattr(self, name) for name in SamplingSettings.model_fields}
+            | {"stop": tuple(self.stop)}
+        )
 
 
 class PolicySettings(Section):

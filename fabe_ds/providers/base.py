@@ -9,38 +9,26 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fabe_ds.errors import FabeError, RecordFailed
+from pydantic import BaseModel, ValidationError
+
+from fabe_ds.config.sections import ModelSettings
+from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.request import Completion, Request
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where and what the model is, and the options of the provider that reaches it."""
+class Endpoint(ModelSettings):
+    """Where and what the model is: the settings of the model, and what else a provider needs of a
+    run. `device` is one device, `chat_template` the text of a template."""
 
-    model: str
-    base_url: str | None = None
-    device: str = "cpu"
-    dtype: str = "auto"
-    local_files_only: bool = True
-    trust_remote_code: bool = False
-    batch_size: int = 8
-    """Records of one batch; a local model holds `batches` of them at once."""
-    max_batch_tokens: int | None = None
-    attn_implementation: str = "auto"
-    compile: bool = False
-    on_long_prompt: str = "fail"
-    engine: str = "transformers"
+    model: str = "local"
     sharers: int = 1
     """Processes that share this machine's processor for one run."""
     batches: int = 1
-    base_model: str | None = None
-    chat_template: str | None = None
-    """The text of a template that takes the place of the model's own."""
-    thinking: bool | None = None
+    """Batches of `batch_size` records that a local model holds at once."""
     chat: bool = True
     """Whether records are asked about through the model's chat template."""
     instruction: str | None = None
@@ -48,6 +36,14 @@ class Endpoint:
     max_new_tokens: int | None = None
     cache_dir: Path | None = None
     """Where digests of large files are remembered."""
+
+    def __init__(self, model: str = "local", base_url: str | None = None, **more: Any) -> None:
+        super().__init__(model=model, base_url=base_url, **more)
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the model is to reason first; None leaves it to its chat template."""
+        return None if self.thinking is None else self.thinking == "on"
 
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
@@ -74,14 +70,34 @@ class Provider(ABC):
     has_batches: ClassVar[bool] = False
     """Whether its servers take batches of requests (--batch-api)."""
 
+    Options: ClassVar[type[BaseModel] | None] = None
+    """A pydantic model of the provider's own options (--provider-option NAME=VALUE), if it has
+    any. They reach the cache key by way of `body`, where they change it."""
+
     def __init__(self, endpoint: Endpoint) -> None:
+        """Raises: UsageError (an option that the provider has not, or not with this value)."""
         self.endpoint = endpoint
+        self.options: Any = self._options_of(endpoint.provider_options)
         self.former_answers = 0  # that were found under the keys of earlier versions
 
     @classmethod
     def missing(cls) -> str | None:
         """What is not installed for this provider to run, or None."""
         return None
+
+    @classmethod
+    def _options_of(cls, given: Mapping[str, Any]) -> BaseModel | None:
+        known = sorted(cls.Options.model_fields) if cls.Options is not None else []
+        for name in given:
+            if name not in known:
+                has = f"; {cls.name} has {', '.join(known)}" if known else f"; {cls.name} has none"
+                raise UsageError(f"--provider-option {name}: no such option{has}")
+        try:
+            return cls.Options(**given) if cls.Options is not None else None
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "?"
+            raise UsageError(f"--provider-option {name}: {first['msg']}") from None
 
     @abstractmethod
     def body(self, request: Request) -> dict[str, Any]:

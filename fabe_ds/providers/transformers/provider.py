@@ -90,8 +90,8 @@ class TransformersProvider(CheckpointProvider):
                 body["cut"] = "value"
         if request.chat and endpoint.chat_template is not None:
             body["chat_template"] = endpoint.chat_template
-        if request.chat and endpoint.thinking is not None:
-            body["thinking"] = endpoint.thinking
+        if request.chat and endpoint.thinks is not None:
+            body["thinking"] = endpoint.thinks
         return body
 
     def _is_cut(self, request: Request) -> bool:
@@ -178,9 +178,7 @@ class TransformersProvider(CheckpointProvider):
         name, endpoint = self.endpoint.model, self.endpoint
         with quiet_transformers():
             tokenizer = loading.load_tokenizer(self._source_of(self._speaking), name)
-        return Chat(
-            tokenizer, name, endpoint.chat_template, endpoint.thinking, endpoint.instruction
-        )
+        return Chat(tokenizer, name, endpoint.chat_template, endpoint.thinks, endpoint.instruction)
 
     @property
     def tokenizer(self) -> Any:
