@@ -38,7 +38,10 @@ class Destination:
 
     def ours(self, config: RunConfig) -> list[Path]:
         """Files and folders that are never input, because the run writes there."""
-        paths = [config.cache_dir, *(beside(self.reports, name) for name in LEFT_BEHIND)]
+        paths = [beside(self.reports, name) for name in LEFT_BEHIND]
+        copies = Layout(config.cache_dir).remote
+        if config.input_path is None or copies not in config.input_path.parents:
+            paths.append(config.cache_dir)
         if self.output is None:
             return paths
         return [*paths, self.output, *(beside(self.output, name) for name in LEFT_BEHIND)]
@@ -176,7 +179,8 @@ def _apart(base: Path, source: Path) -> Path:
 def _input_of(report: Path) -> str | None:
     """The input of the run that has left this report; None where there is no such report."""
     try:
-        return str(json.loads(report.read_text(encoding="utf-8"))["config"]["input_path"])
+        run = json.loads(report.read_text(encoding="utf-8"))
+        return str(run.get("input") or run["config"]["input_path"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -16,11 +16,7 @@ from typing import IO, cast
 
 from fabe_ds import compression
 from fabe_ds.errors import ExportError, UsageError, reason
-from fabe_ds.scratch import (
-    clear_scratch,
-    scratch_name,
-    unlink,
-)
+from fabe_ds.scratch import clear_scratch, scratch_name, unlink
 
 log = logging.getLogger(__name__)
 

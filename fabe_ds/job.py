@@ -11,6 +11,7 @@ from fabe_ds.destinations import Destination, destination_of, paths_of
 from fabe_ds.engine.budget import budget_of
 from fabe_ds.formats.base import Format, Settings, Source
 from fabe_ds.formats.registry import open_source
+from fabe_ds.remote import Staged, staged
 from fabe_ds.transform import Transform
 
 
@@ -25,6 +26,9 @@ class Job:
     destination: Destination
     paths: dict[str, str]
     """Where each file of the input goes, by its name."""
+    shown: RunConfig
+    """The settings as they were given, with the addresses of remote files."""
+    copies: Staged
 
 
 def open_job(
@@ -37,7 +41,9 @@ def open_job(
     Raises: FabeError where the run could not begin.
     """
     transform = transform or checked_transform(config)
-    config = config.model_copy(update={"base_url": transform.config.base_url})
+    shown = config = config.model_copy(update={"base_url": transform.config.base_url})
+    copies = staged(config, cache_dir)
+    config = copies.config
     destination = destination_of(config)
     kind, source = open_source(config, destination.ours(config))
     settings = Settings(
@@ -48,7 +54,7 @@ def open_job(
     )
     opened = kind(settings)
     paths = paths_of(config, destination, opened, source)
-    return Job(config, transform, source, opened, destination, paths)
+    return Job(config, transform, source, opened, destination, paths, shown, copies)
 
 
 def checked_transform(config: RunConfig) -> Transform:

@@ -84,7 +84,9 @@ def _run(config: RunConfig, course: Course) -> RunResult:
             answers = _answered(job, records, finished)
         course.begin(WRITING, len(records))
         outputs = _written(job, records, answers, finished, course)
-        return write_reports(job, records, answers, outputs, course)
+        result = write_reports(job, records, answers, outputs, course)
+        job.copies.publish(outputs, job.destination.reports)
+        return result
 
 
 def _answered(job: Job, records: Records, finished: Finished) -> Answers:

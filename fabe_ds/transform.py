@@ -24,6 +24,7 @@ from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import BROKEN, Row
 from fabe_ds.formats.json.load import SCHEMA
 from fabe_ds.network import without_secrets
+from fabe_ds.prompts.acceptance import acceptance, asking_again
 from fabe_ds.prompts.checks import build_check
 from fabe_ds.prompts.template import Instruction, load_chat_template, load_instruction
 from fabe_ds.providers import (
@@ -230,7 +231,13 @@ class Transform:
             if self._runtime is None or self._runtime.pid != os.getpid():
                 if self._runtime is not None:
                     self.provider = self._build_provider()
-                self._runtime = Runtime(self.config, self.provider, self._open_cache)
+                self._runtime = Runtime(
+                    self.config,
+                    self.provider,
+                    self._open_cache,
+                    acceptance(self.config, self.provider),
+                    asking_again(self.config),
+                )
                 weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
             return self._runtime
 

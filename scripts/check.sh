@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Style and types.
+# Style, types, and the layers of the package.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=.venv/bin
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
 "$bin/mypy"
+"$bin/lint-imports" --no-timings >/dev/null || "$bin/lint-imports"

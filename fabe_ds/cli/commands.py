@@ -9,23 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fabe_ds.cli.cache import cache_app
-from fabe_ds.cli.display import (
-    print_dry_run,
-    print_preview,
-)
-from fabe_ds.cli.flags import (
-    ValuedFlags,
-    run_signature,
-)
+from fabe_ds.cli.display import print_dry_run, print_preview
+from fabe_ds.cli.flags import ValuedFlags, run_signature
 from fabe_ds.cli.running import config_of, run_and_report, settings_of
-from fabe_ds.cli.terminal import (
-    log_to_stderr,
-)
+from fabe_ds.cli.terminal import log_to_stderr
 from fabe_ds.config.load import read_config
-from fabe_ds.errors import (
-    RunStopped,
-    UsageError,
-)
+from fabe_ds.errors import RunStopped, UsageError
 
 if TYPE_CHECKING:
     pass

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fabe_ds.config.settings import STANDARD, RunConfig
 from fabe_ds.report.advice import what_helps
 
 if TYPE_CHECKING:
@@ -92,7 +93,12 @@ def _in_words(what: str, counts: Any) -> str:
     return f"; {sum(counts.values())} {what} ({reasons})"
 
 
-def print_summary(result: RunResult, max_new_tokens: int, to_stdout: bool) -> None:
+def print_summary(result: RunResult, settings: RunConfig) -> None:
+    """The counts of a run, what failed and what helps, and where it all is."""
+    from fabe_ds.remote import url_of
+
+    to_stdout = settings.output_path == STANDARD
+    url = url_of(settings.input_path if settings.inplace else settings.output_path)
     rate = result.records / max(result.seconds - result.loading, 1e-9)
     print(
         f"{result.records} records: {result.done} rewritten, {result.cached} from cache"
@@ -114,14 +120,14 @@ def print_summary(result: RunResult, max_new_tokens: int, to_stdout: bool) -> No
         how = ", ".join(f"{n} {kind}" for kind, n in sorted(result.failures_by_kind.items()))
         print(f"failed {result.failed} ({how}): {result.failures_file}")
         print(f"the first: {_first_failure(result.failures_file)}")
-        for line in what_helps(result.failures_by_kind, max_new_tokens):
+        for line in what_helps(result.failures_by_kind, settings.max_new_tokens):
             print(line)
     for error in result.bad_files:
         print(f"left out: {error}")
     for note in result.notes:
         print(f"note: {note}")
     if result.outputs and not to_stdout:
-        print(f"written: {_outputs(result.outputs)}")
+        print(f"written: {url or _outputs(result.outputs)}")
     if result.report is not None:
         print(f"report: {_near(result.report)} (fabe-ds report makes a page of it)")
 

@@ -15,9 +15,7 @@ from typer.core import TyperCommand
 
 from fabe_ds.config.section import PANELS
 from fabe_ds.config.settings import RunConfig, TransformConfig, flag, setting
-from fabe_ds.errors import (
-    UsageError,
-)
+from fabe_ds.errors import UsageError
 
 if TYPE_CHECKING:
     pass

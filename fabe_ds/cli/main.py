@@ -10,20 +10,9 @@ from typing import Any
 import typer
 
 from fabe_ds.cli.commands import app
-from fabe_ds.cli.terminal import (
-    complain,
-    flushed,
-    terminating,
-    unexpected,
-    use_any_terminal,
-)
+from fabe_ds.cli.terminal import complain, flushed, terminating, unexpected, use_any_terminal
 from fabe_ds.config.settings import VERY_NEAR
-from fabe_ds.errors import (
-    INTERRUPTED,
-    USAGE,
-    FabeError,
-    reason,
-)
+from fabe_ds.errors import INTERRUPTED, USAGE, FabeError, reason
 
 # Typer comes with a click of its own, or uses the installed one, by its version.
 _CallError: type[Any] = next(

@@ -14,17 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fabe_ds.cli.display import (
-    print_summary,
-)
-from fabe_ds.cli.terminal import (
-    log_to_stderr,
-)
+from fabe_ds.cli.display import print_summary
+from fabe_ds.cli.terminal import log_to_stderr
 from fabe_ds.config.load import read_config, validated
 from fabe_ds.config.settings import STANDARD, RunConfig, flag
-from fabe_ds.errors import (
-    UsageError,
-)
+from fabe_ds.errors import UsageError
 from fabe_ds.store.layout import Layout
 
 if TYPE_CHECKING:
@@ -73,7 +67,7 @@ def _run_and_print(settings: RunConfig) -> RunResult:
     gc.set_threshold(50_000, 20, 100)
     push = _push_of(settings)
     result = run(settings, watching)
-    print_summary(result, settings.max_new_tokens, settings.output_path == STANDARD)
+    print_summary(result, settings)
     if push is not None and result.failed and not settings.force:
         print("not pushed: records failed (--force pushes all the same)", file=sys.stderr)
     elif push is not None:

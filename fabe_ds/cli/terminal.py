@@ -15,11 +15,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from fabe_ds.errors import (
-    INTERRUPTED,
-    first_line,
-    reason,
-)
+from fabe_ds.errors import INTERRUPTED, first_line, reason
 
 if TYPE_CHECKING:
     pass

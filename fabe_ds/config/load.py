@@ -177,7 +177,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values[name] = value
     base = file.parent
     for name in _PATHS:
-        if isinstance(values.get(name), str):
+        if isinstance(values.get(name), str) and "://" not in values[name]:
             values[name] = base / values[name]
     for name in MAYBE_FILES:
         value = values.get(name)

@@ -32,8 +32,8 @@ class InputSettings(Section):
 
     input_path: Path | None = setting_field(
         IO,
-        "File, folder, saved Dataset, or dataset of the Hub (org/name) to read; - for standard "
-        "input.",
+        "File, folder, saved Dataset, or dataset of the Hub (org/name) to read; a URL (hf://, "
+        "s3://, ...); - for standard input.",
         flag="input",
     )
     input_glob: list[str] = setting_field(
@@ -60,7 +60,7 @@ class OutputSettings(Section):
     output_path: Path | None = setting_field(
         IO,
         "Folder to write to, which mirrors the input; for one file, also a file, or - for standard "
-        "output.  [default: outputs]",
+        "output; a URL.  [default: outputs]",
         flag="output",
     )
     output_format: Literal["jsonl", "parquet", "csv", "tsv", "dataset"] | None = setting_field(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from fabe_ds.config.rules import refuse_caps
 from fabe_ds.config.sections import BudgetSettings, PolicySettings
@@ -15,10 +14,8 @@ from fabe_ds.engine.budget import budget_of
 from fabe_ds.engine.coalesce import Coalescer
 from fabe_ds.engine.local import LocalEngine
 from fabe_ds.engine.worker_slots import SharedSlots, die_with_parent, is_worker
-from fabe_ds.errors import RecordFailed, RunStopped, UsageError
-from fabe_ds.prompts.answer import clean_answer
-from fabe_ds.prompts.checks import RAISED, build_check
-from fabe_ds.providers import Completion, HttpProvider, LocalProvider, Provider, Request
+from fabe_ds.errors import RunStopped, UsageError
+from fabe_ds.providers import HttpProvider, LocalProvider, Provider
 from fabe_ds.request import Accept, Item, Outcome, Reask, Stats
 from fabe_ds.store.completions import Completions, RecordCache
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from fabe_ds.engine.http import HttpEngine
 
 WINDOW_BATCHES = 32
-INVALID = "invalid"
 
 
 def open_cache(config: TransformConfig) -> RecordCache:
@@ -46,7 +42,10 @@ class Runtime:
         config: TransformConfig,
         provider: Provider,
         open_cache: Callable[[TransformConfig], Completions],
+        accept: Accept,
+        reask: Reask,
     ) -> None:
+        """`accept` makes values of completions; `reask` says what is sent after one that failed."""
         self.pid = os.getpid()
         self.closed = self.stopping = False
         self.stats = Stats()
@@ -56,9 +55,9 @@ class Runtime:
         self.coalescer = Coalescer(
             provider,
             self.cache,
-            acceptance(config, provider),
+            accept,
             self.stats,
-            asking_again(config),
+            reask,
             offline=config.offline,
             retry_all=config.retry_all,
         )
@@ -119,50 +118,3 @@ class Runtime:
         for opened in (self.cache, self._journal):
             if opened is not None:
                 opened.close()
-
-
-def acceptance(config: TransformConfig, provider: Provider) -> Accept:
-    """What makes a record's new text of a completion. It may raise RecordFailed."""
-
-    check = build_check(config.validate_with).check if config.validate_with else None
-
-    def accept(request: Request, completion: Completion) -> str:
-        if lost := provider.lost_prompt(request, completion):
-            raise RecordFailed("context", lost)
-        text = clean_answer(
-            completion.text,
-            completion.finish_reason,
-            original=request.text,
-            strip_fences=config.strips_fences,
-            on_truncated=config.on_truncated,
-            several=config.fences,
-            good_ends=config.good_ends,
-        )
-        if check is not None and (wrong := check(text, request.text, whole_record(request))):
-            raise RecordFailed(INVALID, wrong)
-        return text
-
-    return accept
-
-
-def whole_record(request: Request) -> Mapping[str, Any] | None:
-    """The record that a request is about, where a check asked for it."""
-    if isinstance(request.record, str):
-        try:
-            value = json.loads(request.record)
-        except (ValueError, RecursionError) as error:
-            raise RecordFailed(RAISED, f"the record cannot be shown whole: {error}") from None
-        return value if isinstance(value, Mapping) else None
-    return request.record
-
-
-def asking_again(config: TransformConfig) -> Reask:
-    """What an answer that fails its check is told, so many times at most."""
-
-    def reask(request: Request, completion: Completion, kind: str, message: str) -> Request | None:
-        if kind != INVALID or len(request.turns) >= config.max_reasks:
-            return None
-        complaint = f"Your answer is {message}. Answer again, corrected, and in full."
-        return request._replace(turns=(*request.turns, (completion.text, complaint)))
-
-    return reask

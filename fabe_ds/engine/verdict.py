@@ -11,12 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fabe_ds.engine.server_errors import (
-    ServerError,
-    error_of,
-    read_error,
-    retry_after,
-)
+from fabe_ds.engine.server_errors import ServerError, error_of, read_error, retry_after
 
 PROXY_SECONDS = 1.0
 """A gateway's timeout that comes later than this has cut an answer; sooner, nobody was there."""

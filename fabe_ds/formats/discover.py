@@ -160,6 +160,14 @@ def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
     )
 
 
+def glob_takes(globs: Sequence[str], name: str) -> bool:
+    """Whether any of the patterns takes the file of this path below the root.
+
+    Raises: UsageError (a pattern of files elsewhere).
+    """
+    return any(_matches(name.split("/"), _parts(glob)) for glob in globs)
+
+
 def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder + "/")
 

@@ -10,11 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from fabe_ds.formats.base import Source, Tick
-from fabe_ds.formats.parquet_columns import (
-    held_columns,
-    refuse_other_columns,
-    write_parquet_like,
-)
+from fabe_ds.formats.parquet_columns import held_columns, refuse_other_columns, write_parquet_like
 from fabe_ds.formats.table import TableFormat
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 from fabe_ds.errors import RecordFailed
 from fabe_ds.prompts.fences import Several, SeveralBlocks, unwrap_fence
-from fabe_ds.prompts.reasoning import strip_end_marks, strip_reasoning
 from fabe_ds.providers.finish import End, end_of
+from fabe_ds.reasoning import strip_end_marks, strip_reasoning
 
 _BROKEN = "\ufffd"  # what is left of a character that an answer was cut inside of
 _blank_start = re.compile(r"\A(?:[ \t]*\r?\n)+")

@@ -2,12 +2,7 @@
 
 from fabe_ds.providers.base import Endpoint, LocalProvider, Provider, Requirement
 from fabe_ds.providers.http import HttpProvider
-from fabe_ds.providers.registry import (
-    build_provider,
-    missing_of,
-    provider_class,
-    provider_names,
-)
+from fabe_ds.providers.registry import build_provider, missing_of, provider_class, provider_names
 from fabe_ds.request import Completion, Request, Sampling
 
 __all__ = [

@@ -16,6 +16,7 @@ from fabe_ds.config.settings import SCHEMA_FILE, RunConfig, setting
 from fabe_ds.errors import UsageError, reason
 from fabe_ds.files import is_text, replacing
 from fabe_ds.network import without_secrets
+from fabe_ds.remote import url_of
 from fabe_ds.report.result import RunResult
 from fabe_ds.version import __version__
 
@@ -37,6 +38,8 @@ class RunReport(BaseModel):
     version: int = 1
     ended: str = ""
     config: dict[str, Any]
+    input: str = ""
+    """The path that was read: of remote input, that of its copy."""
     records: int
     done: int
     cached: int
@@ -123,7 +126,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         settings["base_url"] = without_secrets(config.base_url)
     for name, value in settings.items():
         if isinstance(value, Path) or name in MAYBE_FILES:
-            settings[name] = _from_anywhere(value)
+            url = url_of(value) if isinstance(value, Path) else None
+            settings[name] = url or _from_anywhere(value)
     return settings
 
 

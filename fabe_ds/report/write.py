@@ -52,14 +52,16 @@ def write_reports(
     failures = failed_records(records, kind, answers) if counts["failed"] else ()
     write_failures(failures, beside(reports, FAILURES))
     write_examples(examples(records, kind, answers), beside(reports, SAMPLES))
+    assert job.config.input_path is not None
     details = {
+        "input": str(job.config.input_path.absolute()),
         "history": course.history,
         "latency": stats.latency,
         "instruction": transform.template[0],
         "prompt_tokens_each": sizes(flat.column("prompt_tokens")),
         "completion_tokens_each": sizes(flat.column("completion_tokens")),
     }
-    write_report(job.config, result, details)
+    write_report(job.shown, result, details)
     return result
 
 

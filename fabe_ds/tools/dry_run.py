@@ -14,11 +14,11 @@ from typing import cast
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.engine.coalesce import Coalescer
-from fabe_ds.engine.runtime import acceptance, asking_again
 from fabe_ds.errors import RecordFailed
 from fabe_ds.executors.base import Work
 from fabe_ds.formats.base import BROKEN, Records, no_tick
 from fabe_ds.job import Job, open_job
+from fabe_ds.prompts.acceptance import acceptance, asking_again
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.counts import counted
 from fabe_ds.request import Completion, Item, Request, Stats

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fabe_ds.errors import RecordFailed
 from fabe_ds.prompts.answer import clean_answer
 from fabe_ds.prompts.fences import fenced_blocks
-from fabe_ds.prompts.reasoning import strip_reasoning
+from fabe_ds.reasoning import strip_reasoning
 
 
 def clean(answer: str, reason: str | None = "stop", original: str = "old = 1", **options) -> str:

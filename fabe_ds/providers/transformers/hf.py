@@ -15,10 +15,7 @@ class HFProvider(TransformersProvider):
 
     def fetch(self, model: str, one: str | None = None) -> Path:
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import (
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         local = self.endpoint.local_files_only
         try:

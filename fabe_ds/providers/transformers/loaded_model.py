@@ -12,9 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from fabe_ds.errors import first_line
-from fabe_ds.providers.transformers.agreement import (
-    free,
-)
+from fabe_ds.providers.transformers.agreement import free
 from fabe_ds.providers.transformers.amendments import LEFT, LEFT_SAMPLING
 from fabe_ds.request import Sampling
 

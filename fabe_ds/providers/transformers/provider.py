@@ -17,12 +17,7 @@ from fabe_ds.providers.transformers.checkpoint import Checkpoint
 from fabe_ds.providers.transformers.devices import cpu_has_bf16, device_of
 from fabe_ds.providers.transformers.identity import CheckpointProvider
 from fabe_ds.providers.transformers.reading import AnswerReader
-from fabe_ds.providers.transformers.turns import (
-    all_ends,
-    any_of,
-    special_ids,
-    split_controls,
-)
+from fabe_ds.providers.transformers.turns import all_ends, any_of, special_ids, split_controls
 from fabe_ds.quiet import quiet_transformers
 from fabe_ds.request import Completion, Request
 

@@ -2,7 +2,7 @@
 
 Models that write these marks as special tokens lose them when an answer is decoded, so they are
 looked for before. Sources: the chat templates and tokenizers of the families that
-`fabe_ds.prompts.reasoning` names; https://github.com/openai/harmony for channels.
+`fabe_ds.reasoning` names; https://github.com/openai/harmony for channels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fabe_ds.prompts.reasoning import END_MARKS, PAIRS
+from fabe_ds.reasoning import END_MARKS, PAIRS
 
 _TAGS = [
     (f"<{prefix}{tag}>", f"</{prefix}{tag}>")
