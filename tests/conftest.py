@@ -19,9 +19,9 @@ import pytest
 # every process that runs a model takes the cores from the others. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.models import save_as_folder, smollm_gguf, tiny_model
-from tests.server import ModelServer
-from tests.warm import WarmCommand
+from tests.support.models import save_as_folder, smollm_gguf, tiny_model
+from tests.support.server import ModelServer
+from tests.support.warm import WarmCommand
 
 AT_START = ("HF_", "RAY", "PYTHON", "LC_", "LANG", "MODELSCOPE", "_FABE")
 """What the names of variables begin with that are read once, at the start."""
@@ -63,7 +63,7 @@ class Box:
         return {**kept, "HF_HOME": str(self.path / "hf-home"), "COLUMNS": "200"}
 
     def start(self, *args: Any, **environment: str) -> subprocess.Popen[str]:
-        """The command, begun: forked from a process that is warm (tests/warm.py), or afresh where
+        """The command, begun: forked from a process that is warm (tests/support/warm.py), or afresh where
         something is read when an interpreter or a library starts."""
         words = [*map(str, args)]
         fresh = "ray" in words or any(
@@ -143,7 +143,11 @@ def smollm_folder(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def llama_server(smollm: Path) -> Iterator[str]:
     """A real OpenAI-compatible server; gives its base URL."""
-    command = [sys.executable, str(Path(__file__).parent / "serve_llama.py"), str(smollm)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "support" / "serve_llama.py"),
+        str(smollm),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip() + "/v1"

@@ -1,7 +1,7 @@
 """How many requests may be in flight to an endpoint at once: a decision without a socket.
 
 What comes in are events (a request was sent, answered, refused) with a clock that is handed in;
-what comes out is `limit`. tests/engine/weather.py simulates servers around it.
+what comes out is `limit`. tests/support/weather.py simulates servers around it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from scripts.bench.local import NEW_TOKENS, SYSTEM, prompts
-from tests.models import save_as_folder, smollm_gguf
+from tests.support.models import save_as_folder, smollm_gguf
 
 
 def measure(folder: str, count: int, engine: str) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO))
-from tests.functions import functions  # noqa: E402
+from tests.support.functions import functions  # noqa: E402
 
 ANSWER = json.dumps(
     {

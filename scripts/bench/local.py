@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.functions import functions
-from tests.models import save_as_folder, smollm_gguf
+from tests.support.functions import functions
+from tests.support.models import save_as_folder, smollm_gguf
 
 NEW_TOKENS = 64
 SYSTEM = "You are a coding assistant. Output only the final code."
@@ -152,7 +152,7 @@ def generate(folder: str, count: int, dtype: str, rows: int) -> Figures:
 
 @contextlib.contextmanager
 def llama_server(slots: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    command = [sys.executable, str(Path(__file__).parents[2] / "tests/serve_llama.py")]
+    command = [sys.executable, str(Path(__file__).parents[2] / "tests/support/serve_llama.py")]
     with subprocess.Popen(
         [*command, str(smollm_gguf()), str(slots)], stdout=subprocess.PIPE, text=True
     ) as process:

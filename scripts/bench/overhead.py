@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.functions import functions
+from tests.support.functions import functions
 
 ROUNDS = 3
 LOOP = """

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from scripts.bench.overhead import measure
-from tests.functions import functions
+from tests.support.functions import functions
 
 ROUNDS = 2
 HEAD = ("files", "what", "s", "files/s", "x loop", "MB own")

