@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -185,6 +186,13 @@ class Format(ABC):
         """For each field, why records have no text to ask about, as a word or null; None where
         nothing more is known of it."""
         return None
+
+    def fingerprint(self, version: str, digests: Iterable[str]) -> str:
+        """Names records: those of files with these digests, as this version of a format loads them
+        for these settings."""
+        settings = self.settings.input.model_dump(mode="json", exclude={"input_path"})
+        seed = repr([self.name, version, sorted(settings.items()), self.targets, list(digests)])
+        return hashlib.sha256(seed.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def output_kind(self, root: Path | None) -> str:
         """What a format that does not mirror its input is written as in a folder, as a suffix

@@ -25,6 +25,7 @@ from fabe_ds.formats.discover import (
 )
 from fabe_ds.formats.hub import HubFormat, is_hub_id
 from fabe_ds.formats.json.format import JsonFormat
+from fabe_ds.formats.plugins import guarded, lacking
 from fabe_ds.text import shown_name
 
 log = logging.getLogger(__name__)
@@ -43,27 +44,13 @@ def format_classes() -> dict[str, type[Format]]:
             loaded = entry.load()
         except Exception as error:  # it runs another package's code
             raise UsageError(f"{what} cannot be imported: {first_line(error)}") from error
-        if lacks := _lacking(loaded):
+        if lacks := lacking(loaded):
             raise UsageError(f"{what} {lacks} (fabe_ds/formats/README.md)")
         own = loaded.__module__.startswith("fabe_ds.")
         for suffix in loaded.suffixes:
             if own or suffix not in found:
-                found[suffix] = loaded
+                found[suffix] = loaded if own else guarded(loaded)
     return found
-
-
-def _lacking(loaded: object) -> str | None:
-    """What a class lacks to be a format, for people; None where nothing."""
-    if not isinstance(loaded, type) or not issubclass(loaded, Format):
-        return "is not a class derived from fabe_ds.formats.Format"
-    lacks = [f"{name}()" for name in sorted(loaded.__abstractmethods__)]
-    lacks += [name for name in ("name",) if not isinstance(getattr(loaded, name, None), str)]
-    suffixes = loaded.suffixes
-    if not isinstance(suffixes, tuple) or not all(
-        isinstance(suffix, str) and suffix.startswith(".") for suffix in suffixes
-    ):
-        lacks.append("suffixes, a tuple of texts like '.txt'")
-    return f"lacks {', '.join(lacks)}" if lacks else None
 
 
 def open_source(

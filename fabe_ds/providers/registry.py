@@ -28,7 +28,7 @@ def provider_class(name: str) -> type[Provider]:
             message = f"{what} cannot be imported: {kind}{first_line(error)}"
             raise UsageError(message) from error
         if lacks := lacking(found):
-            raise UsageError(f'{what} {lacks} (README, "Of your own")')
+            raise UsageError(f"{what} {lacks} (fabe_ds/providers/README.md)")
         return found if found.__module__.startswith("fabe_ds.") else guarded(found)
     near = difflib.get_close_matches(name, provider_names(), 1)
     hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(provider_names())}"

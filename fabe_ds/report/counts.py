@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -11,11 +12,15 @@ from fabe_ds.answers import Answers
 
 
 def record_counts(
-    answers: Answers, skips: list[pa.ChunkedArray] | None, asked: bool
+    answers: Answers,
+    skips: list[pa.ChunkedArray] | None,
+    done_before: Sequence[Sequence[int]] | None,
+    asked: bool,
 ) -> dict[str, Any]:
     """The counts of records for a RunResult: failed where any answer did, else rewritten where any
-    field was. `skips` are the reasons why fields have no text. `asked` False: all that was
-    answered comes from an earlier run.
+    field was. `skips` are the reasons why fields have no text; `done_before` the fields of each
+    record that were rewritten in place before. `asked` False: all that was answered comes from an
+    earlier run.
     """
     import pyarrow.compute as pc
 
@@ -37,7 +42,7 @@ def record_counts(
         "done": done,
         "cached": (pc.sum(rewritten).as_py() or 0) - done,
         "failed": len(failure) - failure.null_count,
-        "skipped": _skipped(left, skips),
+        "skipped": _skipped(left, skips, done_before),
         "failures_by_kind": counted(failure),
     }
 
@@ -48,20 +53,21 @@ def _is_given(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.is_valid(column)
 
 
-def _skipped(left: pa.ChunkedArray, skips: list[pa.ChunkedArray] | None) -> dict[str, int]:
+def _skipped(
+    left: pa.ChunkedArray,
+    skips: list[pa.ChunkedArray] | None,
+    done_before: Sequence[Sequence[int]] | None,
+) -> dict[str, int]:
     """The records that were left as they are, by the reason."""
     import pyarrow.compute as pc
 
-    count = pc.sum(left).as_py() or 0
-    if not count:
-        return {}
-    if skips is None:
-        return {"no text": count}
-    reasons = pc.coalesce(*skips).filter(left)
-    skipped = counted(reasons)
-    if reasons.null_count:
-        skipped["done before"] = reasons.null_count
-    return skipped
+    done = pa.array([bool(fields) for fields in done_before or ()], pa.bool_())
+    before = pc.sum(pc.and_(left, done)).as_py() or 0 if done_before is not None else 0
+    skipped = {"done before": before} if before else {}
+    if skips is not None:
+        return counted(pc.coalesce(*skips).filter(left)) | skipped
+    count = (pc.sum(left).as_py() or 0) - before
+    return ({"no text": count} if count else {}) | skipped
 
 
 def counted(column: Any) -> dict[str, int]:

@@ -30,7 +30,8 @@ def write_reports(
     """Writes what stands beside the output, and gives the counts."""
     kind, transform, reports = job.format, job.transform, job.destination.reports
     stats, flat = transform.stats, answers.flat
-    counts = record_counts(answers, kind.skips(records), asked=stats.settled > 0)
+    skips, asked = kind.skips(records), stats.settled > 0
+    counts = record_counts(answers, skips, records.done, asked)
     result = RunResult(
         **counts,
         bad_files=records.left_out,

@@ -16,7 +16,8 @@ import pytest
 
 from tests.conftest import Box, Ended
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PACKAGE = Path(__file__).parents[2] / "fabe_ds"
+README = (PACKAGE / "providers/README.md").read_text()
 
 
 class Generate(BaseHTTPRequestHandler):
