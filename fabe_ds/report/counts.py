@@ -61,13 +61,16 @@ def _skipped(
     """The records that were left as they are, by the reason."""
     import pyarrow.compute as pc
 
-    done = pa.array([bool(fields) for fields in done_before or ()], pa.bool_())
-    before = pc.sum(pc.and_(left, done)).as_py() or 0 if done_before is not None else 0
-    skipped = {"done before": before} if before else {}
+    skipped: dict[str, int] = {}
+    if done_before is not None:
+        done = pc.and_(left, pa.array([bool(fields) for fields in done_before], pa.bool_()))
+        skipped["done before"] = pc.sum(done).as_py() or 0
+        left = pc.and_not(left, done)
     if skips is not None:
-        return counted(pc.coalesce(*skips).filter(left)) | skipped
-    count = (pc.sum(left).as_py() or 0) - before
-    return ({"no text": count} if count else {}) | skipped
+        skipped |= counted(pc.coalesce(*skips).filter(left))
+    else:
+        skipped["no text"] = pc.sum(left).as_py() or 0
+    return {reason: count for reason, count in skipped.items() if count}
 
 
 def counted(column: Any) -> dict[str, int]:

@@ -85,6 +85,12 @@ class JsonFormat(Format):
         readable = pc.is_null(table.column("error"))
         groups = target_columns(len(self.targets.names) + len(self.targets.gained))
         fields = len(self.targets.names)
+        for name, group in zip(self.targets.gained, groups[fields:], strict=True):
+            held = pc.sum(pc.greater_equal(table.column(group[0]), 0)).as_py() or 0
+            if held and not self.settings.output.inplace:  # else an earlier run's
+                raise UsageError(
+                    f"{self.flag_of(name)} {name}: {held} records hold it; name another"
+                )
         for name, backup, group in zip(
             self.targets.names, self.targets.backup_keys, groups, strict=False
         ):
@@ -102,12 +108,6 @@ class JsonFormat(Format):
                 )
             if log.isEnabledFor(logging.DEBUG):
                 _say_skipped(table, name, group[4])
-        for name, group in zip(self.targets.gained, groups[fields:], strict=True):
-            held = pc.sum(pc.greater_equal(table.column(group[0]), 0)).as_py() or 0
-            if held and not self.settings.output.inplace:  # else an earlier run's
-                raise UsageError(
-                    f"{self.flag_of(name)} {name}: {held} records hold it; name another"
-                )
 
     def skips(self, records: Records) -> list[pa.ChunkedArray]:
         table = records.dataset.data.table
