@@ -78,9 +78,19 @@ def features() -> Features:
 
 def flat_table(outcomes: Iterable[Outcome]) -> pa.Table:
     """One row an outcome, with the columns of `FLAT_SCHEMA`."""
-    rows = list(map(Answer.of, outcomes))
-    columns = zip(*rows, strict=True) if rows else [()] * len(FIELDS)
-    return pa.table(list(map(list, columns)), schema=FLAT_SCHEMA)
+    got = list(outcomes)  # column by column: half the time of making each a row first
+    answers = [outcome.completion for outcome in got]
+    columns = [
+        [None if o.text is None else encodable(o.text) for o in got],
+        [outcome.kind for outcome in got],
+        [outcome.message for outcome in got],
+        [answer and answer.finish_reason for answer in answers],
+        [answer and answer.prompt_tokens for answer in answers],
+        [answer and answer.completion_tokens for answer in answers],
+        [encodable(o.completion.text) if o.kind and o.completion else None for o in got],
+        [outcome.cached for outcome in got],
+    ]
+    return pa.table(columns, schema=FLAT_SCHEMA)
 
 
 def answer_table(outcomes: Iterable[Outcome], each: int) -> pa.Table:

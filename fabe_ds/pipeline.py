@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -69,6 +70,7 @@ run.__signature__ = signature_of(  # type: ignore[attr-defined]
 
 
 def _run(config: RunConfig, course: Course) -> RunResult:
+    course.started = time.monotonic()  # what is imported is no part of a run
     job = open_job(config)
     with contextlib.closing(job.transform):
         course.begin(LOADING, job.source.size)

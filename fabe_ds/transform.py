@@ -296,6 +296,10 @@ class Transform:
         """What rows ask for: for each row, each field, all samples. `numbers` are the sample
         numbers of each row's items, where another process sees the items before them."""
         samples = self.config.samples
+        if self.targets.each == 1 and numbers is None:  # as nearly all are: twice as quick
+            for texts, record, error in rows:
+                yield self.item(texts[0], record) if error is None else RecordFailed(BROKEN, error)
+            return
         counted = repeat(None) if numbers is None else map(iter, numbers)
         for row, number in zip(rows, counted, strict=False):
             for field, text in enumerate(row.texts):

@@ -33,14 +33,9 @@ _RECORD = ("file", "index", "before", "raw", "skip", "after")
 _EDIT = ("start", "end", "joint")
 
 
-class Edit(NamedTuple):
-    """Where a literal begins and ends in a record (-1: it is not there), what stands between it
-    and a backup, and the new value: a text, or `Json`; None keeps the old one."""
-
-    start: int
-    end: int
-    joint: str
-    value: str | None
+Edit = tuple[Any, ...]
+"""Where a literal begins and ends in a record (-1: it is not there), what stands between it and a
+backup, and the new value: a text, or `Json`; None keeps the old one."""
 
 
 class Json(str):
@@ -91,7 +86,7 @@ def export_records(
     if missing:
         raise UsageError(f"not a transformed carrier: no column {', '.join(sorted(missing))}")
     names = (*_RECORD, *_EDIT, "completion")
-    rows = (_record_of(row, [Edit._make(row[len(_RECORD) :])]) for row in _tuples(dataset, names))
+    rows = (_record_of(row, [row[len(_RECORD) :]]) for row in _tuples(dataset, names))
     return [Path(path) for path in write_files(rows, place)]
 
 
@@ -100,26 +95,28 @@ def rows_with_answers(records: Records, answers: Answers) -> Iterator[EditedReco
     that it gains: all samples, and what became of it."""
     targets, fields = answers.targets, len(answers.targets.names)
     columns = target_columns(fields + len(targets.gained))
-    names = [*_RECORD, *(name for group in columns for name in group[: len(_EDIT)])]
-    rows, width = _tuples(records.dataset, names), len(_RECORD)
+    places = [name for group in columns for name in group[: len(_EDIT)]]
+    rows, width = _tuples(records.dataset, [*_RECORD, *places]), len(_RECORD)
     if not targets.gained and targets.each == 1:  # as nearly all are: twice as quick
         texts = (table.column("completion").to_pylist() for table in answers.tables(ROWS))
         for row, text in zip(rows, chain.from_iterable(texts), strict=True):
-            yield _record_of(row, (Edit._make((*row[width:], text)),))
+            file, index, before, raw, skip, after, start, end, joint = row
+            edits = ((start, end, joint, text),)
+            yield EditedRecord(file, index, before, raw, skip, after, edits)
         return
     done = records.done or repeat((), len(records))
     for row, given, before in zip(rows, answers.records(ROWS), done, strict=True):
-        places = [row[at : at + len(_EDIT)] for at in range(width, len(row), len(_EDIT))]
-        edits = [
-            Edit._make((*place, answer.completion))
-            for place, answer in zip(places, given[:: targets.samples], strict=False)
+        found = [row[at : at + len(_EDIT)] for at in range(width, len(row), len(_EDIT))]
+        changes: list[Edit] = [
+            (*place, answer.completion)
+            for place, answer in zip(found, given[:: targets.samples], strict=False)
         ]
         gained = {} if len(before) == fields else _gained(targets, given)
-        for name, place in zip(targets.gained, places[fields:], strict=True):
+        for name, place in zip(targets.gained, found[fields:], strict=True):
             if name in gained and place[0] >= 0:  # as an earlier run in place has left it
                 value = Json(json.dumps(gained.pop(name)))
-                edits.append(Edit(place[0], place[1], "", value))
-        yield _record_of(row, edits, {} if _is_broken(row) else gained)
+                changes.append((place[0], place[1], "", value))
+        yield _record_of(row, changes, {} if _is_broken(row) else gained)
 
 
 def _record_of(
@@ -241,7 +238,7 @@ class _Behind:
 def spliced(raw: str, edits: Sequence[Edit]) -> Iterator[str]:
     """The record's text with the new values in it, and the old literals where backups go."""
     done = 0
-    for start, end, joint, new in sorted(edits, key=itemgetter(0)):
+    for start, end, joint, new in sorted(edits, key=itemgetter(0)) if len(edits) > 1 else edits:
         if new is None:
             continue
         yield raw[done:start]
