@@ -82,6 +82,10 @@ def paths_of(config: RunConfig, to: Destination, kind: Format, source: Source) -
     if to.output is None:
         paths = {file.name: file.location for file in source.files}
     elif kind.mirrors:
+        if config.output_format is not None:
+            raise UsageError(
+                f"--output-format goes with tables (Parquet, CSV, a Dataset), not {kind.name}"
+            )
         paths = _mirrored(config, to, source)
     else:
         paths = {"": str(_table_path(config, to, kind))}

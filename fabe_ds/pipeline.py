@@ -103,7 +103,7 @@ def _answered(job: Job, records: Records, finished: Finished) -> Answers:
     if job.config.inplace and job.config.resume:
         records.done = list(_done(job, records))
     work = Work.of(records, job.format, job.transform, finished.answers)
-    known = finished.clean and job.config.resume and not job.config.inplace
+    known = finished.clean and job.config.resume and not any(records.done or ())
     answers = Answers(executor_for(job.config).map(work, known), targets)
     if not answers.has_failures and not known:
         finished.remember_answers()

@@ -105,10 +105,11 @@ def _flag_type(annotation: Any) -> type:
     return str
 
 
-def _place(name: str) -> tuple[int, bool]:
+def _place(name: str) -> tuple[int, bool, int]:
     """Where a flag stands in --help: its panel, and in the first what is read and written."""
     panel = setting(name, "panel")
-    return PANELS.index(panel), panel == PANELS[0] and name in TransformConfig.model_fields
+    of_transform = panel == PANELS[0] and name in TransformConfig.model_fields
+    return PANELS.index(panel), of_transform, setting(name, "order")
 
 
 def _help(name: str, declared: FieldInfo) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +14,7 @@ PANELS: tuple[str, ...] = get_args(Panel)
 """The groups of flags, in the order of --help."""
 
 
+_order = count()  # of declaration, which is that of --help
 IO: Panel = "Input and output"
 
 
@@ -33,6 +35,7 @@ def setting_field(
         "flag": flag,
         "affects_output": affects_output,
         "environment": environment,
+        "order": next(_order),
     }
     return Field(default, description=text, json_schema_extra=extra, **limits)
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr
 
 from fabe_ds.config.section import IO, Section, setting_field
-from fabe_ds.fields import Targets
 from fabe_ds.request import Sampling
 
 
@@ -37,29 +36,9 @@ class TargetSettings(Section):
     )
     status_field: str | None = setting_field(
         IO,
-        "Column that says what became of each record (failure, finish reason, tokens); for tables.",
+        "Field that says what became of each record: its state, failure, finish reason, tokens.",
         affects_output=True,
     )
-    samples: int = setting_field(
-        "Model",
-        "Answers to each record; above 1 they are listed in --samples-field, for tables.",
-        1,
-        affects_output=True,
-        ge=1,
-    )
-    samples_field: str = setting_field(
-        "Model", "Column of all answers where --samples is above 1.", "samples", affects_output=True
-    )
-
-    @property
-    def targets(self) -> Targets:
-        return Targets(
-            (self.field, *self.also_fields),
-            self.backup_field or None,
-            self.samples,
-            self.samples_field if self.samples > 1 else None,
-            self.status_field or None,
-        )
 
 
 class PromptSettings(Section):
@@ -135,13 +114,6 @@ class AnswerSettings(Section):
 class ModelSettings(Section):
     """Who is asked: the provider, and the model behind it."""
 
-    provider_options: dict[str, Any] = setting_field(
-        "Model",
-        "Option that the provider has of its own, name=value; repeatable.",
-        {},
-        flag="provider-option",
-        affects_output="when set",
-    )
     provider: str = setting_field(
         "Model", "Who answers; see `fabe-ds providers`.", "echo", affects_output=True
     )
@@ -149,6 +121,13 @@ class ModelSettings(Section):
         "Model", "Model name, folder or .gguf file.", affects_output=True, environment="MODEL_PATH"
     )
     base_url: str | None = setting_field("Model", "Base URL of the server.", affects_output=True)
+    provider_options: dict[str, Any] = setting_field(
+        "Model",
+        "Option that the provider has of its own, name=value; repeatable.",
+        {},
+        flag="provider-option",
+        affects_output="when set",
+    )
     base_model: str | None = setting_field(
         "Model",
         "Model that an adapter (LoRA) given as --model goes on; by default, the one it names.",
@@ -247,10 +226,21 @@ class SamplingSettings(Section):
         "Model", "Text that ends an answer; repeatable.", [], affects_output=True
     )
 
+    samples: int = setting_field(
+        "Model",
+        "Answers to each record; above 1 they are all listed in --samples-field.",
+        1,
+        affects_output=True,
+        ge=1,
+    )
+    samples_field: str = setting_field(
+        "Model", "Field of all answers where --samples is above 1.", "samples", affects_output=True
+    )
+
     @property
     def sampling(self) -> Sampling:
         return Sampling(
-            **{name: getattr(self, name) for name in SamplingSettings.model_fields}
+            **{name: getattr(self, name) for name in Sampling.__dataclass_fields__}
             | {"stop": tuple(self.stop)}
         )
 

@@ -18,6 +18,7 @@ from fabe_ds.config.sections import (
     StoreSettings,
     TargetSettings,
 )
+from fabe_ds.fields import Targets
 
 STANDARD = Path("-")
 """Standard input, and standard output."""
@@ -119,6 +120,16 @@ class TransformConfig(
     TargetSettings,
 ):
     """What is asked of which model, and how. The options of `transform_fn`."""
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(
+            (self.field, *self.also_fields),
+            self.backup_field or None,
+            self.samples,
+            self.samples_field if self.samples > 1 else None,
+            self.status_field or None,
+        )
 
 
 class RunConfig(RaySettings, HubSettings, OutputSettings, InputSettings, TransformConfig):

@@ -49,6 +49,8 @@ class Gate(NamedTuple):
     opens: bool = False
     wait: float | None = None
     stop: str | None = None
+    by_server: bool = False
+    """Whether it is the server that stops the run, and not a cap of the user's."""
 
 
 def tokens_at_most(request: Request) -> int:
@@ -92,7 +94,8 @@ class Capacity:
             seconds = clock_text(asked)
             return Gate(
                 stop=f"{self._rates.reason}, for {seconds} more: longer than --give-up-after; "
-                + GO_ON
+                + GO_ON,
+                by_server=True,
             )
         if (pause := max(self._rates.pause(), self.outage.until_probe())) > 0:
             return Gate(wait=pause)

@@ -94,7 +94,7 @@ class Pass:
             return False
         gate = self._capacity.gate(self._todo[0].request, busy)
         if gate.stop is not None:
-            self.fatal(RunStopped(f"{self._address}: {gate.stop}"))
+            self.fatal(RunStopped(f"{self._address}: {gate.stop}" if gate.by_server else gate.stop))
         elif gate.wait is not None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(gate.wait, self._wake)
         return gate.opens

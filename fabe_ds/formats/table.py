@@ -229,7 +229,10 @@ def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
         return datasets.Dataset.from_dict({name: [] for name in names}, features)
     beside = datasets.Dataset.from_file(str(place))
     others = source.remove_columns([n for n in source.column_names if n in features])
-    return datasets.concatenate_datasets([others, beside], axis=1).select_columns(names)
+    whole = datasets.concatenate_datasets([others, beside], axis=1).select_columns(names)
+    info = source.info.copy()
+    info.features = whole.features
+    return datasets.Dataset(whole.data, info=info, split=source.split)
 
 
 @dataclass(frozen=True, slots=True)

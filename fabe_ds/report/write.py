@@ -118,16 +118,17 @@ def examples(records: Records, kind: Format, answers: Answers) -> Iterator[tuple
     """(where, before, after) of some records that were rewritten, evenly spaced."""
     import pyarrow.compute as pc
 
-    flat, each = answers.flat.column("completion"), answers.targets.each
+    flat, targets = answers.flat.column("completion"), answers.targets
     given = pc.indices_nonzero(pc.is_valid(flat)).to_numpy()
-    given = given[given % each == 0]  # answers to the first field
+    given = given[given % targets.samples == 0]
     step = max(1, math.ceil(len(given) / EXAMPLES_KEPT))
     dataset = records.dataset.with_format("arrow")
     for index in map(int, given[::step]):
-        table = dataset[index // each : index // each + 1]
+        number, field = divmod(index // targets.samples, len(targets.names))
+        table = dataset[number : number + 1]
         (row,) = table.to_pylist()
-        before = next(iter(kind.rows(table, whole=False))).texts[0]
-        where = {"record": index // each, **kind.where(row)}
+        before = next(iter(kind.rows(table, whole=False))).texts[field]
+        where = {"record": number, **kind.where(row, field)}
         place = f"record {where['record']}"
         if "file" in where:
             place = f"{where['file']}:{where.get('line', '?')} ({place})"
