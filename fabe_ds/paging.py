@@ -7,8 +7,12 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _MADV_PAGEOUT = 21  # Linux 5.4: take the pages back now; nothing is lost, they are read again
 _madvise = ctypes.CDLL(None, use_errno=True).madvise if sys.platform == "linux" else None
@@ -34,3 +38,11 @@ def _page_out(address: int, size: int) -> None:
     if length > 0 and _madvise is not None:
         with contextlib.suppress(OSError):
             _madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
+
+
+def row_table(dataset: Dataset, number: int) -> pa.Table:
+    """One row of a Dataset. A slice of the Dataset itself takes a millisecond."""
+    if dataset._indices is None:
+        row: pa.Table = dataset.data.fast_slice(number, 1)
+        return row
+    return dataset.with_format("arrow")[number : number + 1]

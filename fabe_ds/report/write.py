@@ -14,6 +14,7 @@ from fabe_ds.answers import Answers
 from fabe_ds.files import replacing
 from fabe_ds.formats.base import Format, Records
 from fabe_ds.job import Job
+from fabe_ds.paging import row_table
 from fabe_ds.report.counts import record_counts
 from fabe_ds.report.course import Course
 from fabe_ds.report.result import RunResult
@@ -70,7 +71,6 @@ def failed_records(records: Records, kind: Format, answers: Answers) -> Iterator
     """A failure for each field that failed: where its record stands, what went wrong, the texts."""
     targets = answers.targets
     names = targets.names
-    dataset = records.dataset.with_format("arrow")
     for number, given in enumerate(answers.records(ROWS)):
         row: dict[str, Any] | None = None
         for field, name in enumerate(names):
@@ -79,7 +79,7 @@ def failed_records(records: Records, kind: Format, answers: Answers) -> Iterator
             if failed is None:
                 continue
             if row is None:
-                (row,) = dataset[number : number + 1].to_pylist()
+                (row,) = row_table(records.dataset, number).to_pylist()
             where: dict[str, Any] = {"record": number, **kind.where(row, field)}
             yield {
                 "record": where.pop("record"),
@@ -122,10 +122,9 @@ def examples(records: Records, kind: Format, answers: Answers) -> Iterator[tuple
     given = pc.indices_nonzero(pc.is_valid(flat)).to_numpy()
     given = given[given % targets.samples == 0]
     step = max(1, math.ceil(len(given) / EXAMPLES_KEPT))
-    dataset = records.dataset.with_format("arrow")
     for index in map(int, given[::step]):
         number, field = divmod(index // targets.samples, len(targets.names))
-        table = dataset[number : number + 1]
+        table = row_table(records.dataset, number)
         (row,) = table.to_pylist()
         before = next(iter(kind.rows(table, whole=False))).texts[field]
         where = {"record": number, **kind.where(row, field)}
