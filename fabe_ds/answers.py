@@ -102,6 +102,7 @@ def listed_answers(flat: pa.Table, each: int) -> pa.Table:
     """The rows of `flat_table` as lists of `each`."""
     chunks = [column.combine_chunks() for column in flat.columns]
     struct = pa.StructArray.from_arrays(chunks, fields=list(_ANSWER))
+    # Lists share the rows' buffers: no text is copied.
     offsets = pa.array(range(0, len(flat) + 1, each), pa.int32())
     return pa.table([pa.ListArray.from_arrays(offsets, struct)], schema=SCHEMA)
 
@@ -151,6 +152,7 @@ class Answers:
         """One value a record: of its answer to a field, a sample of them. Not for long texts."""
         values = self.flat.column(name)
         each = self.targets.each
+        # Nearly all runs have one answer a record, and then nothing is gathered.
         if each == 1:
             return values
         first = field * self.targets.samples + sample

@@ -103,6 +103,7 @@ class _ZstandardReader(io.RawIOBase):
                 raise EOFError("compressed data ended before its end mark")
             return None
         plain = []
+        # Files that were joined have several frames, one behind another.
         while data:
             frame = self._frame or self._decompressor.decompressobj()
             plain.append(frame.decompress(data))

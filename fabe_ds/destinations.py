@@ -63,6 +63,7 @@ def _output_of(config: RunConfig) -> tuple[Path, bool]:
     output = config.output_path or DEFAULT_OUTPUT
     if output == STANDARD:
         return Layout(config.cache_dir).runs / _own_name(config), False
+    # A name of records is a file, whether or not it is there yet; any other is a folder.
     named = bool(kind_of_file(output.name) or class_of(output.name))
     if not os.path.isdir(output):  # noqa: PTH112 - Path.is_dir raises where it may not look
         check_writable(output if named else output.parent)
@@ -127,6 +128,7 @@ def _table_path(config: RunConfig, to: Destination, kind: Format) -> Path:
     else:
         written = kind.output_kind(path)
         name = path.stem if path.is_file() else path.name or path.resolve().name
+        # Two splits of one Dataset have the same name otherwise.
         if config.split != "train":  # beside what another split's run has written
             name = f"{name}-{re.sub(r'[^A-Za-z0-9_.]+', '-', config.split).strip('-')}"
         place = output / (name if written == "dataset" else f"{name}.{written}")
@@ -204,6 +206,7 @@ def _check_places(to: Destination, source: Source, paths: Mapping[str, str]) -> 
     """Raises: UsageError where the output would replace the input, or cannot be written."""
     names: dict[str, str] = {}
     folders: dict[str, bool] = {}  # and whether they exist
+    # Said now: at the end of a night it would cost the report.
     for name in LEFT_BEHIND:
         check_file_writable(beside(to.reports, name))
     replaced = False

@@ -45,6 +45,7 @@ def open_job(
     copies = staged(config, cache_dir)
     config = copies.config
     destination = destination_of(config)
+    # What the run writes must be known first: it is never input.
     kind, source = open_source(config, destination.ours(config))
     settings = Settings(
         transform.targets,

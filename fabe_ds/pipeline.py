@@ -76,6 +76,7 @@ def _run(config: RunConfig, course: Course) -> RunResult:
         course.begin(LOADING, job.source.size)
         records = job.format.load(job.source, course.tick)
         job.format.check(records)
+        # Only now: what is refused is said before what has merely no effect.
         rules.remark(job.config, job.transform.provider)
         course.stats = job.transform.runtime.stats
         finished = Finished.of(
@@ -100,6 +101,7 @@ def _answered(job: Job, records: Records, finished: Finished) -> Answers:
     targets = job.transform.targets
     if not len(records):
         return Answers(datasets.Dataset.from_dict({"answers": []}, features()), targets)
+    # In place, the input is an earlier run's output: what it wrote is not asked about again.
     if job.config.inplace and job.config.resume:
         records.done = list(_done(job, records))
     work = Work.of(records, job.format, job.transform, finished.answers)
@@ -133,10 +135,12 @@ def _written(
     """Writes the files, unless an earlier run of this very job has; gives their paths."""
     if job.config.inplace:
         locations = [location for location, _ in records.parts]
+        # With nothing new, the files keep their times.
         if answers.has_completions:
             records.check_unchanged()
             samples = job.transform.targets.samples
             firsts = ([a.completion for a in given[::samples]] for given in answers.records(1000))
+            # Before the files: a mark of a value that was never written harms nothing.
             _journal(job).write(records.positions(), firsts)
             job.format.write(records, answers, job.paths, course.tick)
         return list(map(Path, locations))

@@ -40,6 +40,7 @@ def url_of(path: Path | None) -> str | None:
     """The URL that a path stands for, where it is one of another file system; else None."""
     if path is None or os.path.lexists(path):
         return None
+    # What is on this machine goes before a URL that is spelled the same.
     found = _URL.fullmatch(str(path))
     return f"{found[1]}://{found[2]}" if found else None
 
@@ -140,6 +141,7 @@ class _Copy:
                 self.system.get_file(path, str(scratch))
                 scratch.replace(local)
                 self.known[name] = [there, digest(local)]
+        # What is gone there is no input any more.
         for name in set(self.known) - set(files):
             (self.local / name).unlink(missing_ok=True)
             del self.known[name]
@@ -185,6 +187,7 @@ class _Copy:
         log.debug("%s: copied", path)
 
     def _checksum(self, path: str) -> str:
+        # Listings are cached, and would show the file that was there before.
         self.system.invalidate_cache()
         try:
             return str(self.system.checksum(path))

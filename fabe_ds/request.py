@@ -23,13 +23,13 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     @property
-    def samples(self) -> bool:
+    def is_sampling(self) -> bool:
         return self.temperature > 0 if self.do_sample is None else self.do_sample
 
     @property
     def repeats(self) -> bool:
         """Whether the same request has the same answer: greedy, or with a seed."""
-        return not self.samples or self.seed is not None
+        return not self.is_sampling or self.seed is not None
 
 
 class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass

@@ -338,7 +338,7 @@ class Transform:
     @property
     def is_sampling(self) -> bool:
         """Whether equal requests have answers of their own."""
-        return self._sampling.samples
+        return self._sampling.is_sampling
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ def run_and_report(settings: RunConfig) -> None:
 
     if settings.output_path != STANDARD:
         raise typer.Exit(_run_and_print(settings).exit_code)
+    # Standard output is for records alone.
     with contextlib.redirect_stdout(sys.stderr):
         result = _run_and_print(settings)
     copy_to(sys.stdout.buffer, result.outputs)

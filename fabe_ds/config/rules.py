@@ -79,6 +79,7 @@ def _check_fields(config: TransformConfig) -> None:
                     f"--backup-field {config.backup_field}: two fields would be kept there; "
                     "give another"
                 )
+    # A JSON record and a table keep originals under other names; neither may meet these.
     taken = {*targets.names, *filter(None, targets.backup_columns)}
     for name in targets.gained:
         spelled = "--status-field" if name == targets.status_field else "--samples-field"

@@ -55,4 +55,5 @@ class Section(BaseModel):
 
     def part(self, kind: type[S]) -> S:
         """The settings of one section alone."""
+        # They have been validated with all others.
         return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})

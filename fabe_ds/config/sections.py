@@ -206,7 +206,7 @@ class SamplingSettings(Section):
 
     max_new_tokens: int = setting_field(
         "Model",
-        "Most tokens an answer may have.",
+        "Maximum number of new tokens.",
         128,
         affects_output=True,
         environment="MAX_NEW_TOKENS",
@@ -257,9 +257,9 @@ class PolicySettings(Section):
     batch_api: bool = setting_field(
         "Execution", "Send through the server's batch API: cheaper, and done within a day.", False
     )
-    rpm: float | None = setting_field("Execution", "Most requests a minute.", gt=0)
+    rpm: float | None = setting_field("Execution", "Maximum requests per minute.", gt=0)
     tpm: float | None = setting_field(
-        "Execution", "Most tokens a minute, prompts and answers.", gt=0
+        "Execution", "Maximum tokens per minute, of prompts and answers.", gt=0
     )
     retry: int = setting_field("Execution", "Tries after a failed one.", 3, ge=0)
     timeout: float = setting_field("Execution", "Seconds one request may take.", 600.0, gt=0)
@@ -282,9 +282,13 @@ class PolicySettings(Section):
 class BudgetSettings(Section):
     """What may be spent."""
 
-    max_requests: int | None = setting_field("Execution", "Most requests to send.", ge=0)
-    max_tokens_total: int | None = setting_field("Execution", "Most tokens to use.", ge=0)
-    max_cost: float | None = setting_field("Execution", "Most to spend; needs --prices.", ge=0)
+    max_requests: int | None = setting_field(
+        "Execution", "Maximum number of requests to send.", ge=0
+    )
+    max_tokens_total: int | None = setting_field(
+        "Execution", "Maximum tokens to use, of prompts and answers.", ge=0
+    )
+    max_cost: float | None = setting_field("Execution", "Maximum cost; needs --prices.", ge=0)
     prices: Path | None = setting_field(
         "Execution", "YAML of prices a million tokens, model: {prompt: .., completion: ..}."
     )

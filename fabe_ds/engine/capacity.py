@@ -88,6 +88,7 @@ class Capacity:
 
     def gate(self, request: Request, busy: int) -> Gate:
         """Whether this request may go now."""
+        # An answer frees a place, and wakes whoever waits for one.
         if busy >= self.limit:
             return Gate()
         if (asked := self._rates.asked_for) > self._policy.give_up_after:
@@ -104,6 +105,7 @@ class Capacity:
         if lacking := self.budget.lacking(request):
             # An answer may give back some of what its request has reserved.
             return Gate() if busy else Gate(stop=_used_up(lacking))
+        # Last: a place is taken only for what may go.
         if self._slots and not self._slots.hold(busy + 1):
             return Gate(wait=SLOT_SECONDS)
         return Gate(opens=True)
@@ -153,6 +155,7 @@ class Capacity:
         if verdict.local:
             self.limiter.ceiling = max(1, min(self.limiter.ceiling, busy - 1))
             log.warning("no more open files (ulimit -n): %d at once", self.limiter.ceiling)
+        # A record's own fault says nothing of the server.
         if not verdict.unavailable:
             return
         others = busy - 1

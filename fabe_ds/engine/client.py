@@ -133,9 +133,9 @@ class HttpClient:
         except (aiohttp.ClientError, OSError) as error:
             return Reply(self._broken(error))
         if status != 200:
-            told = read_error(data)
-            verdict = classify_error(status, told, headers, time.monotonic() - started)
-            return Reply(self._with_lesson(verdict, status, told, sent), headers)
+            said = read_error(data)
+            verdict = classify_error(status, said, headers, time.monotonic() - started)
+            return Reply(self._with_lesson(verdict, status, said, sent), headers)
         return Reply(self._answer(data, headers, sent), headers)
 
     def _broken(self, error: Exception) -> Verdict:

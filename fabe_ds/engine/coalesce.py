@@ -340,7 +340,7 @@ class Coalescer:
         request = entry.request
         assert request is not None
         entry.key = self.provider.key(request)
-        if request.sampling.samples:
+        if request.sampling.is_sampling:
             number = self._samples[entry.key]
             self._samples[entry.key] += 1
             if number:

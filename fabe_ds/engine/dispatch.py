@@ -167,6 +167,7 @@ class Pass:
         if headers is not None:
             self._capacity.read(headers)
         self._stats.cost = self._capacity.settle(task.request, result)
+        # The twin was first; what came second is booked, and no more.
         if task.over:
             return
         if twin := task.twin:
@@ -198,6 +199,7 @@ class Pass:
     def _refused(self, task: Task, verdict: Verdict) -> None:
         """Does what a verdict says."""
         log.debug("%s (%s): %s", verdict.action, verdict.kind, verdict.message)
+        # A server that judges a record is there.
         if verdict.action == "fail":
             self._capacity.outage.reset()
         if verdict.lesson is not None:

@@ -100,6 +100,7 @@ class Endpoint:
 
     def _has_checked(self, problem: BaseException | None) -> None:
         self._checking, self.checked = False, problem is None
+        # A copy: a pass that ends leaves the list.
         for each in list(self.passes):
             if problem is not None:
                 each.fatal(problem)

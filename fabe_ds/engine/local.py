@@ -96,7 +96,7 @@ class LocalEngine:
     def _answer(self, entries: list[Pending]) -> None:
         while entries:
             entries = self._answer_once(entries)
-        self.coalescer.stats.notes = self.provider.told()
+        self.coalescer.stats.notes = self.provider.notes()
 
     def _answer_once(self, entries: list[Pending]) -> list[Pending]:
         """Gives those that are to be asked again."""

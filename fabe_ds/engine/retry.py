@@ -41,6 +41,7 @@ def decide(
     `chance(low, high)` gives a number between both: full jitter, so that requests that were
     refused together do not come back together.
     """
+    # A kept-alive connection that the server has closed meanwhile is nobody's fault.
     if verdict.local or (verdict.gone and attempts.free):
         return Decision(AT_ONCE_SECONDS, attempts._replace(free=False), counts=False)
     spent = attempts._replace(tries=attempts.tries + 1, cuts=attempts.cuts + int(verdict.proxy_cut))

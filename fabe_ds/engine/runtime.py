@@ -71,6 +71,7 @@ class Runtime:
             die_with_parent()
         if isinstance(provider, LocalProvider):
             refuse_caps(config, f"--provider {provider.name}")
+            # Many batches at once, so that prompts of like lengths find one another.
             window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
             return LocalEngine(provider, self.coalescer, window)
         if not isinstance(provider, HttpProvider):

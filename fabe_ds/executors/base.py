@@ -104,6 +104,7 @@ class AnswerMap:
         transform = self.transform
         transform.use_rank(rank)
         each = transform.targets.each
+        # With nothing sent ahead, as in a worker process, the batch's own items are asked.
         outcomes = self.ahead
         if outcomes is None:
             outcomes = transform.outcomes(asking_rows(self.kind, table, transform))

@@ -60,6 +60,7 @@ def mapped(work: Work, function: AnswerMap, finished: bool, **workers: Any) -> D
     """
     folder = work.path.parent
     with contextlib.ExitStack() as stack:
+        # `datasets` takes a file of this name for the answers, whatever made it.
         place = folder if finished else stack.enter_context(scratch_folder(folder))
         result = work.dataset.with_format("arrow").map(
             function,

@@ -90,6 +90,7 @@ class Records:
     def check_unchanged(self) -> None:
         """Raises: ExportError where a file is not what it was when it was read."""
         for location, state in self.states.items():
+            # `touch` changes a file's time and none of its bytes.
             if _state(location) != state and not self._has_same_bytes(location):
                 raise ExportError(
                     f"{location}: it was changed while the run went on, and nothing is written; "

@@ -68,6 +68,7 @@ def rewritten(
     an earlier run has rewritten in place."""
     changed: dict[str, list[Any]] = {}
     for field, (column, *inner) in enumerate(targets.paths):
+        # Two fields may be inside one column: the second goes into what the first has made.
         values = changed.get(column) or list(columns[column])
         backup = targets.backup_columns[field]
         if backup and backup not in columns:

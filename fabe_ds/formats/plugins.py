@@ -29,6 +29,7 @@ def guarded(cls: type[Format]) -> type[Format]:
     """The class with its methods watched: what they raise, and give, that they should not."""
     methods: dict[str, Any] = {name: _watched(cls, name, check) for name, check in _CHECKS.items()}
     methods["rows"] = _watched_rows(cls)
+    # This class has no name that a worker could import it by.
     methods["__reduce__"] = lambda self: (_guarded_again, (cls, self.settings))
     return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
 

@@ -48,6 +48,7 @@ def format_classes() -> dict[str, type[Format]]:
             raise UsageError(f"{what} {lacks} (fabe_ds/formats/README.md)")
         own = loaded.__module__.startswith("fabe_ds.")
         for suffix in loaded.suffixes:
+            # No plugin takes our own suffixes over.
             if own or suffix not in found:
                 found[suffix] = loaded if own else guarded(loaded)
     return found
@@ -65,6 +66,7 @@ def open_source(
     root = settings.input_path
     if root is None:
         raise UsageError("--input is required: a file, or a folder of files")
+    # A folder that is there goes before a dataset of the Hub with the same name.
     if os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises where it may not look
         return _open_folder(settings, root, exclude)
     if not os.path.lexists(root) and is_hub_id(root, tuple(format_classes())):

@@ -227,6 +227,7 @@ def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
     if not len(source):
         features = datasets.Features({**source.features, **features})
         return datasets.Dataset.from_dict({name: [] for name in names}, features)
+    # Mapped, not read: the columns that stay are never copied.
     beside = datasets.Dataset.from_file(str(place))
     others = source.remove_columns([n for n in source.column_names if n in features])
     whole = datasets.concatenate_datasets([others, beside], axis=1).select_columns(names)

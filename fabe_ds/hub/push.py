@@ -37,7 +37,10 @@ def check_push(push: Push) -> None:
         raise UsageError(f"--push-to-hub {push.repo}: {first_line(error)}") from None
     taken = {"data", FAILURES} if push.failures else {"data"}  # data/ is where default stands
     if push.config_name in taken or not re.fullmatch(r"\w[\w.-]*", push.config_name):
-        raise UsageError(f"--config-name {push.config_name}: not to be had; name another")
+        raise UsageError(
+            f"--config-name {push.config_name}: reserved, or not a valid name (letters, digits, "
+            "and . _ -)"
+        )
     if not re.fullmatch(r"\w+(\.\w+)*", push.split):
         raise UsageError(f"--split {push.split}: letters, digits, _ and dots between them only")
 

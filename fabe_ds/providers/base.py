@@ -87,6 +87,7 @@ class Provider(ABC):
 
     @classmethod
     def _options_of(cls, given: Mapping[str, Any]) -> BaseModel | None:
+        # Here and not by pydantic, which passes names that it does not know over.
         known = sorted(cls.Options.model_fields) if cls.Options is not None else []
         for name in given:
             if name not in known:
@@ -159,7 +160,7 @@ class LocalProvider(Provider):
         answers may be trusted before it is."""
         return True
 
-    def told(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What a person should know of how the records were answered, a line each."""
         return []
 

@@ -54,9 +54,9 @@ class OllamaProvider(HttpProvider):
         sampling = request.sampling
         options: dict[str, Any] = {
             "num_predict": sampling.max_new_tokens,
-            "temperature": sampling.temperature if sampling.samples else 0.0,
+            "temperature": sampling.temperature if sampling.is_sampling else 0.0,
         }
-        if sampling.top_p is not None and sampling.samples:
+        if sampling.top_p is not None and sampling.is_sampling:
             options["top_p"] = sampling.top_p
         if sampling.seed is not None:
             options["seed"] = sampling.seed + request.sample

@@ -53,8 +53,8 @@ class OpenAIProvider(HttpProvider):
         # Where it turns out to be otherwise, `sent` renames it and the key stays.
         newer = self.base_url == self.default_base_url and request.chat
         body[_NEW_LIMIT if newer else _LIMIT] = sampling.max_new_tokens
-        body["temperature"] = sampling.temperature if sampling.samples else 0.0
-        if sampling.top_p is not None and sampling.samples:
+        body["temperature"] = sampling.temperature if sampling.is_sampling else 0.0
+        if sampling.top_p is not None and sampling.is_sampling:
             body["top_p"] = sampling.top_p
         if sampling.seed is not None:
             body["seed"] = sampling.seed + request.sample

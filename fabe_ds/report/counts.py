@@ -65,6 +65,7 @@ def _skipped(
     if done_before is not None:
         done = pc.and_(left, pa.array([bool(fields) for fields in done_before], pa.bool_()))
         skipped["done before"] = pc.sum(done).as_py() or 0
+        # Such records have no other reason to be skipped.
         left = pc.and_not(left, done)
     if skips is not None:
         skipped |= counted(pc.coalesce(*skips).filter(left))

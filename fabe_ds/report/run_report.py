@@ -74,6 +74,7 @@ def read_report(path: Path) -> RunReport:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        # Settings that are newer than the report have their defaults.
         defaults = {
             name: declared.get_default(call_default_factory=True)
             for name, declared in RunConfig.model_fields.items()

@@ -53,6 +53,7 @@ class Journal:
     def _mark(self, job: str, location: str, number: int, field: int, value: str) -> bytes:
         path = self._paths.get(location)
         if path is None:
+            # Resolved: the same file under another name has the same marks.
             path = self._paths[location] = str(Path(location).resolve())
         return written_mark(job, path, number * self._fields + field, value)
 

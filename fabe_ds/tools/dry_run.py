@@ -49,6 +49,7 @@ class DryRun:
 
 def dry_run(config: RunConfig) -> DryRun:
     """Raises: FabeError, as the run would."""
+    # Records are loaded as a run loads them, and not into the run's cache.
     with tempfile.TemporaryDirectory(prefix="fabe-ds-") as folder:
         job = open_job(config, cache_dir=Path(folder))
         seen = count(job, loaded(job))

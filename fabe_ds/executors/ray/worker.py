@@ -94,9 +94,9 @@ class Worker:
         import ray
 
         counts = self._transform.stats.counts() if self._transform else {}
-        told = self._task.progress.report.remote(self._name, counts, self._running > 0)
+        stop = self._task.progress.report.remote(self._name, counts, self._running > 0)
         with contextlib.suppress(ray.exceptions.RayError):  # the driver ends, and we with it
-            if ray.get(told) and self._transform is not None:
+            if ray.get(stop) and self._transform is not None:
                 self._transform.runtime.stopping = True
 
     def _keep_telling(self) -> None:

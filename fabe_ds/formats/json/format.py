@@ -31,6 +31,7 @@ class JsonFormat(Format):
 
     def load(self, source: Source, tick: Tick) -> Records:
         settings, targets = self.settings.input, self.targets
+        # Fields to be added are looked for like targets: where one is there, it is refused.
         gained = [(name.replace(".", "\\."), None) for name in targets.gained]
         wanted = [*zip(targets.names, targets.backup_keys, strict=True), *gained]
         states = states_of(source.files)

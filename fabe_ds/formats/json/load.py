@@ -161,9 +161,9 @@ def load(
 def _kept(folder: Path) -> list[LoadedFile] | None:
     """What became of each file, where the folder holds a carrier that is what was written."""
     try:
-        told = json.loads((folder / "files.json").read_text())
-        if told["digest"] == _seal(folder, told["files"]):
-            return [LoadedFile(*entry) for entry in told["files"]]
+        kept = json.loads((folder / "files.json").read_text())
+        if kept["digest"] == _seal(folder, kept["files"]):
+            return [LoadedFile(*entry) for entry in kept["files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
@@ -339,11 +339,11 @@ def _write(
                     loaded.append(LoadedFile(source.name, count, error))
                 rows.flush()
             files = [(file.name, file.records, file.error) for file in loaded]
-            told = {
+            kept = {
                 "files": files,
                 "digest": _seal(scratch, files),
             }
-            (scratch / "files.json").write_text(json.dumps(told))
+            (scratch / "files.json").write_text(json.dumps(kept))
             try:
                 scratch.rename(folder)
             except OSError:

@@ -265,8 +265,10 @@ def with_members(record: str, members: Mapping[str, Any]) -> str:
     inside = record[:-1].rstrip(" \t\n\r")
     first = _first_member.match(record)
     opening, colon = first.groups() if first else ("", " ")
+    # Pretty-printed records have each member on a line; others a space, or nothing.
     lead = opening if "\n" in opening else " " if colon else ""
     separators = (", ", ": ") if colon else (",", ":")
+    # A record that escapes what is beyond ASCII has its new members escaped, too.
     to_ascii = record.isascii() and _escaped_character.search(record) is not None
     parts = [inside]
     for name, value in members.items():

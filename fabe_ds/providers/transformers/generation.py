@@ -198,7 +198,7 @@ class Generation:
             self._notes.append(line)
             log.info("%s", line)
 
-    def told(self) -> list[str]:
+    def notes(self) -> list[str]:
         """A line for each reason for which records were not answered by our own loop, with how
         many there were, or not many at once."""
         left = [
@@ -212,7 +212,7 @@ class Generation:
         plan = DecodingRules(
             sampling.max_new_tokens,
             loaded.ends | stop_tokens(loaded.tokenizer, sampling.stop),
-            sampling.samples,
+            sampling.is_sampling,
             *_processors(loaded.settings(sampling)),
             stopper(loaded.tokenizer, sampling.stop),
         )
@@ -239,7 +239,7 @@ class Generation:
         while start < len(prompts):
             first = prompts[start]
             # generate() has one random state for all rows; a row of its own has its own seed.
-            alone = sampling.samples or together == "alone"
+            alone = sampling.is_sampling or together == "alone"
             size = 1 if alone else self._rows_at_once(first, sampling)
             batch = prompts[start : start + size]
             if together == "equal":
@@ -248,7 +248,7 @@ class Generation:
             start += len(batch)
 
     def _may_go_together(self, stretch: Stretch, sampling: Sampling) -> Together:
-        if self.room.rows == 1 or sampling.samples:
+        if self.room.rows == 1 or sampling.is_sampling:
             return "alone"
         if stretch.kind == "apart":
             self._note(_EQUAL)
@@ -280,10 +280,10 @@ class Generation:
         if stopped is not None:
             extra = {"stop_strings": list(sampling.stop)}
             extra["tokenizer"] = loaded.tokenizer
-        if sampling.samples:
+        if sampling.is_sampling:
             torch.manual_seed(prompts[0].seed)
         settings = loaded.settings(sampling)
-        if sampling.samples:
+        if sampling.is_sampling:
             settings = {"top_k": 0, **settings}
         if least := settings.pop("min_length", None):  # prompt and answer; all prompts are as long
             settings["min_new_tokens"] = max(least - longest, settings.get("min_new_tokens") or 0)
@@ -297,7 +297,7 @@ class Generation:
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=pad,
                 max_new_tokens=sampling.max_new_tokens,
-                do_sample=sampling.samples,
+                do_sample=sampling.is_sampling,
                 **settings,
             ),
             logits_processor=LogitsProcessorList([numbers]),

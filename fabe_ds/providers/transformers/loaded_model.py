@@ -62,8 +62,8 @@ class LoadedModel:
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         """The generation settings: the user's, over the model's own."""
-        settings = held(self.own, sampling.samples)
-        if sampling.samples:
+        settings = held(self.own, sampling.is_sampling)
+        if sampling.is_sampling:
             if sampling.temperature:
                 settings["temperature"] = sampling.temperature
             if sampling.top_p is not None:

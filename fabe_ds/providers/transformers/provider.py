@@ -66,8 +66,8 @@ class TransformersProvider(CheckpointProvider):
             {"messages": request.messages} if request.chat else {"prompt": request.plain}
         )
         body |= {"max_new_tokens": sampling.max_new_tokens, "dtype": endpoint.dtype}
-        body["do_sample"] = sampling.samples
-        if sampling.samples:
+        body["do_sample"] = sampling.is_sampling
+        if sampling.is_sampling:
             own = self._own_settings.get("temperature", 0.0)
             body |= {"temperature": sampling.temperature or own, "top_p": sampling.top_p}
             body["seed"] = sampling.seed
@@ -130,7 +130,7 @@ class TransformersProvider(CheckpointProvider):
         """Those of the model's own settings that hold for a request."""
         from fabe_ds.providers.transformers.loaded_model import held
 
-        sampling, own = request.sampling, held(self._own_settings, request.sampling.samples)
+        sampling, own = request.sampling, held(self._own_settings, request.sampling.is_sampling)
         if sampling.top_p is not None:
             own.pop("top_p", None)
         if sampling.temperature:
@@ -380,7 +380,7 @@ class TransformersProvider(CheckpointProvider):
         own = self._own_settings.get("stop_strings") or ()
         return AnswerReader(self.chat, (own,) if isinstance(own, str) else tuple(own))
 
-    def told(self) -> list[str]:
+    def notes(self) -> list[str]:
         notes = []
         if self.former_answers:
             notes.append(
@@ -390,4 +390,4 @@ class TransformersProvider(CheckpointProvider):
         loaded: Generation | VllmGeneration | None = self.__dict__.get("generation")
         if loaded is None:
             return notes
-        return [*notes, *self.chat.notes, *self._passed_over, *loaded.told()]
+        return [*notes, *self.chat.notes, *self._passed_over, *loaded.notes()]

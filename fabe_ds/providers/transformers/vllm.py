@@ -19,7 +19,7 @@ from fabe_ds.request import Sampling
 def sampling_arguments(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[str, Any]:
     """The arguments of vllm.SamplingParams for one prompt. `ends`: tokens that end an answer."""
     arguments: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": 0.0}
-    if sampling.samples:
+    if sampling.is_sampling:
         arguments["temperature"] = sampling.temperature or 1.0
         arguments["seed"] = seed
         if sampling.top_p is not None:
@@ -73,7 +73,7 @@ class VllmGeneration:
                 f"--model {endpoint.model}: vLLM cannot load it: {first_line(error)}"
             ) from None
 
-    def told(self) -> list[str]:
+    def notes(self) -> list[str]:
         return []
 
     def answers(
