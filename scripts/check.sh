@@ -6,4 +6,4 @@ bin=.venv/bin
 "$bin/ruff" format --check --quiet .
 "$bin/ruff" check --quiet .
 "$bin/mypy"
-"$bin/lint-imports" --no-timings >/dev/null || "$bin/lint-imports"
+layers=$("$bin/lint-imports" --no-cache) || { echo "$layers" >&2; exit 1; }
