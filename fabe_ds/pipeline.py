@@ -16,7 +16,7 @@ from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.executors.base import Work
 from fabe_ds.executors.local import executor_for
-from fabe_ds.formats.base import Records
+from fabe_ds.formats.base import Records, states_of
 from fabe_ds.job import Job, open_job
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course, Watch
@@ -74,8 +74,7 @@ def _run(config: RunConfig, course: Course) -> RunResult:
     job = open_job(config)
     with contextlib.closing(job.transform):
         course.begin(LOADING, job.source.size)
-        records = job.format.load(job.source, course.tick)
-        job.format.check(records)
+        records = _loaded(job, course)
         # Only now: what is refused is said before what has merely no effect.
         rules.remark(job.config, job.transform.provider)
         course.stats = job.transform.runtime.stats
@@ -90,6 +89,17 @@ def _run(config: RunConfig, course: Course) -> RunResult:
         result = write_reports(job, records, answers, outputs, course)
         job.copies.publish(outputs, job.destination.reports)
         return result
+
+
+def _loaded(job: Job, course: Course) -> Records:
+    """The records, looked at before anything is sent. Raises: FabeError."""
+    states = states_of(job.source.files)
+    records = job.format.load(job.source, course.tick)
+    if not records.states:  # a format of another package need not know of them
+        files = {location for location, _ in records.parts}
+        records.states = {name: state for name, state in states.items() if name in files}
+    job.format.check(records)
+    return records
 
 
 def _answered(job: Job, records: Records, finished: Finished) -> Answers:
@@ -107,7 +117,8 @@ def _answered(job: Job, records: Records, finished: Finished) -> Answers:
     work = Work.of(records, job.format, job.transform, finished.answers)
     known = finished.clean and job.config.resume and not any(records.done or ())
     answers = Answers(executor_for(job.config).map(work, known), targets)
-    if not answers.has_failures and not known:
+    # What was done before has no answer here, and would be missing from the next run's output.
+    if not (answers.has_failures or known or any(records.done or ())):
         finished.remember_answers()
     return answers
 
@@ -144,8 +155,9 @@ def _written(
             _journal(job).write(records.positions(), firsts)
             job.format.write(records, answers, job.paths, course.tick)
         return list(map(Path, locations))
-    left_out = {file.name for file in job.source.files if file.location not in records.states}
-    paths = [path for name, path in job.paths.items() if name not in left_out]
+    loaded = {location for location, _ in records.parts}
+    left_out = {file.name for file in job.source.files if file.location not in loaded}
+    paths = [path for name, path in job.paths.items() if not name or name not in left_out]
     if finished.are_current(paths):
         return list(map(Path, paths))
     digests = job.format.write(records, answers, job.paths, course.tick)

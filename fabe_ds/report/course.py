@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fabe_ds.request import Stats
@@ -50,15 +49,6 @@ class Course:
 
 Watch = Callable[[Course], contextlib.AbstractContextManager[object]]
 """Shows how far a run is while its block runs."""
-
-
-def size_of(paths: Iterable[str]) -> int:
-    """Bytes of all the files, as far as they are there."""
-    total = 0
-    for path in paths:
-        with contextlib.suppress(OSError):
-            total += os.stat(path).st_size  # noqa: PTH116
-    return total
 
 
 MOST_POINTS = 400

@@ -79,7 +79,8 @@ class Finished:
 
     def are_current(self, paths: Iterable[str]) -> bool:
         """Whether all the files are what an earlier run of this very job has written."""
-        return self.clean and bool(self.exports) and all(map(self._is_current, paths))
+        paths = list(paths)
+        return self.clean and bool(paths) and all(map(self._is_current, paths))
 
     def _is_current(self, path: str) -> bool:
         expected = self.exports.get(_absolute(path))

@@ -149,11 +149,15 @@ def test_in_place_for_every_format(box, kind):
         assert "3 done before" in again.out
         assert rows_of(box.path / kind.name) == first
         assert len(server.calls) == sent
+        apart = box.fabe(*asking(server, kind.name, "--status-field", "state2"))
+        assert apart.code == 0, apart  # what is done in place is not done elsewhere
+        assert len(server.calls) == 2 * sent
+        assert rows_of(box.path / "outputs" / kind.output)[0]["code"] == "X = 1"
         other = asking(server, kind.name, "--inplace", "--instruction", "Otherwise")
         assert box.fabe(*other).code == 0
         third = rows_of(box.path / kind.name)
         assert third[0]["original_code"] == "x = 1"
-        assert len(server.calls) == 2 * sent
+        assert len(server.calls) == 3 * sent
 
 
 def test_several_devices_for_every_format(box, kind):

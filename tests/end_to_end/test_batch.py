@@ -158,7 +158,7 @@ def test_a_killed_run_takes_its_batch_up_again(box, noted):
         ]
 
 
-def test_F2_a_batch_that_fails_stops_one_run_and_no_other(box, batches):
+def test_a_batch_that_fails_stops_one_run_and_no_other(box, batches):
     batches.end, batches.reason = "failed", "the file is not valid"
     box.lines("data.jsonl", [{"code": "x"}])
     for _ in range(2):
@@ -170,7 +170,7 @@ def test_F2_a_batch_that_fails_stops_one_run_and_no_other(box, batches):
     assert len(batches.batches) == 3
 
 
-def test_F2_a_batch_left_by_a_killed_run_that_failed_blocks_nothing(box, batches):
+def test_a_batch_left_by_a_killed_run_that_failed_blocks_nothing(box, batches):
     batches.end, batches.reason, batches.seconds = "failed", "the file is not valid", 60
     box.lines("data.jsonl", [{"code": "x"}])
     process = box.start(*command(batches))
@@ -183,7 +183,7 @@ def test_F2_a_batch_left_by_a_killed_run_that_failed_blocks_nothing(box, batches
     assert len(batches.batches) == 2
 
 
-def test_F2_what_is_too_much_for_the_queue_is_sent_again(box, batches):
+def test_what_is_too_much_for_the_queue_is_sent_again(box, batches):
     batches.end, batches.reason = "failed", "Enqueued token limit reached for m"
     box.lines("data.jsonl", [{"code": "x"}])
     process = box.start(*command(batches))
@@ -204,7 +204,7 @@ def test_F2_what_is_too_much_for_the_queue_is_sent_again(box, batches):
         ("/openai/deployments/d", "/chat/completions"),
     ],
 )
-def test_A9_a_batch_names_the_version_and_what_follows(box, base, url):
+def test_a_batch_names_the_version_and_what_follows(box, base, url):
     class Elsewhere(BatchServer):
         def routes(self, app: web.Application) -> None:
             super().routes(app)

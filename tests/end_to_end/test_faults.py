@@ -340,7 +340,7 @@ def test_fault(box, name):
         assert tries[1] - tries[0] >= fault.wait
 
 
-def test_H8_a_cool_down_holds_all_requests_back(box):
+def test_a_cool_down_holds_all_requests_back(box):
     """A 429 that asks for time stops everyone, not just the record that got it."""
     times: list[float] = []
 
@@ -360,7 +360,7 @@ def test_H8_a_cool_down_holds_all_requests_back(box):
 
 
 @pytest.mark.parametrize("seconds", [0.3, 3.0])
-def test_H2_a_server_that_restarts_costs_nothing(box, seconds):
+def test_a_server_that_restarts_costs_nothing(box, seconds):
     box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(300)])
     with ModelServer(latency=0.02) as first:
         process = box.start(*command(first, "--concurrency", 4))
@@ -389,7 +389,7 @@ def test_a_server_that_stays_away_stops_the_run(box):
     assert len(told) <= 3
 
 
-def test_H20_where_nothing_ever_goes_well_the_run_stops_early(box):
+def test_where_nothing_ever_goes_well_the_run_stops_early(box):
     async def behave(call: Call) -> web.StreamResponse:
         return error(400, "unsupported parameter")
 
@@ -401,7 +401,7 @@ def test_H20_where_nothing_ever_goes_well_the_run_stops_early(box):
         assert len(server.calls) <= 20 + 8
 
 
-def test_H13_a_refused_key_stops_within_one_round(box):
+def test_a_refused_key_stops_within_one_round(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         await asyncio.sleep(0.05)
         return error(401, "expired") if call.number >= 40 else None

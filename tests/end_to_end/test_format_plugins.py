@@ -43,6 +43,7 @@ def test_a_format_of_ones_own(box, installed):
     before = (box.path / "outputs/a.txt").stat().st_mtime_ns
     again = run(box, installed)  # a finished run is answered at once, and written once
     assert "0 rewritten, 4 from cache" in again.out
+    assert "written: outputs/ (2 files)" in again.out
     assert (box.path / "outputs/a.txt").stat().st_mtime_ns == before
 
 

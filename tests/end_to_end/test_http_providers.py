@@ -147,7 +147,7 @@ def test_every_record_is_rewritten(box, server, provider, model, chat):
         ("ollama", "m", "no Ollama server answers there; start it with `ollama serve`"),
     ],
 )
-def test_H1_a_server_that_is_not_there_is_one_line(box, provider, model, says):
+def test_a_server_that_is_not_there_is_one_line(box, provider, model, says):
     box.lines("data.jsonl", [{"code": "x"}])
     ended = box.fabe(
         "run",
@@ -167,7 +167,7 @@ def test_H1_a_server_that_is_not_there_is_one_line(box, provider, model, says):
     assert not (box.path / "outputs").exists()
 
 
-def test_H18_a_broken_tls_is_one_line(box, server):
+def test_a_broken_tls_is_one_line(box, server):
     box.lines("data.jsonl", [{"code": "x"}])
     url = server.url.replace("http:", "https:")
     ended = box.fabe(
@@ -196,7 +196,7 @@ def test_ollama_says_which_model_to_pull(box, server):
 
 
 @pytest.mark.parametrize("given", ["flag", "environment", "wrong"])
-def test_S3_the_key_is_sent_and_appears_nowhere(box, server, given):
+def test_the_key_is_sent_and_appears_nowhere(box, server, given):
     key = "sk-canary-1234567"
     server.key = key
     box.lines("data.jsonl", [{"code": "x"}])

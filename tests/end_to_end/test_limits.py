@@ -93,7 +93,7 @@ def test_workers_share_the_concurrency(tmp_path, time):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers die with their parent on Linux")
-def test_R4_workers_die_with_a_killed_parent(tmp_path):
+def test_workers_die_with_a_killed_parent(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
     with ModelServer(latency=0.1) as server:

@@ -38,7 +38,7 @@ def records(box, count: int = 3) -> None:
         {"all_proxy": DEAD},
     ],
 )
-def test_E3_G5_this_machine_is_reached_direct(box, server, environment):
+def test_G5_this_machine_is_reached_direct(box, server, environment):
     records(box)
     port = server.root.rsplit(":", 1)[1]
     given = {name: value.replace("PORT", port) for name, value in environment.items()}
@@ -60,7 +60,7 @@ def run_at(url: str) -> list[str]:
         ({"all_proxy": "127.0.0.1:9"}, "all_proxy=http://127.0.0.1:9"),
     ],
 )
-def test_G5_a_dead_proxy_is_named(box, environment, says):
+def test_a_dead_proxy_is_named(box, environment, says):
     records(box)
     ended = box.fabe(*run_at("http://model.example:8000/v1"), **environment)
     assert (ended.code, ended.err.count("\n")) == (1, 1)
@@ -97,7 +97,7 @@ def test_a_proxy_that_works_is_used_for_all(box):
     assert {url.split("/v1")[0] for _, url in seen} == {"http://model.example:8000"}
 
 
-def test_E2_netrc_is_never_read(box, server):
+def test_netrc_is_never_read(box, server):
     server.key = "sk-real"
     netrc = box.write("netrc", "machine 127.0.0.1 login bob password pw\n")
     netrc.chmod(0o600)
@@ -108,14 +108,14 @@ def test_E2_netrc_is_never_read(box, server):
 
 
 @pytest.mark.parametrize("key", ["sk-real\n", "sk-real\r\n", " sk-real "])
-def test_E4_white_space_around_a_key_is_none_of_it(box, server, key):
+def test_white_space_around_a_key_is_none_of_it(box, server, key):
     server.key = "sk-real"
     records(box)
     assert box.fabe(*openai_run(server), OPENAI_API_KEY=key).code == 0
 
 
 @pytest.mark.parametrize("key", ["\u201csk-real\u201d", '"sk-real"', "sk real", "sk-ré"])
-def test_E4_a_key_that_is_none_is_one_line(box, server, key):
+def test_a_key_that_is_none_is_one_line(box, server, key):
     records(box)
     ended = box.fabe(*openai_run(server), OPENAI_API_KEY=key, PYTHONUTF8="1")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
@@ -124,7 +124,7 @@ def test_E4_a_key_that_is_none_is_one_line(box, server, key):
     assert not server.calls
 
 
-def test_E4_a_user_in_the_address_goes_before_the_key(box):
+def test_a_user_in_the_address_goes_before_the_key(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         given = call.headers.get("Authorization", "")
         return None if given == "Basic dTpwQHc=" else error(401, given)
@@ -139,7 +139,7 @@ def test_E4_a_user_in_the_address_goes_before_the_key(box):
 
 
 @pytest.mark.parametrize("name", ["OPENAI_BASE_URL", "OPENAI_API_BASE"])
-def test_X12_the_address_in_the_environment_is_read(box, server, name):
+def test_the_address_in_the_environment_is_read(box, server, name):
     records(box)
     run = [part for part in openai_run(server) if part not in ("--base-url", server.url)]
     ended = box.fabe(*run, **{name: server.url})
@@ -152,7 +152,7 @@ def test_X12_the_address_in_the_environment_is_read(box, server, name):
     assert flag.code == 0, flag  # a flag goes before it
 
 
-def test_X12_OLLAMA_HOST_is_read(box, server):
+def test_OLLAMA_HOST_is_read(box, server):
     records(box)
     port = server.root.rsplit(":", 1)[1]
     run = ["run", "--input", "data.jsonl", "--instruction", "x", "--provider", "ollama"]
@@ -178,7 +178,7 @@ def test_OLLAMA_HOST_as_ollama_reads_it(text, url):
 
 
 @pytest.mark.parametrize("provider", ["openai", "ollama"])
-def test_F5_no_provider_sends_a_key_in_the_open(box, provider, monkeypatch):
+def test_no_provider_sends_a_key_in_the_open(box, provider, monkeypatch):
     records(box)
     run = ["run", "--input", "data.jsonl", "--instruction", "x", "--model", "m", "--api-key", "k"]
     ended = box.fabe(*run, "--provider", provider, "--base-url", "http://8.8.8.8/v1")
@@ -200,7 +200,7 @@ def test_F5_no_provider_sends_a_key_in_the_open(box, provider, monkeypatch):
         ("8.8.8.8", None, False),
     ],
 )
-def test_G6_an_internal_name_is_known_by_its_address(monkeypatch, host, addresses, private):
+def test_an_internal_name_is_known_by_its_address(monkeypatch, host, addresses, private):
     def resolve(name, *_, **__):
         if addresses is None:
             raise socket.gaierror
@@ -270,7 +270,7 @@ class SecureServer(ModelServer):
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"])
-def test_E1_one_set_of_certificates_for_all(box, certificate, variable):
+def test_one_set_of_certificates_for_all(box, certificate, variable):
     server = SecureServer()
     server.pem = str(certificate / "server.pem")
     with server:
@@ -288,7 +288,7 @@ def test_E1_one_set_of_certificates_for_all(box, certificate, variable):
         assert f"{variable}=gone.pem" in wrong.err
 
 
-def test_E1_a_folder_of_certificates(box, certificate, tmp_path):
+def test_a_folder_of_certificates(box, certificate, tmp_path):
     ca = (certificate / "ca.pem").read_bytes()
     hashed = subprocess.run(
         ["openssl", "x509", "-hash", "-noout"], input=ca, capture_output=True, check=True
@@ -303,7 +303,7 @@ def test_E1_a_folder_of_certificates(box, certificate, tmp_path):
         assert ended.code == 0, ended
 
 
-def test_X10_few_open_files_are_no_server_that_is_gone(box):
+def test_few_open_files_are_no_server_that_is_gone(box):
     with ModelServer(latency=0.05) as server:
         records(box, 300)
         process = subprocess.run(
@@ -326,7 +326,7 @@ def box_command(server: ModelServer) -> str:
     return " ".join(map(str, [*COMMAND, *openai_run(server, "--concurrency", 200)]))
 
 
-def test_X10_the_soft_limit_is_raised(monkeypatch):
+def test_the_soft_limit_is_raised(monkeypatch):
     raised = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))

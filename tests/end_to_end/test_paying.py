@@ -38,7 +38,7 @@ class Cutting(ModelServer):
 
 
 @pytest.mark.parametrize("provider", ["openai", "ollama"])
-def test_G2_a_higher_limit_asks_the_cut_ones_alone(box, provider):
+def test_a_higher_limit_asks_the_cut_ones_alone(box, provider):
     with Cutting() as server:
         records(box)
         run = openai_run(server)
@@ -58,7 +58,7 @@ def test_G2_a_higher_limit_asks_the_cut_ones_alone(box, provider):
         assert len(server.calls) == 40  # those of 200 tokens would be cut there
 
 
-def test_G2_sampled_answers_are_those_of_their_limit(box):
+def test_sampled_answers_are_those_of_their_limit(box):
     with Cutting() as server:
         records(box, 4)
         box.fabe(*openai_run(server, "--temperature", 1, "--max-new-tokens", 100))
@@ -70,7 +70,7 @@ def test_G2_sampled_answers_are_those_of_their_limit(box):
         assert len(server.calls) == 14  # with a record's own seed, the whole ones are the same
 
 
-def test_G2_no_resume_reads_no_other_limit(box):
+def test_no_resume_reads_no_other_limit(box):
     with Cutting() as server:
         records(box, 4)
         box.fabe(*openai_run(server, "--max-new-tokens", 100))
@@ -92,7 +92,7 @@ SENT_AGAIN = {
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_G3_what_would_fail_the_same_is_not_asked_again(box, kind):
+def test_what_would_fail_the_same_is_not_asked_again(box, kind):
     async def behave(call: Call) -> web.StreamResponse | None:
         return KEPT[kind](call) if call.prompt.endswith("= 3") else None
 
@@ -114,7 +114,7 @@ def test_G3_what_would_fail_the_same_is_not_asked_again(box, kind):
 
 
 @pytest.mark.parametrize("kind", SENT_AGAIN)
-def test_G3_what_passes_is_sent_again(box, kind):
+def test_what_passes_is_sent_again(box, kind):
     bad = True
 
     async def behave(call: Call) -> web.StreamResponse | None:
@@ -129,7 +129,7 @@ def test_G3_what_passes_is_sent_again(box, kind):
         assert len(server.calls) == 7
 
 
-def test_G3_an_answer_that_never_passes_its_check_is_kept(box):
+def test_an_answer_that_never_passes_its_check_is_kept(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         bad = any("= 3" in turn["content"] for turn in call.body["messages"])
         return completion(call, "def (:" if bad else "y = 1")
@@ -149,7 +149,7 @@ def test_G3_an_answer_that_never_passes_its_check_is_kept(box):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_G8_what_is_answered_can_be_got_out_while_the_server_is_dead(box, inplace):
+def test_what_is_answered_can_be_got_out_while_the_server_is_dead(box, inplace):
     async def behave(call: Call) -> web.StreamResponse | None:
         await asyncio.sleep(0.05)
         return None
@@ -180,7 +180,7 @@ def test_G8_what_is_answered_can_be_got_out_while_the_server_is_dead(box, inplac
     assert [record["code"] for record in out] == [f"X = {i}" for i in range(60)]
 
 
-def test_G8_a_budget_that_is_spent_says_how_to_go_on(box, server):
+def test_a_budget_that_is_spent_says_how_to_go_on(box, server):
     records(box)
     ended = box.fabe(*openai_run(server, "--max-requests", 5))
     assert ended.code == 1
@@ -189,7 +189,7 @@ def test_G8_a_budget_that_is_spent_says_how_to_go_on(box, server):
     assert box.report()["cached"] == 5
 
 
-def test_F15_many_failures_of_one_kind_are_said_once_with_what_helps(box):
+def test_many_failures_of_one_kind_are_said_once_with_what_helps(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         await asyncio.sleep(0.1)
         return completion(call, "half", "length") if call.number % 3 == 1 else None
@@ -212,7 +212,7 @@ def test_F15_many_failures_of_one_kind_are_said_once_with_what_helps(box):
         ('"""Doc."""\nx = 1', True),
     ],
 )
-def test_X5_code_in_a_literal_is_no_code(box, text, passes):
+def test_code_in_a_literal_is_no_code(box, text, passes):
     async def behave(call: Call) -> web.StreamResponse | None:
         return completion(call, text)
 

@@ -48,7 +48,7 @@ def slow_server():
         yield running
 
 
-def test_R3_kill_9_loses_only_what_was_in_flight(box, slow_server):
+def test_kill_9_loses_only_what_was_in_flight(box, slow_server):
     box.lines("data.jsonl", records())
     for part in (0.3, 0.6):
         process = box.start(*command(slow_server))
@@ -65,7 +65,7 @@ def test_R3_kill_9_loses_only_what_was_in_flight(box, slow_server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_R1_R2_a_stopped_run_drains_and_sends_nothing_twice(box, slow_server, number):
+def test_R2_a_stopped_run_drains_and_sends_nothing_twice(box, slow_server, number):
     box.lines("data.jsonl", records())
     for part in (0.2, 0.4, 0.6):
         process = box.start(*command(slow_server))
@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_does_not_wait(box, first):
     ],
     ids=lambda change: change[0] if change else "unchanged",
 )
-def test_R7_a_repeated_run_sends_nothing(box, server, change):
+def test_a_repeated_run_sends_nothing(box, server, change):
     box.lines("data.jsonl", records(20))
     box.fabe(*command(server))
     ended = box.fabe(*command(server, *change))
@@ -129,14 +129,14 @@ def test_R7_a_repeated_run_sends_nothing(box, server, change):
     ],
     ids=lambda change: change[0],
 )
-def test_R8_what_changes_the_request_sends_it_again(box, server, change):
+def test_what_changes_the_request_sends_it_again(box, server, change):
     box.lines("data.jsonl", records(20))
     box.fabe(*command(server))
     box.fabe(*command(server, *change))
     assert len(server.calls) == 40
 
 
-def test_R8_only_what_is_new_is_sent(box, server):
+def test_only_what_is_new_is_sent(box, server):
     box.lines("data.jsonl", records(20))
     box.fabe(*command(server))
     box.lines("data.jsonl", [*reversed(records(20)), {"code": "added"}])
@@ -178,7 +178,7 @@ def test_equal_records_are_sampled_each(box, slow_server):
     assert len(slow_server.calls) == 5
 
 
-def test_R11_failures_are_sent_again_and_nothing_else(box):
+def test_failures_are_sent_again_and_nothing_else(box):
     broken = True
 
     async def some_fail(call):
@@ -228,7 +228,7 @@ def test_an_answer_that_was_no_use_is_asked_again(box, what):
         assert len(server.calls) == 2
 
 
-def test_R12_two_runs_at_once_do_not_pay_twice(box, slow_server):
+def test_two_runs_at_once_do_not_pay_twice(box, slow_server):
     box.lines("data.jsonl", records(200))
     first = box.start(*command(slow_server, "--output", "a"))
     second = box.start(*command(slow_server, "--output", "b"))
@@ -251,7 +251,7 @@ def test_a_run_takes_over_from_one_that_was_killed(box, slow_server):
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "cut"])
-def test_R13_a_damaged_cache_is_set_aside(box, server, damage):
+def test_a_damaged_cache_is_set_aside(box, server, damage):
     box.lines("data.jsonl", records(200))
     box.fabe(*command(server))
     path = box.path / ".cache/records.sqlite"
@@ -268,7 +268,7 @@ def test_R13_a_damaged_cache_is_set_aside(box, server, damage):
 
 
 @pytest.mark.parametrize("what", ["file", "readonly database"])
-def test_R13_a_cache_that_cannot_be_written_is_said_before_anything_is_sent(box, server, what):
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_sent(box, server, what):
     box.lines("data.jsonl", records(5))
     if what == "file":
         box.write(".cache", "in the way")
@@ -280,14 +280,14 @@ def test_R13_a_cache_that_cannot_be_written_is_said_before_anything_is_sent(box,
     assert not server.calls
 
 
-def test_S9_the_cache_is_private(box, server):
+def test_the_cache_is_private(box, server):
     box.lines("data.jsonl", records(5))
     box.fabe(*command(server))
     assert (box.path / ".cache").stat().st_mode & 0o777 == 0o700
     assert (box.path / ".cache/records.sqlite").stat().st_mode & 0o777 == 0o600
 
 
-def test_R5_in_place_twice_rewrites_once(box, server):
+def test_in_place_twice_rewrites_once(box, server):
     box.lines("data.jsonl", records(20))
     first = box.fabe(*command(server, "--inplace"))
     assert first.code == 0, first
@@ -299,7 +299,7 @@ def test_R5_in_place_twice_rewrites_once(box, server):
     assert (box.path / "data.jsonl").read_text() == text
 
 
-def test_R5_in_place_goes_on_where_it_was_stopped(box):
+def test_in_place_goes_on_where_it_was_stopped(box):
     """Some files replaced, one failed record: only what is missing is sent."""
     broken = True
 
@@ -321,7 +321,7 @@ def test_R5_in_place_goes_on_where_it_was_stopped(box):
         ]
 
 
-def test_H19_order_is_kept_whatever_the_latency(box):
+def test_order_is_kept_whatever_the_latency(box):
     async def dawdle(call):
         await asyncio.sleep((call.number * 7919 % 100) / 400)
 
@@ -389,7 +389,7 @@ def test_a_request_that_never_answers_is_asked_a_second_time(box):
         assert len(server.calls) == 301
 
 
-def test_R6_a_kill_after_the_last_answer_costs_nothing(box, server):
+def test_a_kill_after_the_last_answer_costs_nothing(box, server):
     box.lines("data.jsonl", records(50))
     box.fabe(*command(server))
     for path in (box.path / ".cache/datasets").glob("*/cache-*.arrow"):
@@ -402,7 +402,7 @@ def test_R6_a_kill_after_the_last_answer_costs_nothing(box, server):
     assert (box.path / "b/data.jsonl").read_text() == expected(50)
 
 
-def test_R14_leftovers_of_killed_runs_do_no_harm(box, server):
+def test_leftovers_of_killed_runs_do_no_harm(box, server):
     box.lines("data.jsonl", records(20))
     box.fabe(*command(server))
     (folder,) = (box.path / ".cache/datasets").glob("[0-9a-f]*")
@@ -415,7 +415,7 @@ def test_R14_leftovers_of_killed_runs_do_no_harm(box, server):
     assert len(server.calls) == 20
 
 
-def test_S7_a_key_is_not_sent_in_the_open(box):
+def test_a_key_is_not_sent_in_the_open(box):
     box.lines("data.jsonl", records(2))
     ended = box.fabe(
         "run",
@@ -436,7 +436,7 @@ def test_S7_a_key_is_not_sent_in_the_open(box):
     assert "the key would be sent unencrypted" in ended.err
 
 
-def test_R13_a_full_disk_stops_the_run_and_keeps_what_is_stored(box):
+def test_a_full_disk_stops_the_run_and_keeps_what_is_stored(box):
     async def long_answer(call):
         return completion(call, answer_to(call.prompt) + "#" * 2000)
 
@@ -460,7 +460,7 @@ def test_R13_a_full_disk_stops_the_run_and_keeps_what_is_stored(box):
         assert len(server.calls) <= 200 + 2 * CONCURRENCY
 
 
-def test_R13_a_locked_cache_is_waited_for(box, server):
+def test_a_locked_cache_is_waited_for(box, server):
     box.lines("data.jsonl", records(20))
     box.fabe(*command(server, "--instruction", "Other"))
     other = sqlite3.connect(box.path / ".cache/records.sqlite", isolation_level=None)
@@ -474,7 +474,7 @@ def test_R13_a_locked_cache_is_waited_for(box, server):
     assert len(server.calls) == 40
 
 
-def test_R9_a_touched_file_sends_nothing_and_an_edited_one_its_change(box, server):
+def test_a_touched_file_sends_nothing_and_an_edited_one_its_change(box, server):
     path = box.lines("data.jsonl", records(20))
     box.fabe(*command(server))
     stamp = path.stat()
@@ -487,7 +487,7 @@ def test_R9_a_touched_file_sends_nothing_and_an_edited_one_its_change(box, serve
     assert len(server.calls) == 21
 
 
-def test_H12_a_busy_ollama_is_asked_again(box):
+def test_a_busy_ollama_is_asked_again(box):
     async def busy_first(call):
         if call.number < 3:
             text = {"error": "server busy, please try again.  maximum pending requests exceeded"}
@@ -513,7 +513,7 @@ def test_H12_a_busy_ollama_is_asked_again(box):
         assert len(server.calls) == 13
 
 
-def test_R5_a_kill_while_files_are_replaced_leaves_old_or_new(box):
+def test_a_kill_while_files_are_replaced_leaves_old_or_new(box):
     path = box.lines("data.jsonl", records(60_000))
     old = path.read_bytes()
     new = b""

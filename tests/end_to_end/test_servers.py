@@ -229,7 +229,7 @@ def test_case(box, name):
     assert tries <= case.tries
 
 
-def test_A2_a_record_that_is_refused_is_no_key_in_the_next_run_either(box):
+def test_a_record_that_is_refused_is_no_key_in_the_next_run_either(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         return error(403, "Forbidden") if call.prompt.endswith("= 1") else None
 
@@ -241,7 +241,7 @@ def test_A2_a_record_that_is_refused_is_no_key_in_the_next_run_either(box):
             assert answers(box) == ["X = 0", "x = 1", "X = 2"]
 
 
-def test_A5_a_surrogate_pair_in_two_parts_of_a_stream(box):
+def test_a_surrogate_pair_in_two_parts_of_a_stream(box):
     parts = events(delta(content="y \ud83d"), delta(content="\ude00"), delta("stop"))
     with ModelServer(plain(parts, kind="text/event-stream")) as server:
         records(box)
@@ -250,14 +250,14 @@ def test_A5_a_surrogate_pair_in_two_parts_of_a_stream(box):
 
 
 @pytest.mark.parametrize("reason", GOOD_ENDS)
-def test_A1_a_good_end_is_a_whole_answer(box, reason):
+def test_a_good_end_is_a_whole_answer(box, reason):
     with ModelServer(plain(choice("y", reason))) as server:
         records(box)
         assert box.fabe(*command(server)).code == 0
     assert answers(box) == ["y"] * 3
 
 
-def test_A1_an_unknown_end_that_is_good_is_said_once_and_nothing_is_paid_again(box):
+def test_an_unknown_end_that_is_good_is_said_once_and_nothing_is_paid_again(box):
     with ModelServer(plain(choice("y", "fin"))) as server:
         records(box)
         ended = box.fabe(*command(server))
@@ -267,7 +267,7 @@ def test_A1_an_unknown_end_that_is_good_is_said_once_and_nothing_is_paid_again(b
     assert answers(box) == ["y"] * 3
 
 
-def test_A2_all_refused_from_some_time_on_stops_the_run(box):
+def test_all_refused_from_some_time_on_stops_the_run(box):
     """A key that is taken back in the middle is no fault of 200,000 records."""
 
     async def behave(call: Call) -> web.StreamResponse | None:
@@ -290,7 +290,7 @@ def test_A2_all_refused_from_some_time_on_stops_the_run(box):
     ],
     ids=["llama.cpp", "hf"],
 )
-def test_A3_a_model_that_is_loading_is_waited_for(box, count, status, body):
+def test_a_model_that_is_loading_is_waited_for(box, count, status, body):
     started = time.monotonic()
 
     async def behave(call: Call) -> web.StreamResponse | None:
@@ -307,7 +307,7 @@ def test_A3_a_model_that_is_loading_is_waited_for(box, count, status, body):
     assert answers(box) == [f"X = {i}" for i in range(count)]
 
 
-def test_A3_a_server_that_refuses_everything_stays_the_servers_fault(box):
+def test_a_server_that_refuses_everything_stays_the_servers_fault(box):
     with ModelServer(plain({"error": "overloaded"}, 503)) as server:
         records(box, 25)
         ended = box.fabe(*command(server, "--give-up-after", 3))
@@ -317,7 +317,7 @@ def test_A3_a_server_that_refuses_everything_stays_the_servers_fault(box):
         assert len(server.calls) < 60
 
 
-def test_A4_a_quota_of_a_minute_is_waited_for(box):
+def test_a_quota_of_a_minute_is_waited_for(box):
     limited = {
         "error": {
             "message": "Allocated quota exceeded, please increase your quota limit.",
@@ -363,7 +363,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_A5_a_stream_that_nobody_asked_for_is_read(box, name):
+def test_a_stream_that_nobody_asked_for_is_read(box, name):
     with ModelServer(plain(STREAMS[name], kind="text/event-stream")) as server:
         records(box)
         ended = box.fabe(*command(server))
@@ -382,7 +382,7 @@ def test_A5_a_stream_that_nobody_asked_for_is_read(box, name):
     ],
     ids=["cut", "an error inside", "at the limit"],
 )
-def test_A5_half_a_stream_is_no_answer(box, body, kind):
+def test_half_a_stream_is_no_answer(box, body, kind):
     with ModelServer(plain(body, kind="text/event-stream")) as server:
         records(box, 1)
         assert box.fabe(*command(server)).code == 1
@@ -391,7 +391,7 @@ def test_A5_half_a_stream_is_no_answer(box, body, kind):
     assert box.read("outputs/data.jsonl") == [{"code": "x = 0"}]
 
 
-def test_A5_ollamas_json_lines_are_read(box):
+def test_ollamas_json_lines_are_read(box):
     lines = [
         {"message": {"content": "y ="}, "done": False},
         {"message": {"content": " 1"}, "done": True, "done_reason": "stop", "eval_count": 2},
@@ -405,7 +405,7 @@ def test_A5_ollamas_json_lines_are_read(box):
     assert answers(box) == ["y = 1"] * 3
 
 
-def test_A6_a_model_that_has_to_stream_is_streamed(box):
+def test_a_model_that_has_to_stream_is_streamed(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         if call.body.get("stream"):
             text = answer_to(call.prompt)
@@ -423,7 +423,7 @@ def test_A6_a_model_that_has_to_stream_is_streamed(box):
 
 
 @pytest.mark.parametrize("status", [504, 524])
-def test_A6_a_proxy_that_cuts_answers_is_not_a_server_that_is_gone(box, status):
+def test_a_proxy_that_cuts_answers_is_not_a_server_that_is_gone(box, status):
     async def behave(call: Call) -> web.StreamResponse:
         await asyncio.sleep(1.2)
         return await plain("<html>Time-out</html>", status, "text/html")(call)
@@ -438,7 +438,7 @@ def test_A6_a_proxy_that_cuts_answers_is_not_a_server_that_is_gone(box, status):
     assert "fewer --max-new-tokens, or --stream" in failures[0]["message"]
 
 
-def test_A6_stream_keeps_the_answers_and_the_cache(box):
+def test_stream_keeps_the_answers_and_the_cache(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         assert call.body["stream"] is True
         return await plain(events(delta(content=answer_to(call.prompt)), delta("stop")))(call)
@@ -461,7 +461,7 @@ def unsupported(name: str, instead: str = "") -> web.Response:
     return web.json_response({"error": body}, status=400)
 
 
-def test_A7_a_parameter_that_goes_by_another_name_is_learned_once(box):
+def test_a_parameter_that_goes_by_another_name_is_learned_once(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         if "max_tokens" in call.body:
             return unsupported("max_tokens", "max_completion_tokens")
@@ -494,7 +494,7 @@ def test_A7_a_parameter_that_goes_by_another_name_is_learned_once(box):
     ],
     ids=["OpenAI", "pydantic", "older"],
 )
-def test_A7_a_default_that_is_refused_is_left_out(box, refusal):
+def test_a_default_that_is_refused_is_left_out(box, refusal):
     async def behave(call: Call) -> web.StreamResponse | None:
         if "temperature" in call.body:
             return web.json_response(refusal, status=400)
@@ -508,7 +508,7 @@ def test_A7_a_default_that_is_refused_is_left_out(box, refusal):
         assert "takes no temperature" in ended.err
 
 
-def test_A7_two_parameters_are_learned_one_after_the_other(box):
+def test_two_parameters_are_learned_one_after_the_other(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         if "max_tokens" in call.body:
             return unsupported("max_tokens")
@@ -520,7 +520,7 @@ def test_A7_two_parameters_are_learned_one_after_the_other(box):
         assert len(server.calls) == 7
 
 
-def test_A7_a_limit_that_goes_by_no_name_stops_the_run(box):
+def test_a_limit_that_goes_by_no_name_stops_the_run(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         if "max_tokens" in call.body:
             return unsupported("max_tokens", "max_completion_tokens")
@@ -533,7 +533,7 @@ def test_A7_a_limit_that_goes_by_no_name_stops_the_run(box):
         assert "does not take the parameter max_completion_tokens" in ended.err
 
 
-def test_A7_a_record_that_speaks_of_a_parameter_teaches_nothing(box):
+def test_a_record_that_speaks_of_a_parameter_teaches_nothing(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         if call.prompt.endswith("= 1"):
             return error(400, "Invalid prompt: unexpected token near 'temperature'")
@@ -545,7 +545,7 @@ def test_A7_a_record_that_speaks_of_a_parameter_teaches_nothing(box):
         assert all("temperature" in call.body for call in server.calls)
 
 
-def test_A7_what_the_user_asked_for_stops_the_run_where_it_is_refused(box):
+def test_what_the_user_asked_for_stops_the_run_where_it_is_refused(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         return unsupported("top_p") if "top_p" in call.body else None
 
@@ -557,7 +557,7 @@ def test_A7_what_the_user_asked_for_stops_the_run_where_it_is_refused(box):
         assert len(server.calls) == 1
 
 
-def test_A7_the_query_of_an_address_stays_behind_its_path(box):
+def test_the_query_of_an_address_stays_behind_its_path(box):
     records(box, 1)
     url = "https://r.openai.azure.com/openai/deployments/d?api-version=2025-04-01-preview"
     run = ["run", "--input", "data.jsonl", "--instruction", "x", "--model", "m", "--dry-run"]
@@ -568,7 +568,7 @@ def test_A7_the_query_of_an_address_stays_behind_its_path(box):
     ) in ended.out
 
 
-def test_A7_a_query_brings_azures_header(box):
+def test_a_query_brings_azures_header(box):
     seen = []
 
     async def behave(call: Call) -> web.StreamResponse | None:
@@ -586,7 +586,7 @@ def test_A7_a_query_brings_azures_header(box):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_A8_a_key_that_may_not_list_models_may_complete_chats(box, status):
+def test_a_key_that_may_not_list_models_may_complete_chats(box, status):
     class Restricted(ModelServer):
         async def _list_openai(self, request: web.Request) -> web.Response:
             text = "You have insufficient permissions. Missing scopes: api.model.read."
@@ -597,7 +597,7 @@ def test_A8_a_key_that_may_not_list_models_may_complete_chats(box, status):
         assert box.fabe(*command(server, "--api-key", "k")).code == 0
 
 
-def test_A11_a_wait_that_the_body_asks_for_is_kept(box):
+def test_a_wait_that_the_body_asks_for_is_kept(box):
     told = "Please retry in 2.66s."
     details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "2.66s"}]
     body = [{"error": {"code": 429, "message": told, "details": details}}]
@@ -616,7 +616,7 @@ def test_A11_a_wait_that_the_body_asks_for_is_kept(box):
 
 
 @pytest.mark.parametrize("reset", ["23h59m59s", "86399"])
-def test_A11_a_limit_that_is_used_up_for_a_day_stops_the_run(box, reset):
+def test_a_limit_that_is_used_up_for_a_day_stops_the_run(box, reset):
     async def behave(call: Call) -> web.StreamResponse | None:
         response = completion(call, answer_to(call.prompt))
         response.headers["x-ratelimit-remaining-requests"] = "0"
@@ -633,7 +633,7 @@ def test_A11_a_limit_that_is_used_up_for_a_day_stops_the_run(box, reset):
         assert box.fabe(*command(server)).code == 0
 
 
-def test_X1_a_prompt_that_ollama_cut_is_no_answer(box):
+def test_a_prompt_that_ollama_cut_is_no_answer(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         message = {"content": "whatever"}
         counts = {"prompt_eval_count": 40, "eval_count": 3}
@@ -651,7 +651,7 @@ def test_X1_a_prompt_that_ollama_cut_is_no_answer(box):
 
 
 @pytest.mark.parametrize("size", [9_000, 100_000])
-def test_X11_long_headers_are_read(box, size):
+def test_long_headers_are_read(box, size):
     async def behave(call: Call) -> web.StreamResponse | None:
         response = completion(call, answer_to(call.prompt))
         response.headers["x-debug"] = "d" * size

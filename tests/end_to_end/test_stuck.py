@@ -55,7 +55,7 @@ def free_port() -> int:
         return int(server.root.rsplit(":", 1)[1])
 
 
-def test_F1_a_transform_goes_on_when_its_server_has_come_up(tmp_path):
+def test_a_transform_goes_on_when_its_server_has_come_up(tmp_path):
     port = free_port()
     fn = transform(tmp_path, f"http://127.0.0.1:{port}/v1")
     other = transform(tmp_path, f"http://127.0.0.1:{port}/v1", max_new_tokens=99)
@@ -88,7 +88,7 @@ def refusing(status: int, **more):
     ],
     ids=["key", "forbidden", "quota", "model", "rejected", "server"],
 )
-def test_F1_a_refusal_holds_up_nobody_afterwards(tmp_path, behave):
+def test_a_refusal_holds_up_nobody_afterwards(tmp_path, behave):
     with ModelServer(behave) as server:
         fn = transform(tmp_path, server)
         for _ in range(2):
@@ -97,7 +97,7 @@ def test_F1_a_refusal_holds_up_nobody_afterwards(tmp_path, behave):
         assert list(mapped(fn)) == [f"X = {i}" for i in range(8)]
 
 
-def test_F1_a_listing_that_is_refused_holds_up_nobody_afterwards(tmp_path):
+def test_a_listing_that_is_refused_holds_up_nobody_afterwards(tmp_path):
     with ModelServer() as server:
         server.key = "k"
         fn = transform(tmp_path, server)
@@ -106,7 +106,7 @@ def test_F1_a_listing_that_is_refused_holds_up_nobody_afterwards(tmp_path):
         assert list(mapped(fn)) == [f"X = {i}" for i in range(8)]
 
 
-def test_F1_another_process_goes_on_too(tmp_path, box):
+def test_another_process_goes_on_too(tmp_path, box):
     port = free_port()
     fn = transform(box.path, f"http://127.0.0.1:{port}/v1")
     assert "no server answers there" in str(mapped(fn))
@@ -116,7 +116,7 @@ def test_F1_another_process_goes_on_too(tmp_path, box):
         assert box.fabe(*run, timeout=SECONDS + 10).code == 0
 
 
-def test_F1_a_cache_that_fails_once_holds_up_nobody_afterwards(tmp_path, monkeypatch):
+def test_a_cache_that_fails_once_holds_up_nobody_afterwards(tmp_path, monkeypatch):
     from fabe_ds.errors import CacheError
     from fabe_ds.store.completions import RecordCache
 
@@ -134,7 +134,7 @@ def test_F1_a_cache_that_fails_once_holds_up_nobody_afterwards(tmp_path, monkeyp
         assert list(mapped(fn)) == [f"X = {i}" for i in range(8)]
 
 
-def test_F1_items_that_fail_hold_up_nobody_afterwards(tmp_path):
+def test_items_that_fail_hold_up_nobody_afterwards(tmp_path):
     with ModelServer(latency=0.05) as server:
         fn = transform(tmp_path, server)
 
@@ -147,7 +147,7 @@ def test_F1_items_that_fail_hold_up_nobody_afterwards(tmp_path):
         assert list(mapped(fn)) == [f"X = {i}" for i in range(8)]
 
 
-def test_F1_a_model_that_fails_to_load_holds_up_nobody_afterwards(tmp_path, tiny):
+def test_a_model_that_fails_to_load_holds_up_nobody_afterwards(tmp_path, tiny):
     import shutil
 
     folder = tmp_path / "model"
@@ -173,7 +173,7 @@ def test_F1_a_model_that_fails_to_load_holds_up_nobody_afterwards(tmp_path, tiny
     assert weights == (folder / "model.safetensors").read_bytes()
 
 
-def test_F3_a_finalizer_on_the_engines_thread_ends(tmp_path):
+def test_a_finalizer_on_the_engines_thread_ends(tmp_path):
     """A stopped transform may be collected on the very thread that its closing waits for."""
     with ModelServer() as server:
         fn = transform(tmp_path, server)
@@ -191,7 +191,7 @@ def test_F3_a_finalizer_on_the_engines_thread_ends(tmp_path):
         assert list(mapped(transform(tmp_path, server))) == [f"X = {i}" for i in range(8)]
 
 
-def test_F3_a_transform_that_was_stopped_leaves_no_cycle_behind(tmp_path):
+def test_a_transform_that_was_stopped_leaves_no_cycle_behind(tmp_path):
     with ModelServer(refusing(401)) as server:
         fn = transform(tmp_path, server)
         assert isinstance(mapped(fn), FabeError)
@@ -201,7 +201,7 @@ def test_F3_a_transform_that_was_stopped_leaves_no_cycle_behind(tmp_path):
         wait_for(lambda: runtime.closed, 5)
 
 
-def test_F4_first_calls_from_several_threads_open_one_session(tmp_path):
+def test_first_calls_from_several_threads_open_one_session(tmp_path):
     with ModelServer(latency=0.1) as server:
         fn = transform(tmp_path, server, concurrency=3)
         threads = [
@@ -218,7 +218,7 @@ def test_F4_first_calls_from_several_threads_open_one_session(tmp_path):
         assert server.most_in_flight <= 3
 
 
-def test_F11_a_listing_that_hangs_holds_up_no_other_endpoint(tmp_path):
+def test_a_listing_that_hangs_holds_up_no_other_endpoint(tmp_path):
     class Hanging(ModelServer):
         async def _list_openai(self, request: web.Request) -> web.Response:
             await asyncio.sleep(6)

@@ -75,7 +75,7 @@ print(new._fingerprint, new["code"][3])
 """
 
 
-def test_R16_the_fingerprint_is_the_same_in_every_process(tmp_path, server):
+def test_the_fingerprint_is_the_same_in_every_process(tmp_path, server):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data")
     seen = []
     for hash_seed, concurrency in (("1", "2"), ("2", "9")):
@@ -93,7 +93,7 @@ def test_R16_the_fingerprint_is_the_same_in_every_process(tmp_path, server):
     assert len(server.calls) == 30
 
 
-def test_R7_R10_a_second_map_makes_no_request(tmp_path, server):
+def test_R10_a_second_map_makes_no_request(tmp_path, server):
     memory = datasets.Dataset.from_list(ROWS)
     memory.save_to_disk(tmp_path / "data")
     disk = datasets.load_from_disk(tmp_path / "data")
@@ -108,7 +108,7 @@ def test_R7_R10_a_second_map_makes_no_request(tmp_path, server):
     assert len(server.calls) == 30
 
 
-def test_R16_the_pickle_is_configuration_without_the_key(tmp_path, server):
+def test_the_pickle_is_configuration_without_the_key(tmp_path, server):
     fn = transform_fn(**options(server, tmp_path, api_key="sk-canary-42"))
     before = pickle.dumps(fn)
     fn({"code": ["x"]})
@@ -180,7 +180,7 @@ def test_the_fingerprint_changes_with_the_template_files_text(tmp_path):
     assert hasher.hash(transform_fn(instruction=str(path))) != one
 
 
-def test_R11_failures_are_not_cached_by_a_map(tmp_path):
+def test_failures_are_not_cached_by_a_map(tmp_path):
     broken = True
 
     async def one_fails(call):
@@ -200,7 +200,7 @@ def test_R11_failures_are_not_cached_by_a_map(tmp_path):
         assert len(server.calls) == calls + 1
 
 
-def test_R15_a_map_runs_inside_a_running_event_loop(tmp_path, server):
+def test_a_map_runs_inside_a_running_event_loop(tmp_path, server):
     async def notebook_cell():
         data = datasets.Dataset.from_list(ROWS)
         return data.map(transform_fn(**options(server, tmp_path)), batched=True)

@@ -158,7 +158,7 @@ def test_a_pause_is_shared_and_the_longest_holds(seconds):
     assert rates.pause() == 0.0
 
 
-def test_H21_waiting_is_by_the_monotonic_clock():
+def test_waiting_is_by_the_monotonic_clock():
     """A wall clock that jumps moves no pause: nothing here reads it."""
     assert Limiter(8)._clock is time.monotonic
     assert Rates()._clock is time.monotonic

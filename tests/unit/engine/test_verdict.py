@@ -127,7 +127,7 @@ GEMINI = """[{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message":
 Please retry in 38.5s.", "details": [{"retryDelay": "38s"}]}}]""".replace("\n", " ")
 
 
-def test_A11_geminis_minute_is_no_empty_account():
+def test_geminis_minute_is_no_empty_account():
     verdict = classify(429, {}, GEMINI.encode())
     assert (verdict.action, verdict.kind, verdict.wait) == ("retry", "rate", 38.5)
 
@@ -143,7 +143,7 @@ def test_A11_geminis_minute_is_no_empty_account():
         ("no", None),
     ],
 )
-def test_A11_waits_in_words(message, seconds):
+def test_waits_in_words(message, seconds):
     assert read_error(body(message)).wait == seconds
 
 
@@ -151,7 +151,7 @@ def test_A11_waits_in_words(message, seconds):
     ("ago", "wait", "action"),
     [(None, None, "stop"), (1.0, None, "retry"), (1000.0, None, "stop"), (None, 3.0, "retry")],
 )
-def test_A4_a_quota_in_the_light_of_others(ago, wait, action):
+def test_a_quota_in_the_light_of_others(ago, wait, action):
     verdict = classify(
         429, {"Retry-After": str(wait)} if wait else {}, body(code="insufficient_quota")
     )

@@ -146,7 +146,7 @@ def test_fences_that_share_a_line_are_fences(name):
 
 
 @pytest.mark.parametrize("answer", [f"{T}x = 1{T}", f"{T}python x = 1 {T}", f"{T}py x = 1{T}\n"])
-def test_C2_a_block_on_one_line(answer):
+def test_a_block_on_one_line(answer):
     assert clean(answer) == "x = 1"
 
 
@@ -275,11 +275,11 @@ MARKDOWN = f"# T\n\n{T}\npip install x\n{T}\n\nend"
 
 @pytest.mark.parametrize("language", ["markdown", "md", "mdx", "Markdown"])
 @pytest.mark.parametrize("original", [MARKDOWN, "# T", MARKDOWN.replace("# T", "# U")])
-def test_C6_a_markdown_value_in_a_markdown_fence(language, original):
+def test_a_markdown_value_in_a_markdown_fence(language, original):
     assert clean(f"{T}{language}\n{MARKDOWN}\n{T}", original=original) == MARKDOWN
 
 
-def test_C6_a_bare_fence_around_a_text_with_the_originals_fences():
+def test_a_bare_fence_around_a_text_with_the_originals_fences():
     changed = MARKDOWN.replace("# T", "# U")
     assert clean(f"{T}\n{changed}\n{T}", original=MARKDOWN) == changed
 
@@ -295,7 +295,7 @@ def test_C6_a_bare_fence_around_a_text_with_the_originals_fences():
         ("def f(): pass", CODE + "\n", CODE),
     ],
 )
-def test_X4_the_last_line_ends_as_the_original_does(original, answer, expected):
+def test_the_last_line_ends_as_the_original_does(original, answer, expected):
     assert clean(answer, original=original) == expected
 
 
@@ -311,12 +311,12 @@ SEVERAL = f"{T}python\na = 1\n{T}\nand use it:\n{T}python\nprint(a)\nprint(a)\n{
         ("longest", "print(a)\nprint(a)"),
     ],
 )
-def test_X5_one_of_several_blocks(several, expected):
+def test_one_of_several_blocks(several, expected):
     assert clean(SEVERAL, several=several) == expected
     assert clean(f"{T}\na\n{T}", several=several) == "a"
 
 
-def test_X5_several_blocks_fail_where_asked():
+def test_several_blocks_fail_where_asked():
     with pytest.raises(RecordFailed) as error:
         clean(SEVERAL, several="fail")
     assert error.value.kind == "fences"

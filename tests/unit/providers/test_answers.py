@@ -104,7 +104,7 @@ MARKED = {
 
 @pytest.mark.parametrize("name", MARKED)
 def test_reasoning_is_taken_out_by_ids(box, name):
-    """L2, L9, C4: None where nothing but reasoning came, which fails the record."""
+    """None where nothing but reasoning came, which fails the record."""
     written, specials, template, value = MARKED[name]
     model = scripted_model(box.path / "m", written, template=template, specials=specials)
     found = ask(box, model, code=0 if value else 1)
@@ -122,7 +122,7 @@ def test_a_record_that_holds_the_mark_itself_is_answered_all_the_same(box):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_thoughts_that_were_cut_are_never_the_value(box, keep):
-    """L9, L15: and the message says that the model was thinking still."""
+    """and the message says that the model was thinking still."""
     model = scripted_model(box.path / "m", ["abcdefghijklmnopqrstuv"], template=THINKS)
     more = ["--on-truncated", "keep"] if keep else []
     assert ask(box, model, "--max-new-tokens", 8, *more, code=1) == ["old"]
@@ -155,7 +155,7 @@ ENDS = {
 
 @pytest.mark.parametrize("name", ENDS)
 def test_every_end_that_is_known_ends_an_answer(box, name):
-    """L6, D3: folders name one end in generation_config.json and another in the tokenizer."""
+    """folders name one end in generation_config.json and another in the tokenizer."""
     ends, mark, flags = ENDS[name]
     template = CHAT.replace("<|im_end|>", mark) if mark == "<|eot_id|>" else CHAT
     written = ["x=1", mark, "user", "go"]
@@ -202,7 +202,7 @@ def test_a_stop_string_may_span_special_tokens(box):
 
 
 def test_a_character_that_is_cut_is_left_out(box):
-    """L12: the answer is cut after the first two of three bytes."""
+    """the answer is cut after the first two of three bytes."""
     tokens = "é€".encode()
     assert len(tokens) == 5
     model = scripted_model(box.path / "m", ["aé€b"])
@@ -453,7 +453,7 @@ def test_a_broken_chat_template_stops_the_run(box, template, said):
 
 
 def test_a_template_that_takes_lists_of_parts_gets_them(box):
-    """X6: as those of models that see images."""
+    """as those of models that see images."""
     parts = CHAT.replace(
         "{{ m['content'] }}", "{% for part in m['content'] %}{{ part.text }}{% endfor %}"
     )

@@ -64,7 +64,7 @@ def settings(folder: Path, name="config.json", **values) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-# L1: tensors that are missing, left over, of another shape.
+# tensors that are missing, left over, of another shape.
 
 TENSORS = {
     "no head": (
@@ -116,7 +116,7 @@ def test_tensors_of_no_use_are_no_fault(box, folder):
     assert run(box, folder, "--on-truncated", "keep").code == 0
 
 
-# D1, L14: files that are pointers, cut off, empty, or something else.
+# files that are pointers, cut off, empty, or something else.
 
 
 def cut(file: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_folder_without_a_model_says_what_it_is(box, tmp_path, name):
     assert said in refused(box, folder)
 
 
-# L11: what is no causal language model.
+# what is no causal language model.
 
 KINDS = {
     "LlamaForSequenceClassification": "a classifier",
@@ -341,7 +341,7 @@ def test_a_row_whose_scores_are_not_numbers_fails_alone(box):
     assert failed["failure"] == "scores"
 
 
-# D2, L7: adapters.
+# adapters.
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +409,7 @@ def test_the_model_of_an_adapter_may_be_named(tmp_path, tiny, adapter, box):
 
 
 def test_an_adapter_beside_its_model_is_put_on(tmp_path, tiny, adapter):
-    """L7: whether peft is there or not, and under a key of its own."""
+    """whether peft is there or not, and under a key of its own."""
     both = Path(shutil.copytree(tiny, tmp_path / "both"))
     before = provider(both).identity()
     for file in adapter.glob("adapter_*"):
@@ -475,7 +475,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(box, tmp_path, adapter, name):
     assert "adapter" in refused(box, moved)
 
 
-# L4: identity.
+# identity.
 
 
 def big(tmp_path: Path) -> Path:
@@ -511,7 +511,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_changes_no_answer_changes_no_identity(folder, name):
-    """L4b: a repeated download emptied the cache."""
+    """a repeated download emptied the cache."""
     before = provider(folder).identity()
     file = folder / HARMLESS[name]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -594,7 +594,7 @@ def test_no_former_key_where_answers_were_wrong(tmp_path):
 
 
 def test_answers_of_a_model_that_is_refused_now_are_not_used(box, folder):
-    """L1: what an earlier version stored of a model whose head was filled at random."""
+    """what an earlier version stored of a model whose head was filled at random."""
     assert run(box, folder, "--on-truncated", "keep").code == 0
     (box.path / ".cache" / "models.json").unlink()  # as where this version has not loaded it
     tensors(folder, TENSORS["no head"][0])
@@ -786,7 +786,7 @@ def test_a_repository_of_one_gguf_file_is_taken_and_one_of_several_is_named(box,
     assert ended.code == 0, ended
 
 
-# G18: threads.
+# threads.
 
 
 def quota(root: Path, name: str, text: str) -> None:

@@ -259,7 +259,7 @@ def test_other_architectures(kind, tiny, tmp_path):
 
 
 def test_prompts_beyond_a_window_are_told_with_their_number(box, tiny, tmp_path):
-    """L19: what our own loop leaves to generate."""
+    """what our own loop leaves to generate."""
     path = saved(*KINDS["mistral, window of 64"][:2], tiny, tmp_path / "m")
     texts = ["fox", "the fox", " ".join(WORDS * 4), " ".join(WORDS * 5)]
     box.lines("data.jsonl", [{"code": text} for text in texts])
@@ -278,7 +278,7 @@ def test_prompts_beyond_a_window_are_told_with_their_number(box, tiny, tmp_path)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_trial_in_float32_leaves_the_model_as_it_was(tiny, dtype):
-    """L16: in half precision the model's own implementations may differ by more than a fault."""
+    """in half precision the model's own implementations may differ by more than a fault."""
     model = HFProvider(Endpoint(str(tiny), dtype=dtype, batch_size=4))
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     assert model.generation.own_loop
@@ -291,7 +291,7 @@ def test_a_trial_in_float32_leaves_the_model_as_it_was(tiny, dtype):
 
 @pytest.mark.slow
 def test_a_gguf_file_is_parsed_once(smollm, monkeypatch):
-    """L18: config, tokenizer and weights, each by a parse of its own, took 16 seconds."""
+    """config, tokenizer and weights, each by a parse of its own, took 16 seconds."""
     import gguf
 
     parsed = []
