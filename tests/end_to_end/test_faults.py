@@ -198,102 +198,96 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {
-    "H3 reset before the headers": Fault(reset_before, "again"),
-    "H3 reset inside the body": Fault(reset_inside, "again"),
-    "H3 cut chunk": Fault(cut_chunk, "again"),
-    "H5 content-length longer than the body": Fault(longer_than_said, "again"),
-    "H4 truncated json": Fault(raw('{"choices": [{"mess'), "again"),
-    "H4 truncated json, always": Fault(
+    "reset before the headers": Fault(reset_before, "again"),
+    "reset inside the body": Fault(reset_inside, "again"),
+    "cut chunk": Fault(cut_chunk, "again"),
+    "content-length longer than the body": Fault(longer_than_said, "again"),
+    "truncated json": Fault(raw('{"choices": [{"mess'), "again"),
+    "truncated json, always": Fault(
         raw('{"choices": [{"mess'), "fail", "malformed", "not JSON", RETRY + 1, always=True
     ),
-    "H6 slow headers": Fault(slow_headers, "again", tries=1),
-    "H6 drip": Fault(drip, "again"),
-    "H6 quick drip": Fault(quick_drip, "again", tries=1),
-    "H7 never answers": Fault(never, "again"),
+    "slow headers": Fault(slow_headers, "again", tries=1),
+    "drip": Fault(drip, "again"),
+    "quick drip": Fault(quick_drip, "again", tries=1),
+    "never answers": Fault(never, "again"),
     "blank lines first": Fault(blank_lines_first, "again", tries=1),
-    "H8 429 with seconds": Fault(status(429, Retry_After="1"), "again", wait=1.0),
-    "H8 429 with a date": Fault(
+    "429 with seconds": Fault(status(429, Retry_After="1"), "again", wait=1.0),
+    "429 with a date": Fault(
         status(429, Retry_After=date_in(3600)), "stop", says="longer than --give-up-after"
     ),
-    "H8 429 with milliseconds": Fault(status(429, retry_after_ms="700"), "again", wait=0.7),
-    "H8 503 with seconds": Fault(status(503, Retry_After="1"), "again", wait=1.0),
-    "H9 429 with nothing": Fault(status(429), "again"),
-    "H9 429 always": Fault(status(429), "fail", "rate", "429", RETRY + 1, always=True),
-    "H10 429 with a day": Fault(
-        status(429, Retry_After="86400"), "stop", says="asks to wait 86400 s"
-    ),
-    "H10 429 with garbage": Fault(status(429, Retry_After="soon"), "again"),
-    "H10 429 with a negative": Fault(status(429, Retry_After="-5"), "again"),
-    "H10 429 with nan": Fault(status(429, Retry_After="nan"), "again"),
-    "H11 quota": Fault(
+    "429 with milliseconds": Fault(status(429, retry_after_ms="700"), "again", wait=0.7),
+    "503 with seconds": Fault(status(503, Retry_After="1"), "again", wait=1.0),
+    "429 with nothing": Fault(status(429), "again"),
+    "429 always": Fault(status(429), "fail", "rate", "429", RETRY + 1, always=True),
+    "429 with a day": Fault(status(429, Retry_After="86400"), "stop", says="asks to wait 86400 s"),
+    "429 with garbage": Fault(status(429, Retry_After="soon"), "again"),
+    "429 with a negative": Fault(status(429, Retry_After="-5"), "again"),
+    "429 with nan": Fault(status(429, Retry_After="nan"), "again"),
+    "quota": Fault(
         status(429, "check your plan and billing details", name="insufficient_quota"),
         "stop",
         says="quota is used up",
     ),
-    "A4 a minute's quota": Fault(status(429, name="insufficient_quota"), "again"),
-    "H12 500": Fault(status(500), "again"),
-    "H12 502": Fault(status(502), "again"),
-    "H12 503": Fault(status(503), "again"),
-    "H12 504": Fault(status(504), "again"),
-    "H12 529": Fault(status(529), "again"),
-    "H12 408": Fault(status(408), "again"),
-    "H12 409": Fault(status(409), "again"),
-    "H12 425": Fault(status(425), "again"),
-    "H20 500 always": Fault(
+    "a minute's quota": Fault(status(429, name="insufficient_quota"), "again"),
+    "500": Fault(status(500), "again"),
+    "502": Fault(status(502), "again"),
+    "503": Fault(status(503), "again"),
+    "504": Fault(status(504), "again"),
+    "529": Fault(status(529), "again"),
+    "408": Fault(status(408), "again"),
+    "409": Fault(status(409), "again"),
+    "425": Fault(status(425), "again"),
+    "500 always": Fault(
         status(500, "out of order"), "fail", "server", "out of order", RETRY + 1, always=True
     ),
-    "H13 400": Fault(status(400, "bad tokens"), "fail", "rejected", "bad tokens", 1),
-    "H13 404": Fault(status(404), "fail", "rejected", tries=1),
-    "H13 413": Fault(status(413), "fail", "rejected", tries=1),
-    "H13 422": Fault(status(422), "fail", "rejected", tries=1),
-    "H13 context length": Fault(
+    "400": Fault(status(400, "bad tokens"), "fail", "rejected", "bad tokens", 1),
+    "404": Fault(status(404), "fail", "rejected", tries=1),
+    "413": Fault(status(413), "fail", "rejected", tries=1),
+    "422": Fault(status(422), "fail", "rejected", tries=1),
+    "context length": Fault(
         status(400, "maximum context length is 8", "context_length_exceeded"),
         "fail",
         "context",
         "maximum context length is 8",
         1,
     ),
-    "H13 401 in mid-run": Fault(status(401), "stop", says="the key is not accepted"),
-    "A2 403 in mid-run": Fault(status(403), "fail", "refused", "took the key for others", 1),
-    "H13 unknown model": Fault(
-        status(404, name="model_not_found"), "stop", says="model is not there"
-    ),
-    "H14 200 with an error": Fault(raw('{"error": {"message": "overloaded"}}'), "again"),
-    "H14 200 with a 429": Fault(raw('{"error": {"code": 429, "message": "slow"}}'), "again"),
-    "H14 200 with a 400": Fault(
+    "401 in mid-run": Fault(status(401), "stop", says="the key is not accepted"),
+    "403 in mid-run": Fault(status(403), "fail", "refused", "took the key for others", 1),
+    "unknown model": Fault(status(404, name="model_not_found"), "stop", says="model is not there"),
+    "200 with an error": Fault(raw('{"error": {"message": "overloaded"}}'), "again"),
+    "200 with a 429": Fault(raw('{"error": {"code": 429, "message": "slow"}}'), "again"),
+    "200 with a 400": Fault(
         raw('{"error": {"code": 400, "message": "x"}}'), "fail", "rejected", tries=1
     ),
-    "H15 no choices": Fault(raw('{"choices": []}'), "again"),
-    "H15 no choices, always": Fault(
+    "no choices": Fault(raw('{"choices": []}'), "again"),
+    "no choices, always": Fault(
         raw('{"choices": []}'), "fail", "malformed", "no choices", RETRY + 1, always=True
     ),
-    "H15 null content": Fault(message(content=None), "fail", "empty", tries=1),
-    "H15 empty content": Fault(message(content=""), "fail", "empty", tries=1),
-    "H15 tool calls only": Fault(message(content=None, tool_calls=[{}]), "fail", "empty", tries=1),
-    "H15 refusal": Fault(
+    "null content": Fault(message(content=None), "fail", "empty", tries=1),
+    "empty content": Fault(message(content=""), "fail", "empty", tries=1),
+    "tool calls only": Fault(message(content=None, tool_calls=[{}]), "fail", "empty", tries=1),
+    "refusal": Fault(
         message(content=None, refusal="I will not"), "fail", "refused", "I will not", 1
     ),
-    "H15 reasoning only": Fault(
-        message(content="", reasoning_content="hm"), "fail", "empty", tries=1
-    ),
-    "H16 cut at the limit": Fault(finish("length"), "fail", "truncated", tries=1),
-    "H16 content filter": Fault(finish("content_filter"), "fail", "refused", tries=1),
-    "H17 a proxy's page": Fault(raw("<html>sign in</html>", kind="text/html"), "again"),
-    "H17 a page, always": Fault(
+    "reasoning only": Fault(message(content="", reasoning_content="hm"), "fail", "empty", tries=1),
+    "cut at the limit": Fault(finish("length"), "fail", "truncated", tries=1),
+    "content filter": Fault(finish("content_filter"), "fail", "refused", tries=1),
+    "a proxy's page": Fault(raw("<html>sign in</html>", kind="text/html"), "again"),
+    "a page, always": Fault(
         raw("<html>", kind="text/html"), "fail", "malformed", "an HTML page", RETRY + 1, always=True
     ),
-    "H17 a huge body": Fault(huge, "fail", "too large", "over 32 MiB", 1),
-    "H17 a gzip bomb": Fault(bomb, "fail", "too large", "over 32 MiB", 1),
-    "H17 gzip": Fault(zipped, "again", tries=1),
-    "H17 text/plain": Fault(as_text, "again", tries=1),
-    "H17 wrong charset": Fault(wrong_charset, "again", tries=1),
-    "H17 a bom": Fault(with_bom, "again", tries=1),
+    "a huge body": Fault(huge, "fail", "too large", "over 32 MiB", 1),
+    "a gzip bomb": Fault(bomb, "fail", "too large", "over 32 MiB", 1),
+    "gzip": Fault(zipped, "again", tries=1),
+    "text/plain": Fault(as_text, "again", tries=1),
+    "wrong charset": Fault(wrong_charset, "again", tries=1),
+    "a bom": Fault(with_bom, "again", tries=1),
     "not an object": Fault(raw("[1]"), "again"),
     "an empty body": Fault(raw(""), "again"),
-    "H18 redirect": Fault(
+    "redirect": Fault(
         raw("", 307, Location="http://example.invalid/v1"), "stop", says="redirects to"
     ),
-    "H22 keep-alive closed": Fault(close_after, "again", tries=1),
+    "keep-alive closed": Fault(close_after, "again", tries=1),
 }
 
 

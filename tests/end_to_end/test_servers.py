@@ -69,43 +69,43 @@ class Case:
 
 
 ENDS = {
-    "A1 error in the choice": Case(
+    "error in the choice": Case(
         ends("error", error={"code": 502, "message": "upstream"}), "server", "upstream", tries=3
     ),
-    "A1 error": Case(ends("error"), "server", "finish reason error", tries=2),
+    "error": Case(ends("error"), "server", "finish reason error", tries=2),
     "A1 DeepSeek": Case(ends("insufficient_system_resource"), "server", tries=2),
-    "A1 Zhipu's network": Case(ends("network_error"), "server", tries=2),
-    "A1 vLLM's abort": Case(ends("abort"), "server", tries=2),
-    "A1 Gemini MAX_TOKENS": Case(ends("MAX_TOKENS"), "truncated"),
-    "A1 Anthropic's max_tokens": Case(ends("max_tokens"), "truncated"),
-    "A1 Mistral's model_length": Case(ends("model_length"), "truncated", "context"),
-    "A1 LM Studio": Case(ends("maxPredictedTokensReached"), "truncated"),
-    "A1 Gemini SAFETY": Case(ends("SAFETY"), "refused"),
-    "A1 Gemini RECITATION": Case(ends("RECITATION"), "refused"),
-    "A1 Zhipu's sensitive": Case(ends("sensitive"), "refused"),
-    "A1 a filter and its reason": Case(ends("content_filter: PROHIBITED"), "refused"),
-    "A1 Bedrock": Case(ends("guardrail_intervened"), "refused"),
-    "A1 a tool call": Case(ends("tool_calls"), "tool call"),
-    "A1 unknown": Case(ends("paused_turn"), "unfinished", "'paused_turn'"),
-    "A1 an object": Case(ends({"type": "odd"}), "unfinished", "odd"),
+    "Zhipu's network": Case(ends("network_error"), "server", tries=2),
+    "vLLM's abort": Case(ends("abort"), "server", tries=2),
+    "Gemini MAX_TOKENS": Case(ends("MAX_TOKENS"), "truncated"),
+    "Anthropic's max_tokens": Case(ends("max_tokens"), "truncated"),
+    "Mistral's model_length": Case(ends("model_length"), "truncated", "context"),
+    "LM Studio": Case(ends("maxPredictedTokensReached"), "truncated"),
+    "Gemini SAFETY": Case(ends("SAFETY"), "refused"),
+    "Gemini RECITATION": Case(ends("RECITATION"), "refused"),
+    "Zhipu's sensitive": Case(ends("sensitive"), "refused"),
+    "a filter and its reason": Case(ends("content_filter: PROHIBITED"), "refused"),
+    "Bedrock": Case(ends("guardrail_intervened"), "refused"),
+    "a tool call": Case(ends("tool_calls"), "tool call"),
+    "unknown": Case(ends("paused_turn"), "unfinished", "'paused_turn'"),
+    "an object": Case(ends({"type": "odd"}), "unfinished", "odd"),
 }
 GOOD_ENDS = ["stop", "STOP", "end_turn", "eos", "eos_token", "stop_sequence", "COMPLETE", None]
 
 MODERATED = {"reasons": ["violence"], "flagged_input": "x"}
 REFUSALS = {
-    "A2 a firewall's page": Case(
+    "a firewall's page": Case(
         plain("<!DOCTYPE html><title>Attention Required!</title>", 403, "text/html"), "refused"
     ),
-    "A2 OpenRouter's moderation": Case(
+    "OpenRouter's moderation": Case(
         plain({"error": {"code": 403, "message": "Input was flagged", "metadata": MODERATED}}, 403),
         "refused",
         "Input was flagged",
     ),
-    "A2 403 after others": Case(plain({"error": "no"}, 403), "refused", "took the key for others"),
-    "A2 DashScope": Case(
+    "403 after others": Case(plain({"error": "no"}, 403), "refused", "took the key for others"),
+    "DashScope": Case(
         plain({"error": {"code": "data_inspection_failed", "message": "bad"}}, 400), "refused"
     ),
-    "A2 Azure": Case(
+    "Azure": Case(
         plain({"error": {"code": "content_filter", "message": "policy"}}, 400), "refused"
     ),
     "A2 Zhipu": Case(plain({"error": {"code": "1301", "message": "敏感"}}, 400), "refused"),
@@ -126,16 +126,16 @@ REFUSALS = {
     ),
 }
 STOPS = {
-    "A2 403 for all": Case(
+    "403 for all": Case(
         plain({"error": "no"}, 403), "key", "the key is not accepted", stops=True, always=True
     ),
-    "A4 MiniMax's empty account": Case(
+    "MiniMax's empty account": Case(
         plain({"error": {"http_code": "429", "message": "insufficient balance (1008)"}}, 429),
         says="the quota is used up",
         stops=True,
         always=True,
     ),
-    "A4 Moonshot": Case(
+    "Moonshot": Case(
         plain({"error": {"message": "x", "type": "exceeded_current_quota_error"}}, 429),
         says="the quota is used up",
         stops=True,
@@ -147,31 +147,31 @@ STOPS = {
         stops=True,
         always=True,
     ),
-    "A4 insufficient_quota at the first": Case(
+    "insufficient_quota at the first": Case(
         plain({"error": {"message": "x", "code": "insufficient_quota"}}, 429),
         says="the quota is used up",
         stops=True,
         always=True,
     ),
-    "A4 Anthropic": Case(
+    "Anthropic": Case(
         plain({"error": {"message": "Your credit balance is too low"}}, 400),
         says="the quota is used up",
         stops=True,
         always=True,
     ),
-    "A10 LM Studio's 200": Case(
+    "LM Studio's 200": Case(
         plain({"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
         says="does --base-url end in /v1",
         stops=True,
         always=True,
     ),
-    "A10 MiniMax's 200": Case(
+    "MiniMax's 200": Case(
         plain({"choices": None, "base_resp": {"status_code": 1008, "status_msg": "no balance"}}),
         says="no balance",
         stops=True,
         always=True,
     ),
-    "A10 a flat 200": Case(
+    "a flat 200": Case(
         plain({"code": 20012, "message": "Model does not exist", "data": None}),
         says="the model is not there",
         stops=True,
@@ -185,13 +185,13 @@ STOPS = {
     ),
 }
 FAILS = {
-    "A10 boom": Case(
+    "boom": Case(
         plain({"object": "error", "message": "boom", "code": 40303}), "server", "boom", tries=2
     ),
-    "A10 a code in quotes": Case(
+    "a code in quotes": Case(
         plain({"error": {"code": "429", "message": "slow"}}), "rate", "slow", tries=2
     ),
-    "A10 base_resp": Case(
+    "base_resp": Case(
         plain({"choices": None, "base_resp": {"status_code": 1000, "status_msg": "odd"}}),
         "server",
         "odd",
@@ -345,10 +345,9 @@ def delta(reason: str | None = None, **fields: Any) -> dict[str, Any]:
 
 
 STREAMS = {
-    "A5 where stream is not said": events(delta(content="y = 1"), delta("stop")),
-    "A5 an answer with an end behind it": json.dumps(choice("y = 1", "stop"))
-    + "\n\ndata: [DONE]\n\n",
-    "A5 comments, roles and usage": ": keep-alive\n\n"
+    "where stream is not said": events(delta(content="y = 1"), delta("stop")),
+    "an answer with an end behind it": json.dumps(choice("y = 1", "stop")) + "\n\ndata: [DONE]\n\n",
+    "comments, roles and usage": ": keep-alive\n\n"
     + events(
         delta(role="assistant", content=""),
         delta(content="y ="),
@@ -356,9 +355,9 @@ STREAMS = {
         delta("stop"),
         {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}},
     ),
-    "A5 one whole message in an event": events(choice("y = 1", "stop")),
-    "A5 windows line ends": events(delta(content="y = 1"), delta("stop")).replace("\n", "\r\n"),
-    "A5 without an end": events(delta(content="y = 1"), delta("stop"), done=False),
+    "one whole message in an event": events(choice("y = 1", "stop")),
+    "windows line ends": events(delta(content="y = 1"), delta("stop")).replace("\n", "\r\n"),
+    "without an end": events(delta(content="y = 1"), delta("stop"), done=False),
 }
 
 

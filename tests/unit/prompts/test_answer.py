@@ -130,13 +130,13 @@ def test_a_cut_answer_is_kept_where_asked_but_never_an_empty_one():
 
 T = "```"
 SHARED_LINES = {
-    "C1 a closing fence that was never opened": f"{CODE}\n{T}",
-    "C1 and prose behind it": f"{CODE}\n{T}\n\nThis returns 1.",
-    "C2 an opener behind words": f"Here is the code: {T}python\n{CODE}\n{T}",
-    "C2 an opener behind words, bare": f"The code:{T}\n{CODE}\n{T}\n",
-    "C2 a closer behind code": f"{T}python\n{CODE}{T}",
-    "C2 a closer behind code, and prose": f"{T}python\n{CODE}{T}\nDone.",
-    "C2 a closer before words": f"{T}python\n{CODE}\n{T}This sets x.",
+    "a closing fence that was never opened": f"{CODE}\n{T}",
+    "and prose behind it": f"{CODE}\n{T}\n\nThis returns 1.",
+    "an opener behind words": f"Here is the code: {T}python\n{CODE}\n{T}",
+    "an opener behind words, bare": f"The code:{T}\n{CODE}\n{T}\n",
+    "a closer behind code": f"{T}python\n{CODE}{T}",
+    "a closer behind code, and prose": f"{T}python\n{CODE}{T}\nDone.",
+    "a closer before words": f"{T}python\n{CODE}\n{T}This sets x.",
 }
 
 
@@ -168,36 +168,36 @@ def test_a_degenerate_answer_takes_no_time(text):
 
 
 REASONING = {
-    "C3 the answer on the closing tag's line": "I should return 1.</think>x = 1",
-    "C3 and JSON": 'hm\n</think>{"a": 1}',
-    "C4 harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    "the answer on the closing tag's line": "I should return 1.</think>x = 1",
+    "and JSON": 'hm\n</think>{"a": 1}',
+    "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
     "<|channel|>final<|message|>x = 1",
-    "C4 harmony, ended": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    "harmony, ended": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
     "<|channel|>final <|constrain|>json<|message|>x = 1<|return|>",
-    "C4 harmony without its marks": "analysishm.assistantfinalx = 1",
-    "C4 Magistral": "[THINK]hm[/THINK]x = 1",
-    "C4 capitals": "<Think>\nhm\n</Think>\nx = 1",
-    "C4 a tag that is not closed": "<think hm\n</think>\nx = 1",
-    "C4 an answer tag": "<think>\nhm\n</think>\n<answer>\nx = 1\n</answer>",
-    "C4 a response tag": "<think>hm</think><response>x = 1</response>",
-    "C4 Kimi": "◁think▷hm◁/think▷x = 1",
-    "C4 Seed": "<seed:think>hm</seed:think>x = 1",
-    "C4 Command A": "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>x = 1<|END_RESPONSE|>",
-    "C4 Apertus": "<|inner_prefix|>hm<|inner_suffix|>x = 1",
-    "C4 Gemma": "<|channel>thought\nhm<channel|>x = 1",
-    "C4 Granite": "Here is my thought process:\nhm\n\nHere is my response:\nx = 1",
-    "C4 OpenThinker": "<|begin_of_thought|>hm<|end_of_thought|>\n"
+    "harmony without its marks": "analysishm.assistantfinalx = 1",
+    "Magistral": "[THINK]hm[/THINK]x = 1",
+    "capitals": "<Think>\nhm\n</Think>\nx = 1",
+    "a tag that is not closed": "<think hm\n</think>\nx = 1",
+    "an answer tag": "<think>\nhm\n</think>\n<answer>\nx = 1\n</answer>",
+    "a response tag": "<think>hm</think><response>x = 1</response>",
+    "Kimi": "◁think▷hm◁/think▷x = 1",
+    "Seed": "<seed:think>hm</seed:think>x = 1",
+    "Command A": "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>x = 1<|END_RESPONSE|>",
+    "Apertus": "<|inner_prefix|>hm<|inner_suffix|>x = 1",
+    "Gemma": "<|channel>thought\nhm<channel|>x = 1",
+    "Granite": "Here is my thought process:\nhm\n\nHere is my response:\nx = 1",
+    "OpenThinker": "<|begin_of_thought|>hm<|end_of_thought|>\n"
     "<|begin_of_solution|>x = 1<|end_of_solution|>",
-    "C4 a draft in a fence, then the answer": f"Maybe\n{T}\nno\n{T}\n?</think>x = 1",
-    "C5 an end mark": "x = 1<|im_end|>",
-    "C5 another": "x = 1</s>",
-    "C5 and another": "x = 1<|eot_id|>\n",
-    "C5 in a fence": f"{T}python\nx = 1\n{T}<|im_end|>",
-    "C5 inside a fence": f"{T}python\nx = 1<|im_end|>\n{T}",
-    "C5 ran on": "x = 1<|im_end|>\n<|im_start|>user\nnext",
-    "C5 ran on, Llama": "x = 1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nnext",
-    "C5 ran on, Gemma": "x = 1<end_of_turn>\n<start_of_turn>user\nnext<end_of_turn>",
-    "C5 twice": "x = 1<|im_end|><|endoftext|>",
+    "a draft in a fence, then the answer": f"Maybe\n{T}\nno\n{T}\n?</think>x = 1",
+    "an end mark": "x = 1<|im_end|>",
+    "another": "x = 1</s>",
+    "and another": "x = 1<|eot_id|>\n",
+    "in a fence": f"{T}python\nx = 1\n{T}<|im_end|>",
+    "inside a fence": f"{T}python\nx = 1<|im_end|>\n{T}",
+    "ran on": "x = 1<|im_end|>\n<|im_start|>user\nnext",
+    "ran on, Llama": "x = 1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nnext",
+    "ran on, Gemma": "x = 1<end_of_turn>\n<start_of_turn>user\nnext<end_of_turn>",
+    "twice": "x = 1<|im_end|><|endoftext|>",
 }
 
 
