@@ -69,6 +69,19 @@ class Answer(NamedTuple):
         )
 
 
+def value_of(samples: Sequence[Answer]) -> str | None:
+    """The new value of a field that was asked about once or several times: the first answer, unless
+    one of them failed: a failed record keeps its original."""
+    if any(answer.failure is not None for answer in samples):
+        return None
+    return samples[0].completion
+
+
+def values_of(answers: Sequence[Answer], samples: int) -> list[str | None]:
+    """The new values of a record's fields."""
+    return [value_of(answers[at : at + samples]) for at in range(0, len(answers), samples)]
+
+
 def features() -> Features:
     """The answers' column as `Dataset.map` wants it declared."""
     from datasets import Features
@@ -112,13 +125,13 @@ def status(answers: Sequence[Answer]) -> dict[str, Any]:
 
     `state` is done, cached (no request was sent), failed or skipped (it has no text).
     """
-    shown = next((answer for answer in answers if answer.failure is not None), answers[-1])
+    given = [answer for answer in answers if answer.completion is not None] or answers
+    shown = next((answer for answer in answers if answer.failure is not None), given[-1])
     if shown.failure is not None:
         state = "failed"
     elif all(answer.completion is None for answer in answers):
         state = "skipped"
     else:
-        given = (answer for answer in answers if answer.completion is not None)
         state = "cached" if all(answer.cached for answer in given) else "done"
     return {
         "state": state,

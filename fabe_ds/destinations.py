@@ -80,7 +80,14 @@ def paths_of(config: RunConfig, to: Destination, kind: Format, source: Source) -
 
     Raises: UsageError where input and output do not go together, before anything is sent.
     """
+    if to.output is None and not kind.replaceable:
+        raise UsageError(
+            f"--inplace: {source.root} is no file of ours to replace; give an --output"
+        )
     if to.output is None:
+        if not source.files:  # a saved Dataset, which is a folder
+            check_writable(source.root.resolve().parent)
+            check_writable(source.root)
         paths = {file.name: file.location for file in source.files}
     elif kind.mirrors:
         if config.output_format is not None:

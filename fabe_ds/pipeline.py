@@ -10,10 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.answers import Answers
+from fabe_ds.answers import Answers, values_of
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.settings import RunConfig
+from fabe_ds.errors import UsageError
 from fabe_ds.executors.base import Work
 from fabe_ds.executors.local import executor_for
 from fabe_ds.formats.base import Records, states_of
@@ -98,8 +99,19 @@ def _loaded(job: Job, course: Course) -> Records:
     if not records.states:  # a format of another package need not know of them
         files = {location for location, _ in records.parts}
         records.states = {name: state for name, state in states.items() if name in files}
+    for name, why in job.format.held(records).items():
+        # In place, it may be what an earlier run has added.
+        if not (job.config.inplace and _journal(job).has_added(_files(records), name)):
+            raise UsageError(f"{job.format.flag_of(name)} {name}: {why}; name another")
     job.format.check(records)
+    # In place, the input is an earlier run's output: what it wrote is not asked about again.
+    if job.config.inplace and job.config.resume:
+        records.done = list(_done(job, records))
     return records
+
+
+def _files(records: Records) -> list[str]:
+    return [location for location, _ in records.parts]
 
 
 def _answered(job: Job, records: Records, finished: Finished) -> Answers:
@@ -111,9 +123,6 @@ def _answered(job: Job, records: Records, finished: Finished) -> Answers:
     targets = job.transform.targets
     if not len(records):
         return Answers(datasets.Dataset.from_dict({"answers": []}, features()), targets)
-    # In place, the input is an earlier run's output: what it wrote is not asked about again.
-    if job.config.inplace and job.config.resume:
-        records.done = list(_done(job, records))
     work = Work.of(records, job.format, job.transform, finished.answers)
     known = finished.clean and job.config.resume and not any(records.done or ())
     answers = Answers(executor_for(job.config).map(work, known), targets)
@@ -145,16 +154,17 @@ def _written(
 ) -> list[Path]:
     """Writes the files, unless an earlier run of this very job has; gives their paths."""
     if job.config.inplace:
-        locations = [location for location, _ in records.parts]
         # With nothing new, the files keep their times.
-        if answers.has_completions:
+        targets = job.transform.targets
+        failed_anew = answers.has_failures and bool(targets.gained)
+        if answers.has_completions or failed_anew:
             records.check_unchanged()
-            samples = job.transform.targets.samples
-            firsts = ([a.completion for a in given[::samples]] for given in answers.records(1000))
+            values = (values_of(given, targets.samples) for given in answers.records(1000))
             # Before the files: a mark of a value that was never written harms nothing.
-            _journal(job).write(records.positions(), firsts)
+            _journal(job).write(records.positions(), values)
+            _journal(job).add(_files(records), targets.gained)
             job.format.write(records, answers, job.paths, course.tick)
-        return list(map(Path, locations))
+        return list(map(Path, _files(records)))
     loaded = {location for location, _ in records.parts}
     left_out = {file.name for file in job.source.files if file.location not in loaded}
     paths = [path for name, path in job.paths.items() if not name or name not in left_out]

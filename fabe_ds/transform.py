@@ -69,12 +69,6 @@ def transform_fn(**options: Any) -> Transform:
     failure is cached; with on_error="keep" they keep their originals instead.
     """
     options = by_name(options)
-    if "n" in options:
-        options["samples"] = options.pop("n")
-    if isinstance(options.get("field"), list | tuple):
-        if not options["field"]:
-            raise UsageError("field: an empty list; name a field")
-        options["field"], *options["also_fields"] = options["field"]
     return Transform(validated(TransformConfig, options, {}))
 
 
@@ -274,6 +268,11 @@ class Transform:
             raise UsageError("a map over single records; write map(..., batched=True)")
         self.use_rank(next((value for value in more if isinstance(value, int)), None))
         if all(name in batch for name in SCHEMA.names):
+            if self.targets.each > 1 or self.targets.gained:
+                raise UsageError(
+                    "records of load_records have one field, and one answer to it; for several, or "
+                    "for status_field, take fabe_ds.run"
+                )
             rows = map(Row, zip(batch["text"]), _raws(batch, self.needs_record), batch["error"])
             columns: dict[str, list[Any]] = flat_table(self.outcomes(rows)).to_pydict()
             return columns
@@ -312,6 +311,8 @@ class Transform:
 
     def rewritten(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns of an ordinary Dataset that change."""
+        if taken := next((name for name in self.targets.gained if name in batch), None):
+            raise UsageError(f"{taken}: there is such a column; name another")
         outcomes = list(self.outcomes(by_column.rows_of(batch, self.targets, self.needs_record)))
         self.raise_failed(outcomes)
         each = self.targets.each

@@ -77,13 +77,17 @@ def by_name(options: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of keywords, which may be called as the flags are too (`input`, `validate`)."""
     values: dict[str, Any] = {}
     for given, value in options.items():
-        name = _SPELLED.get(given, given)
+        name = "samples" if given == "n" else _SPELLED.get(given, given)
         if name in values:
             raise UsageError(f"{given}: given twice, under two names")
         values[name] = value
     for name in _LISTS:
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
+    if isinstance(values.get("field"), list | tuple):
+        if not values["field"]:
+            raise UsageError("field: an empty list; name a field")
+        values["field"], *values["also_fields"] = values["field"]
     return values
 
 

@@ -80,7 +80,9 @@ def _check_fields(config: TransformConfig) -> None:
                     "give another"
                 )
     # A JSON record and a table keep originals under other names; neither may meet these.
-    taken = {*targets.names, *filter(None, targets.backup_columns)}
+    taken = {*targets.names, *(path[0] for path in paths), *filter(None, targets.backup_columns)}
+    if config.samples > 1 and not targets.samples_field:
+        raise UsageError("--samples-field: several samples need a field; name one")
     for name in targets.gained:
         spelled = "--status-field" if name == targets.status_field else "--samples-field"
         if name in taken:

@@ -9,11 +9,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import InputError, UsageError
 from fabe_ds.formats.base import Records, Source, Tick, states_of
 from fabe_ds.formats.discover import InputFile
-from fabe_ds.formats.parquet import load_with
-from fabe_ds.formats.table import ROWS, Split, TableFormat
+from fabe_ds.formats.parquet_columns import held_columns, schema_with
+from fabe_ds.formats.table import Split, TableFormat, kept_table
 from fabe_ds.formats.table_output import save_dataset
 
 if TYPE_CHECKING:
@@ -27,7 +27,14 @@ class ArrowFormat(TableFormat):
     suffixes = (".arrow",)
 
     def read(self, source: Source, folder: Path) -> Dataset:
-        return load_with("arrow", [file.path for file in source.files], folder)
+        files = [file.path for file in source.files]
+        schema = _schema_of(files[0])
+        for file in files[1:]:
+            if _schema_of(file).names != schema.names:
+                raise InputError(file, f"other columns than {files[0]} has")
+        held = held_columns(schema)
+        batches = (batch.select(held.names) for file in files for batch in self.batches(file))
+        return kept_table("arrow", source, folder, held, batches)
 
     def batches(self, file: Path) -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(file)) as opened:
@@ -44,12 +51,31 @@ class ArrowFormat(TableFormat):
     ) -> None:
         with file.open("rb") as opened:
             is_file_format = opened.read(6) == b"ARROW1"
-        schema = part.features.arrow_schema
+        before = _schema_of(file)
+        target = schema_with(before, part, changed)
         new = pa.ipc.new_file if is_file_format else pa.ipc.new_stream
-        with new(sink, schema) as writer:
-            for table in part.with_format("arrow").iter(batch_size=ROWS):
-                writer.write_table(table.cast(schema))
-                tick(len(table))
+        arrow, done = part.with_format("arrow"), 0
+        with new(sink, target) as writer:
+            for batch in self.batches(file):
+                rows = arrow[done : done + len(batch)]
+                done += len(batch)
+                columns = [
+                    batch.column(each.name)
+                    if each.name in before.names and each.name not in changed
+                    else rows.column(each.name).cast(each.type)
+                    for each in target
+                ]
+                writer.write_table(pa.table(columns, schema=target))
+                tick(len(batch))
+
+
+def _schema_of(file: Path) -> pa.Schema:
+    with pa.memory_map(str(file)) as opened:
+        try:
+            return pa.ipc.open_stream(opened).schema
+        except pa.ArrowInvalid:
+            opened.seek(0)
+            return pa.ipc.open_file(opened).schema
 
 
 class SavedFormat(TableFormat):
@@ -62,7 +88,7 @@ class SavedFormat(TableFormat):
 
         found = datasets.load_from_disk(str(source.root))
         if self.settings.output.inplace and not isinstance(found, datasets.Dataset):
-            raise UsageError("--inplace: the Dataset has several splits; give an --output")
+            raise UsageError("--inplace: it is a DatasetDict, of splits; give an --output")
         return found
 
     def batches(self, file: Path) -> Iterator[Any]:

@@ -140,6 +140,9 @@ class Format(ABC):
     mirrors: ClassVar[bool] = True
     """Whether each file of the input becomes a file of the output; else all become one table."""
 
+    replaceable: ClassVar[bool] = True
+    """Whether its files can be replaced (--inplace)."""
+
     def __init__(self, settings: Settings) -> None:
         self.settings, self.targets = settings, settings.targets
 
@@ -178,6 +181,10 @@ class Format(ABC):
 
         Raises: UsageError where the records lack a field, or hold one that is to be added.
         """
+
+    def held(self, records: Records) -> dict[str, str]:
+        """Fields to be added that records have already, each with what is said of it."""
+        return {}
 
     def columns(self, records: Records, whole: bool) -> list[str]:
         """The columns of the Dataset that `rows` needs. All of them, unless a format knows less."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fabe_ds.answers import STATUS, Answer, status
+from fabe_ds.answers import STATUS, Answer, status, values_of
 from fabe_ds.errors import UsageError
 from fabe_ds.fields import Targets, dotted_hint, inside, with_inside
 from fabe_ds.formats.base import OURS, Row
@@ -67,16 +67,16 @@ def rewritten(
     """The columns that change. `answers` are those to each row; `done` the fields of each row that
     an earlier run has rewritten in place."""
     changed: dict[str, list[Any]] = {}
+    new = [values_of(given, targets.samples) for given in answers]
     for field, (column, *inner) in enumerate(targets.paths):
         # Two fields may be inside one column: the second goes into what the first has made.
         values = changed.get(column) or list(columns[column])
         backup = targets.backup_columns[field]
         if backup and backup not in columns:
             changed[backup] = [inside(value, inner) for value in values]
-        firsts = (given[field * targets.samples].completion for given in answers)
         changed[column] = [
-            value if new is None else with_inside(value, inner, new)
-            for value, new in zip(values, firsts, strict=True)
+            value if (text := given[field]) is None else with_inside(value, inner, text)
+            for value, given in zip(values, new, strict=True)
         ]
     gained: dict[str, list[Any]] = {}
     if targets.samples_field:
@@ -86,9 +86,14 @@ def rewritten(
     if targets.status_field:
         gained[targets.status_field] = list(map(status, answers))
     for name, values in gained.items():
-        if done is not None and name in columns:  # as an earlier run has left it
-            for row, fields in enumerate(done):
-                if len(fields) == len(targets.names):
-                    values[row] = columns[name][row]
+        for row, fields in enumerate(done or ()):
+            if fields and name in columns and _is_kept(name, fields, targets):
+                values[row] = columns[name][row]
         changed[name] = values
     return changed
+
+
+def _is_kept(name: str, done: Sequence[int], targets: Targets) -> bool:
+    """Whether a gained field of a record stays as an earlier run in place has left it: samples are
+    the first field's, and a state is of all fields that are asked about."""
+    return 0 in done if name == targets.samples_field else len(done) == len(targets.names)

@@ -24,6 +24,7 @@ class HubFormat(TableFormat):
     """A dataset that is named as the Hub names it (org/name), fetched by `datasets`."""
 
     name = "hub"
+    replaceable = False
 
     def read(self, source: Source, folder: Path) -> Any:
         import datasets

@@ -81,14 +81,8 @@ def write_parquet_like(
     `ranges`: which rows of all the files, counted through, those of `dataset` are.
     """
     first = pq.ParquetFile(files[0])
-    source, ours = first.schema_arrow, dataset.data.schema
-    kept = [name for name in source.names if name not in changed]
-    fields = [
-        source.field(name) if name in kept else _as_before(source.field(name), ours.field(name))
-        for name in source.names
-    ]
-    fields += [ours.field(name) for name in dataset.column_names if name not in source.names]
-    target = pa.schema(fields, _metadata(source, fields))
+    target = schema_with(first.schema_arrow, dataset, changed)
+    kept = [name for name in first.schema_arrow.names if name not in changed]
     others = dataset.select_columns([name for name in target.names if name not in kept])
     arrow = others.with_format("arrow")
     done = 0
@@ -103,6 +97,18 @@ def write_parquet_like(
                 pa.table([columns[each.name].cast(each.type) for each in target], schema=target)
             )
             tick(batch.num_rows)
+
+
+def schema_with(source: pa.Schema, dataset: Dataset, changed: Collection[str]) -> pa.Schema:
+    """A file's schema, with the types of `dataset` for the columns that change, if they must have
+    them, and with its new columns. What stands beside the columns is the file's."""
+    ours = dataset.data.schema
+    fields = [
+        field if field.name not in changed else _as_before(field, ours.field(field.name))
+        for field in source
+    ]
+    fields += [ours.field(name) for name in dataset.column_names if name not in source.names]
+    return pa.schema(fields, _metadata(source, fields))
 
 
 def _as_before(before: pa.Field, now: pa.Field) -> pa.Field:

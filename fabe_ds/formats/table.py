@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from fabe_ds.formats.base import OURS, Format, Records, Row, Source, Tick, state
 from fabe_ds.formats.table_output import TableSource, export_table, kind_of_file
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.scratch import NO_ROOM, clear_scratch, not_kept, scratch_folder
-from fabe_ds.store.layout import Layout, usable_folder
+from fabe_ds.store.layout import Layout, kept_file, usable_folder
 from fabe_ds.text import listed
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROWS = 1000
+TABLE_VERSION = 1
+"""Of what is kept of Parquet and Arrow files."""
 
 
 class TableFormat(Format):
@@ -149,13 +152,13 @@ class TableFormat(Format):
     def where(self, row: Mapping[str, Any], field: int = 0) -> dict[str, Any]:
         return {path[0]: row[path[0]] for path in self.targets.paths}
 
+    def held(self, records: Records) -> dict[str, str]:
+        there = set(records.dataset.column_names)
+        return dict.fromkeys(there.intersection(self.targets.gained), "there is such a column")
+
     def check(self, records: Records) -> None:
-        """Raises: UsageError where the table lacks a field, or has a column that is to be added."""
+        """Raises: UsageError where the table lacks a field."""
         existing = [name for name in records.dataset.column_names if not name.startswith(OURS)]
-        for name in self.targets.gained:
-            if name in existing and not self.settings.output.inplace:
-                flag = self.flag_of(name)
-                raise UsageError(f"{flag} {name}: there is such a column; name another")
         for name, (column, *inner) in zip(self.targets.names, self.targets.paths, strict=True):
             if column not in existing:
                 raise UsageError(
@@ -172,7 +175,7 @@ class TableFormat(Format):
         records.check_unchanged()
         layout = Layout(self.settings.cache_dir)
         folder = layout.made(layout.tables)
-        changed = {path[0] for path in self.targets.paths}
+        changed = {*(path[0] for path in self.targets.paths), *self.targets.gained}
         with scratch_folder(folder) as scratch:
             dataset = with_answers(records, answers, scratch / "changed.arrow")
             if self.settings.output.inplace:
@@ -209,6 +212,9 @@ def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
 
     source, targets = records.dataset, answers.targets
     new = by_column.new_columns(targets, source.column_names)
+    # A field that an earlier run in place has added to a CSV file is text there.
+    as_text = {n for n in new if getattr(source.features.get(n), "dtype", None) == "string"}
+    new |= dict.fromkeys(as_text, pa.string())
     heads = {path[0] for path in targets.paths}
     kept = datasets.Features({n: source.features[n] for n in source.column_names if n in heads})
     features = kept | datasets.Features.from_arrow_schema(pa.schema(list(new.items())))
@@ -221,6 +227,8 @@ def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
             rows = [next(given) for _ in range(len(part))]
             marks = [next(done) for _ in rows] if done is not None else None
             values = by_column.rewritten(part.to_pydict(), targets, rows, marks)
+            for name in as_text:
+                values[name] = [v if isinstance(v, str) else _as_json(v) for v in values[name]]
             columns = [pa.array(values[each.name], each.type) for each in changed]
             writer.write_batch(pa.record_batch(columns, schema=changed))
     names = [*source.column_names, *(name for name in new if name not in source.column_names)]
@@ -233,7 +241,38 @@ def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
     whole = datasets.concatenate_datasets([others, beside], axis=1).select_columns(names)
     info = source.info.copy()
     info.features = whole.features
-    return datasets.Dataset(whole.data, info=info, split=source.split)
+    return datasets.Dataset(whole.data, info=info, split=source.split, indices_table=whole._indices)
+
+
+def _as_json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def kept_table(
+    name: str, source: Source, folder: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+) -> Dataset:
+    """The rows of files as Arrow in `folder`, sealed with a digest; made anew where they, or the
+    files, have changed. The fingerprint is that of the files' bytes. Raises: InputError.
+    """
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    digests = [file.digest() for file in source.files]
+    seed = repr([TABLE_VERSION, name, str(schema), digests])
+    fingerprint = hashlib.sha256(seed.encode()).hexdigest()[:32]
+    place = folder / f"{name}-{fingerprint}.arrow"
+
+    def write(scratch: Path) -> None:
+        target = features.arrow_schema
+        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_stream(sink, target) as writer:
+            for batch in batches:
+                if len(batch):
+                    part = pa.Table.from_batches([batch])
+                    writer.write_table(datasets.table.table_cast(part, target))
+
+    kept_file(place, write)
+    found = datasets.Dataset.from_file(str(place))
+    return datasets.Dataset(found.data, info=found.info, split=None, fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fabe_ds.errors import ExportError, reason
-from fabe_ds.files import Replacing
+from fabe_ds.files import Replacing, swap
 from fabe_ds.formats.csv_text import ROW, SEPARATORS, read_head, write_csv, write_csv_like
 from fabe_ds.formats.parquet_columns import refuse_unheld, write_parquet_like
 from fabe_ds.scratch import clear_scratch, remove, scratch_in
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROWS = 1000
+_SAVED = ("state.json", "dataset_info.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +92,36 @@ def write_csv_rows(
 
 
 def save_dataset(dataset: Dataset, place: Path) -> None:
-    """Writes a folder as `save_to_disk` does, whole or not at all. Raises: ExportError."""
+    """Writes a folder as `save_to_disk` does, in the place of one that is there, whole or not at
+    all; what else stands in that folder stays. Raises: ExportError."""
+    place = place.resolve()  # of a link, what it leads to
     scratch = scratch_in(place.parent)
     try:
         scratch.mkdir(parents=True)
         clear_scratch(place.parent)
         dataset.save_to_disk(str(scratch / "saved"))
         if place.exists():
-            place.rename(scratch / "old")
-        (scratch / "saved").rename(place)
+            _take_along(place, scratch / "saved")
+            swap(scratch / "saved", place)
+        else:
+            (scratch / "saved").rename(place)
     except OSError as error:
         raise ExportError(f"{place}: cannot be written: {reason(error)}") from None
     finally:
         remove(scratch)
+
+
+def _take_along(old: Path, new: Path) -> None:
+    """What a folder holds beside a saved Dataset goes into the new one, with the folder's mode."""
+    for path in old.iterdir():
+        is_ours = path.suffix == ".arrow" or path.name in _SAVED
+        if is_ours or (new / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+    shutil.copymode(old, new)
 
 
 def plain_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:

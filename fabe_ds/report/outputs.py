@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fabe_ds.config.settings import InputSettings, OutputSettings
 from fabe_ds.errors import FabeError, UsageError, first_line
 from fabe_ds.fields import Targets
-from fabe_ds.formats.base import Format, Settings, Source, no_tick
+from fabe_ds.formats.base import OURS, Format, Settings, Source, no_tick
 from fabe_ds.formats.discover import InputFile
 from fabe_ds.formats.json.format import JsonFormat
 from fabe_ds.formats.json.typed import typed_records
@@ -60,4 +60,5 @@ def _read(kind: type[Format], outputs: list[Path], cache_dir: Path) -> Dataset:
     """The rows of files of a format that has columns."""
     settings = Settings(Targets(()), InputSettings(), OutputSettings(), cache_dir)
     files = [InputFile(str(path), path.name) for path in outputs]
-    return kind(settings).load(Source(outputs[0], files), no_tick).dataset
+    dataset = kind(settings).load(Source(outputs[0], files), no_tick).dataset
+    return dataset.remove_columns([n for n in dataset.column_names if n.startswith(OURS)])

@@ -50,12 +50,27 @@ class Journal:
             if value is not None
         )
 
-    def _mark(self, job: str, location: str, number: int, field: int, value: str) -> bytes:
+    def add(self, files: Iterable[str], names: Sequence[str]) -> None:
+        """Remembers fields that are about to be added to files; runs in place may replace them."""
+        self._cache.mark_written(_added(name, self._path(f)) for f in files for name in names)
+
+    def has_added(self, files: Iterable[str], name: str) -> bool:
+        """Whether runs in place have added the field to all the files."""
+        return all(self._cache.was_written(_added(name, self._path(file))) for file in files)
+
+    def _path(self, location: str) -> str:
         path = self._paths.get(location)
         if path is None:
             # Resolved: the same file under another name has the same marks.
             path = self._paths[location] = str(Path(location).resolve())
-        return written_mark(job, path, number * self._fields + field, value)
+        return path
+
+    def _mark(self, job: str, location: str, number: int, field: int, value: str) -> bytes:
+        return written_mark(job, self._path(location), number * self._fields + field, value)
+
+
+def _added(name: str, path: str) -> bytes:
+    return written_mark("added", path, 0, name)
 
 
 def written_mark(job: str, path: str, index: int, value: str) -> bytes:

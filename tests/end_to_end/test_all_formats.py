@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from aiohttp import web
 
-from tests.support.server import ModelServer
+from tests.support.server import Call, ModelServer, error
 
 CODES = ["x = 1", "x = 2", None, "", "x = 5"]
 ROWS = [{"id": i, "code": code, "note": f"n{i}"} for i, code in enumerate(CODES)]
@@ -158,6 +159,52 @@ def test_in_place_for_every_format(box, kind):
         third = rows_of(box.path / kind.name)
         assert third[0]["original_code"] == "x = 1"
         assert len(server.calls) == 3 * sent
+
+
+def test_what_failed_in_place_is_healed_by_the_next_run(box, kind):
+    more = ["--inplace", "--status-field", "state", "--samples", 2, "--temperature", 1]
+
+    async def refusing_twos(call: Call) -> web.Response | None:
+        return error(400, "no twos") if "2" in call.prompt else None
+
+    with ModelServer(refusing_twos) as server:
+        ended = box.fabe(*asking(server, kind.name, *more))
+        assert ended.code == 1, ended
+        broken = rows_of(box.path / kind.name)
+        assert broken[1]["code"] == "x = 2"
+        assert value(broken[1]["state"])["state"] == "failed"
+        assert value(broken[0]["samples"]) == ["X = 1", "X = 1"]
+        sent, server.behaviour = len(server.calls), None
+        healed = box.fabe(*asking(server, kind.name, *more))
+        assert healed.code == 0, healed
+        assert len(server.calls) == sent + 2
+        rows = rows_of(box.path / kind.name)
+        assert rows[1]["code"] == "X = 2"
+        assert value(rows[1]["samples"]) == ["X = 2", "X = 2"]
+        assert value(rows[1]["state"])["state"] == "done"
+        assert value(rows[0]["samples"]) == ["X = 1", "X = 1"]
+        other = box.fabe(*asking(server, kind.name, *more, "--instruction", "Otherwise"))
+        assert other.code == 0, other
+    assert [row["id"] for row in rows_of(box.path / kind.name)] == [row["id"] for row in rows]
+
+
+def test_a_field_of_the_users_own_is_never_replaced(box, kind):
+    before = rows_of(box.path / kind.name)
+    for more in (["--inplace"], []):
+        for names in (["--status-field", "note"], ["--samples-field", "note", "--samples", 2]):
+            ended = box.fabe("run", "--input", kind.name, "--temperature", 1, *names, *more)
+            assert ended.code == 2, ended
+            assert "note: " in ended.err
+            assert len(ended.err.splitlines()) == 1
+    assert rows_of(box.path / kind.name) == before
+
+
+@pytest.mark.parametrize("name", ["meta", "code", "original_code"])
+def test_no_field_is_added_in_anothers_place(box, name):
+    box.lines("d.jsonl", [{"meta": {"code": "a"}, "z": 1}])
+    field = ["--field", "meta.code" if name == "meta" else "code"]
+    ended = box.fabe("run", "--input", "d.jsonl", *field, "--status-field", name, "--inplace")
+    assert (ended.code, "another field has that name" in ended.err) == (2, True), ended
 
 
 def test_several_devices_for_every_format(box, kind):

@@ -84,14 +84,11 @@ class JsonFormat(Format):
 
         table = records.dataset.data.table
         readable = pc.is_null(table.column("error"))
-        groups = target_columns(len(self.targets.names) + len(self.targets.gained))
-        fields = len(self.targets.names)
-        for name, group in zip(self.targets.gained, groups[fields:], strict=True):
-            held = pc.sum(pc.greater_equal(table.column(group[0]), 0)).as_py() or 0
-            if held and not self.settings.output.inplace:  # else an earlier run's
-                raise UsageError(
-                    f"{self.flag_of(name)} {name}: {held} records hold it; name another"
-                )
+        groups = target_columns(len(self.targets.names))
+        raws = table.column("raw").filter(readable)
+        if self.targets.gained and not pc.all(pc.starts_with(raws, "{")).as_py():
+            flag = self.flag_of(self.targets.gained[0])
+            raise UsageError(f"{flag}: there are records that are no objects, and take no fields")
         for name, backup, group in zip(
             self.targets.names, self.targets.backup_keys, groups, strict=False
         ):
@@ -109,6 +106,17 @@ class JsonFormat(Format):
                 )
             if log.isEnabledFor(logging.DEBUG):
                 _say_skipped(table, name, group[4])
+
+    def held(self, records: Records) -> dict[str, str]:
+        import pyarrow.compute as pc
+
+        table, fields = records.dataset.data.table, len(self.targets.names)
+        groups = target_columns(fields + len(self.targets.gained))[fields:]
+        found = {
+            name: pc.sum(pc.greater_equal(table.column(group[0]), 0)).as_py() or 0
+            for name, group in zip(self.targets.gained, groups, strict=True)
+        }
+        return {name: f"{count} records hold it" for name, count in found.items() if count}
 
     def skips(self, records: Records) -> list[pa.ChunkedArray]:
         table = records.dataset.data.table

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from fabe_ds.answers import Answer, Answers, status
+from fabe_ds.answers import Answer, Answers, status, values_of
 from fabe_ds.errors import ExportError, UsageError
 from fabe_ds.fields import Targets
 from fabe_ds.files import Replacing
@@ -108,13 +108,16 @@ def rows_with_answers(records: Records, answers: Answers) -> Iterator[EditedReco
     for row, given, before in zip(rows, answers.records(ROWS), done, strict=True):
         found = [row[at : at + len(_EDIT)] for at in range(width, len(row), len(_EDIT))]
         changes: list[Edit] = [
-            (*place, answer.completion)
-            for place, answer in zip(found, given[:: targets.samples], strict=False)
+            (*place, value)
+            for place, value in zip(found, values_of(given, targets.samples), strict=False)
         ]
         gained = {} if len(before) == fields else _gained(targets, given)
+        if 0 in before:  # samples are those of the first field, which is done
+            gained.pop(targets.samples_field or "", None)
         for name, place in zip(targets.gained, found[fields:], strict=True):
             if name in gained and place[0] >= 0:  # as an earlier run in place has left it
-                value = Json(json.dumps(gained.pop(name)))
+                raw = row[_RECORD.index("raw")]
+                value = Json(dumped(gained.pop(name), raw))
                 changes.append((place[0], place[1], "", value))
         yield _record_of(row, changes, {} if _is_broken(row) else gained)
 
@@ -257,6 +260,15 @@ def literal(value: str, raw: str) -> str:
     return encode_basestring(value)
 
 
+def dumped(value: Any, record: str) -> str:
+    """A value as JSON, in a record's own manner: spaces, escapes."""
+    first = _first_member.match(record)
+    separators = (", ", ": ") if first is None or first[2] else (",", ":")
+    # A record that escapes what is beyond ASCII has its new members escaped, too.
+    to_ascii = record.isascii() and _escaped_character.search(record) is not None
+    return json.dumps(value, ensure_ascii=to_ascii, separators=separators)
+
+
 def with_members(record: str, members: Mapping[str, Any]) -> str:
     """The record's text with members behind its own, in its own manner: spaces, line ends,
     escapes. What is no object stays."""
@@ -267,13 +279,9 @@ def with_members(record: str, members: Mapping[str, Any]) -> str:
     opening, colon = first.groups() if first else ("", " ")
     # Pretty-printed records have each member on a line; others a space, or nothing.
     lead = opening if "\n" in opening else " " if colon else ""
-    separators = (", ", ": ") if colon else (",", ":")
-    # A record that escapes what is beyond ASCII has its new members escaped, too.
-    to_ascii = record.isascii() and _escaped_character.search(record) is not None
     parts = [inside]
     for name, value in members.items():
         if first or len(parts) > 1:
             parts.append(f",{lead}")
-        text = json.dumps({name: value}, ensure_ascii=to_ascii, separators=separators)
-        parts.append(text[1:-1])
+        parts.append(dumped({name: value}, record)[1:-1])
     return "".join((*parts, record[len(inside) :]))
