@@ -7,6 +7,7 @@ import ctypes
 import errno
 import hashlib
 import io
+import json
 import logging
 import os
 import stat
@@ -49,7 +50,11 @@ class Replacing:
     """`replacing` for many files, which take their places in groups when the block ends, or
     before: to bring each to the disk by itself takes ten times as long as to write a small one."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Path | None = None) -> None:
+        """`journal`: a file that says, from the moment when all new files are on the disk until
+        they are in their places, which they are: `finish_replacing` puts them there after a kill.
+        """
+        self._journal = journal
         self.digests: dict[str, str] = {}
         """SHA-256 of each file, by the path that it was opened as."""
         self._waiting: list[tuple[str, str]] = []  # where a file is, and where it belongs
@@ -94,7 +99,8 @@ class Replacing:
         self.digests[os.fspath(path)] = hashed.hexdigest()
         self._waiting.append((scratch, place))
         self._bytes += hashed.size
-        if len(self._waiting) >= GROUP_FILES or self._bytes >= GROUP_BYTES:
+        many = len(self._waiting) >= GROUP_FILES or self._bytes >= GROUP_BYTES
+        if many and self._journal is None:
             self._settle()
 
     def _split(self, path: str) -> tuple[str, str]:
@@ -113,14 +119,33 @@ class Replacing:
         place = ""
         try:
             _sync([scratch for scratch, _ in self._waiting])
+            if self._journal is not None and self._waiting:
+                with replacing(self._journal) as file:
+                    file.write(json.dumps(self._waiting).encode())
             while self._waiting:
                 scratch, place = self._waiting[-1]
                 os.replace(scratch, place)  # noqa: PTH105
                 self._waiting.pop()
             _sync(folders)
+            if self._journal is not None:
+                self._journal.unlink(missing_ok=True)
         except OSError as error:
             raise _not_written(place or self._waiting[0][1], error) from None
         self._bytes = 0
+
+
+def finish_replacing(journal: Path) -> None:
+    """Puts files in their places that a killed process had written whole. Raises: ExportError."""
+    try:
+        waiting = json.loads(journal.read_text())
+        for scratch, place in waiting:
+            if Path(scratch).exists():
+                os.replace(scratch, place)  # noqa: PTH105
+        journal.unlink()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{journal}: a run that was killed cannot be finished: {error}") from None
 
 
 class _Hashed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import pyarrow as pa
 from fabe_ds.answers import Answers
 from fabe_ds.errors import FabeError, InputError, UsageError, first_line, reason
 from fabe_ds.fields import dotted_hint
-from fabe_ds.files import Replacing
+from fabe_ds.files import Replacing, finish_replacing
 from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import OURS, Format, Records, Row, Source, Tick, states_of
 from fabe_ds.formats.table_output import TableSource, export_table, kind_of_file
@@ -50,6 +51,8 @@ class TableFormat(Format):
         """All of one file, in parts. Raises what it raises where the file is damaged."""
 
     def load(self, source: Source, tick: Tick) -> Records:
+        if self.settings.output.inplace:
+            finish_replacing(self._journal())
         source, bad = self._readable(source)
         usable_folder(self.settings.cache_dir)
         layout = Layout(self.settings.cache_dir)
@@ -189,7 +192,7 @@ class TableFormat(Format):
         self, dataset: Dataset, records: Records, changed: Collection[str], tick: Tick
     ) -> dict[str, str]:
         """Replaces the files that the rows came from, all of them or none. Raises: ExportError."""
-        with Replacing() as files:
+        with Replacing(self._journal()) as files:
             first = 0
             for location, count in records.parts:
                 part = dataset.select(range(first, first + count))
@@ -197,6 +200,14 @@ class TableFormat(Format):
                     self.rewrite(part, Path(location), changed, sink, tick)
                 first += count
         return files.digests
+
+    def _journal(self) -> Path:
+        """Where it is noted which files are about to be replaced: of several, some with a new
+        column and some without could not be read again."""
+        root = self.settings.input.input_path
+        name = hashlib.sha256(os.fsencode(os.path.abspath(root or ""))).hexdigest()[:16]  # noqa: PTH100
+        layout = Layout(self.settings.cache_dir)
+        return layout.made(layout.runs) / f"replacing-{name}.json"
 
     def rewrite(
         self, part: Dataset, file: Path, changed: Collection[str], sink: IO[bytes], tick: Tick

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,3 +335,43 @@ def test_a_damaged_compressed_file_is_one_line(box, suffix, damage):
     assert f"d.jsonl{suffix}: cannot be read: " in ended.err
     assert len(ended.err.splitlines()) == 1
     assert not (box.path / "outputs").exists()
+
+
+KILLING = """
+import os
+from fabe_ds.__main__ import main
+replace, done = os.replace, []
+def killing(old, new):
+    if "/in/" in str(new):
+        done.append(new)
+        if len(done) == 2:
+            os._exit(137)
+    replace(old, new)
+os.replace = killing
+main()
+"""
+
+
+@pytest.mark.parametrize("kind", [KINDS[2], KINDS[3], KINDS[4]], ids=lambda kind: kind.name)
+def test_a_folder_of_tables_is_replaced_whole_whenever_a_run_is_killed(box, kind):
+    """Killed between the replacing of two files: one has a new column, and the other has not."""
+    names = [f"in/{letter}{Path(kind.name).suffix}" for letter in "abc"]
+    for name in names:
+        (box.path / "in").mkdir(exist_ok=True)
+        kind.make(box.path / name)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLING, "run", "--input", "in", "--inplace"],
+        cwd=box.path,
+        env=box.environment,
+        capture_output=True,
+    )
+    assert killed.returncode == 137, killed
+    widths = {len(rows_of(box.path / name)[0]) for name in names}
+    assert widths == {3, 4}
+    again = box.fabe("run", "--input", "in", "--inplace")
+    assert again.code == 0, again
+    for name in names:
+        assert rows_of(box.path / name)[0]["code"] == "# echo: local\nx = 1"
+        assert rows_of(box.path / name)[0]["original_code"] == "x = 1"
+    assert "9 done before" in again.out
+    assert not list((box.path / "in").glob(".fabe-ds-*"))
