@@ -155,11 +155,7 @@ class Answers:
     @property
     def flat(self) -> pa.Table:
         """One row an answer."""
-        import pyarrow.compute as pc
-
-        structs = pc.list_flatten(self.dataset.data.table.column(COLUMN))
-        columns = [pc.struct_field(structs, name) for name in FIELDS]
-        return pa.table(columns, schema=FLAT_SCHEMA)
+        return _flattened(self.dataset.data.table.column(COLUMN))
 
     def column(self, name: str, field: int, sample: int = 0) -> pa.ChunkedArray:
         """One value a record: of its answer to a field, a sample of them. Not for long texts."""
@@ -183,11 +179,8 @@ class Answers:
 
     def tables(self, rows: int) -> Iterator[pa.Table]:
         """One row an answer, those of so many records at a time."""
-        import pyarrow.compute as pc
-
         for part in passed_over(self.dataset.with_format("arrow").iter(batch_size=rows)):
-            structs = pc.list_flatten(part.column(COLUMN))
-            yield pa.table([pc.struct_field(structs, n) for n in FIELDS], schema=FLAT_SCHEMA)
+            yield _flattened(part.column(COLUMN))
 
     def records(self, rows: int) -> Iterator[list[Answer]]:
         """The answers to one record after another."""
@@ -196,3 +189,21 @@ class Answers:
             flat = map(Answer._make, zip(*(c.to_pylist() for c in table.columns), strict=True))
             while answers := list(islice(flat, each)):
                 yield answers
+
+
+def _flattened(lists: pa.ChunkedArray) -> pa.Table:
+    """The answers in lists, one a row. Nothing is copied: Arrow's own functions for it would make
+    a copy of all texts."""
+    columns: list[list[pa.Array]] = [[] for _ in FIELDS]
+    for chunk in lists.chunks:
+        if not len(chunk):
+            continue
+        first, last = chunk.offsets[0].as_py(), chunk.offsets[-1].as_py()
+        answers = chunk.values.slice(first, last - first)
+        for number, column in enumerate(columns):
+            column.append(answers.field(number))
+    arrays = [
+        pa.chunked_array(chunks, kind)
+        for chunks, kind in zip(columns, FIELDS.values(), strict=True)
+    ]
+    return pa.table(arrays, schema=FLAT_SCHEMA)

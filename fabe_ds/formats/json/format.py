@@ -85,8 +85,8 @@ class JsonFormat(Format):
         table = records.dataset.data.table
         readable = pc.is_null(table.column("error"))
         groups = target_columns(len(self.targets.names))
-        raws = table.column("raw").filter(readable)
-        if self.targets.gained and not pc.all(pc.starts_with(raws, "{")).as_py():
+        objects = pc.starts_with(table.column("raw"), "{") if self.targets.gained else readable
+        if not pc.all(pc.or_(objects, pc.invert(readable))).as_py():
             flag = self.flag_of(self.targets.gained[0])
             raise UsageError(f"{flag}: there are records that are no objects, and take no fields")
         for name, backup, group in zip(
