@@ -17,7 +17,7 @@ from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import UsageError
 from fabe_ds.executors.base import Work
 from fabe_ds.executors.local import executor_for
-from fabe_ds.formats.base import Records, states_of
+from fabe_ds.formats.base import Records, Tick, states_of
 from fabe_ds.job import Job, open_job
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course, Watch
@@ -75,7 +75,7 @@ def _run(config: RunConfig, course: Course) -> RunResult:
     job = open_job(config)
     with contextlib.closing(job.transform):
         course.begin(LOADING, job.source.size)
-        records = _loaded(job, course)
+        records = loaded(job, course.tick)
         # Only now: what is refused is said before what has merely no effect.
         rules.remark(job.config, job.transform.provider)
         course.stats = job.transform.runtime.stats
@@ -92,20 +92,21 @@ def _run(config: RunConfig, course: Course) -> RunResult:
         return result
 
 
-def _loaded(job: Job, course: Course) -> Records:
+def loaded(job: Job, tick: Tick) -> Records:
     """The records, looked at before anything is sent. Raises: FabeError."""
     states = states_of(job.source.files)
-    records = job.format.load(job.source, course.tick)
+    records = job.format.load(job.source, tick)
     if not records.states:  # a format of another package need not know of them
         files = {location for location, _ in records.parts}
         records.states = {name: state for name, state in states.items() if name in files}
+    # In place, the input is an earlier run's output: what it wrote is not asked about again, and
+    # what it added may be replaced. A dry run makes no cache to look into.
+    inplace = job.config.inplace and Layout(job.config.cache_dir).completions.exists()
     for name, why in job.format.held(records).items():
-        # In place, it may be what an earlier run has added.
-        if not (job.config.inplace and _journal(job).has_added(_files(records), name)):
+        if not (inplace and _journal(job).has_added(_files(records), name)):
             raise UsageError(f"{job.format.flag_of(name)} {name}: {why}; name another")
     job.format.check(records)
-    # In place, the input is an earlier run's output: what it wrote is not asked about again.
-    if job.config.inplace and job.config.resume:
+    if inplace and job.config.resume:
         records.done = list(_done(job, records))
     return records
 

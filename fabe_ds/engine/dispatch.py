@@ -94,14 +94,12 @@ class Pass:
             return False
         gate = self._capacity.gate(self._todo[0].request, busy)
         if gate.stop is not None:
-            self.fatal(RunStopped(f"{self._address}: {gate.stop}" if gate.by_server else gate.stop))
+            self.fatal(
+                RunStopped(f"{self._all.address}: {gate.stop}" if gate.by_server else gate.stop)
+            )
         elif gate.wait is not None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(gate.wait, self._wake)
         return gate.opens
-
-    @property
-    def _address(self) -> str:
-        return str(self._client.provider.address)
 
     @property
     def busy(self) -> int:
@@ -227,7 +225,7 @@ class Pass:
     def _give_up(self, tasks: Iterable[Task], message: str) -> None:
         """Ends the run, with these records unanswered."""
         self._abandon(tasks)
-        self.fatal(RunStopped(f"{self._address}: {message}"))
+        self.fatal(RunStopped(f"{self._all.address}: {message}"))
 
     def _classify_forbidden(self) -> None:
         """What a 403 meant: the key, where nobody was answered; else those records."""
@@ -254,8 +252,8 @@ class Pass:
         capacity.refused(verdict, task.entry, task.sent_at, self._all.busy)
         outage = capacity.outage
         if outage.down and outage.seconds > min(verdict.patience, give_up_after):
-            said = f"{outage.how} for {outage.seconds:.0f} s ({verdict.message}); {GO_ON}"
-            self._give_up([task], said)
+            how = f"{outage.how} for {outage.seconds:.0f} s"
+            self._give_up([task], f"{how} ({verdict.message}); {GO_ON}")
         elif outage.down and verdict.unavailable:
             # A probe costs the record no try; the next asks for another.
             self._stats.retries += 1
@@ -301,8 +299,7 @@ class Pass:
         if self.drained.is_set():
             return
         asyncio.get_running_loop().call_later(WATCH_SECONDS, self.watch)
-        state = self._state()
-        self._stats.state = state
+        state = self._stats.state = self._state()
         self._capacity.say(state, self._stopping)
         late = self._capacity.limiter.late()
         room = self._capacity.limiter.limit - self._all.busy
@@ -339,9 +336,8 @@ class Pass:
             for task, completion in rows:
                 if not self._coalescer.answered(task.entry, completion):
                     self._todo.appendleft(Task(task.entry))
-                    continue
-                if task.entry.outcome is not None and task.entry.outcome.kind is not None:
-                    self._count_failure(task.entry.outcome.message or "")
+                elif (outcome := task.entry.outcome) is not None and outcome.kind is not None:
+                    self._count_failure(outcome.message or "")
         except BaseException as error:  # it runs as a callback: nobody else would hear of it
             self._abandon([task for task, _ in rows])
             self.fatal(error)
@@ -372,7 +368,7 @@ class Pass:
             self._stopping = True
             for timer in self._sleeping.values():
                 timer.cancel()
-            held = [task for task, _ in self._forbidden]
+            held = (task for task, _ in self._forbidden)
             self._abandon([*self._todo, *self._sleeping, *held])
             for waiting in (self._todo, self._sleeping, self._forbidden):
                 waiting.clear()

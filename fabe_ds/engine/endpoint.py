@@ -64,6 +64,11 @@ class Endpoint:
         self.checked = self._checking = False
 
     @property
+    def address(self) -> str:
+        """The server's address, without what is secret in it."""
+        return str(self.client.provider.address)
+
+    @property
     def window(self) -> int:
         """Records looked at ahead of the oldest unanswered one."""
         concurrency = self.policy.concurrency

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
+from fabe_ds import pipeline
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.engine.coalesce import Coalescer
@@ -52,7 +53,8 @@ def dry_run(config: RunConfig) -> DryRun:
     # Records are loaded as a run loads them, and not into the run's cache.
     with tempfile.TemporaryDirectory(prefix="fabe-ds-") as folder:
         job = open_job(config, cache_dir=Path(folder))
-        seen = count(job, loaded(job))
+        with contextlib.closing(job.transform):
+            seen = count(job, loaded(job))
     rules.remark(config, job.transform.provider)
     return seen
 
@@ -60,9 +62,7 @@ def dry_run(config: RunConfig) -> DryRun:
 def loaded(job: Job) -> Records:
     """The records of a run, looked at as the run would. Raises: FabeError."""
     with quiet_datasets():
-        records = job.format.load(job.source, no_tick)
-        job.format.check(records)
-    return records
+        return pipeline.loaded(job, no_tick)
 
 
 def items_of(job: Job, records: Records) -> Iterator[Item]:

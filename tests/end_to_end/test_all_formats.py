@@ -147,6 +147,7 @@ def test_in_place_for_every_format(box, kind):
         assert [row["code"] or None for row in first] == ["X = 1", "X = 2", None, None, "X = 5"]
         assert first[0]["original_code"] == "x = 1"
         assert value(first[0]["state"])["state"] == "done"
+        assert "5 records, 0 to do" in box.fabe(*command, "--dry-run").out
         again = box.fabe(*command)
         assert again.code == 0, again
         assert "3 done before" in again.out
