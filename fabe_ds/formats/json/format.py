@@ -86,7 +86,7 @@ class JsonFormat(Format):
         readable = pc.is_null(table.column("error"))
         groups = target_columns(len(self.targets.names))
         objects = pc.starts_with(table.column("raw"), "{") if self.targets.gained else readable
-        if not pc.all(pc.or_(objects, pc.invert(readable))).as_py():
+        if pc.any(pc.and_not(readable, objects)).as_py():
             flag = self.flag_of(self.targets.gained[0])
             raise UsageError(f"{flag}: there are records that are no objects, and take no fields")
         for name, backup, group in zip(
