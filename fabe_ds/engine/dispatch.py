@@ -59,8 +59,6 @@ class Pass:
         self._timer: asyncio.TimerHandle | None = None
         self._forbidden_in_a_row = self._failures = 0
 
-    # Pulling and starting.
-
     def begin(self) -> None:
         self._all.passes.append(self)
         self.pump()
