@@ -54,20 +54,6 @@ class Answer(NamedTuple):
     answer: str | None
     cached: bool
 
-    @classmethod
-    def of(cls, outcome: Outcome) -> Answer:
-        got, text = outcome.completion, outcome.text
-        return cls(
-            None if text is None else encodable(text),
-            outcome.kind,
-            outcome.message,
-            got.finish_reason if got else None,
-            got.prompt_tokens if got else None,
-            got.completion_tokens if got else None,
-            encodable(got.text) if outcome.kind and got else None,
-            outcome.cached,
-        )
-
 
 def value_of(samples: Sequence[Answer]) -> str | None:
     """The new value of a field that was asked about once or several times: the first answer, unless
@@ -109,6 +95,13 @@ def flat_table(outcomes: Iterable[Outcome]) -> pa.Table:
 def answer_table(outcomes: Iterable[Outcome], each: int) -> pa.Table:
     """One row a record, with its list of `each` answers. A table, which a map writes as it is."""
     return listed_answers(flat_table(outcomes), each)
+
+
+def by_record(flat: pa.Table, each: int) -> Iterator[list[Answer]]:
+    """The rows of `flat_table` as answers, `each` to a record."""
+    rows = map(Answer._make, zip(*(c.to_pylist() for c in flat.columns), strict=True))
+    while answers := list(islice(rows, each)):
+        yield answers
 
 
 def listed_answers(flat: pa.Table, each: int) -> pa.Table:
@@ -184,11 +177,8 @@ class Answers:
 
     def records(self, rows: int) -> Iterator[list[Answer]]:
         """The answers to one record after another."""
-        each = self.targets.each
         for table in self.tables(rows):
-            flat = map(Answer._make, zip(*(c.to_pylist() for c in table.columns), strict=True))
-            while answers := list(islice(flat, each)):
-                yield answers
+            yield from by_record(table, self.targets.each)
 
 
 def _flattened(lists: pa.ChunkedArray) -> pa.Table:

@@ -17,7 +17,7 @@ from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import UsageError
 from fabe_ds.executors.base import Work
 from fabe_ds.executors.local import executor_for
-from fabe_ds.formats.base import Records, Tick, states_of
+from fabe_ds.formats.base import Records, Tick
 from fabe_ds.job import Job, open_job
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course, Watch
@@ -94,11 +94,7 @@ def _run(config: RunConfig, course: Course) -> RunResult:
 
 def loaded(job: Job, tick: Tick) -> Records:
     """The records, looked at before anything is sent. Raises: FabeError."""
-    states = states_of(job.source.files)
     records = job.format.load(job.source, tick)
-    if not records.states:  # a format of another package need not know of them
-        files = {location for location, _ in records.parts}
-        records.states = {name: state for name, state in states.items() if name in files}
     # In place, the input is an earlier run's output: what it wrote is not asked about again, and
     # what it added may be replaced. A dry run makes no cache to look into.
     inplace = job.config.inplace and Layout(job.config.cache_dir).completions.exists()

@@ -5,13 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fabe_ds.errors import UsageError, first_line
-
-if TYPE_CHECKING:
-    pass
-
 
 LEFT_BEHIND = ("run.json", "failures.jsonl", "samples.jsonl")
 """What stands beside the output of a run, after its name and a dot."""

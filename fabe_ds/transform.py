@@ -11,9 +11,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fabe_ds.answers import Answer, flat_table
+from fabe_ds.answers import by_record, flat_table
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.sections import ModelSettings
@@ -38,9 +38,6 @@ from fabe_ds.providers import (
 from fabe_ds.request import Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
 from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -315,10 +312,7 @@ class Transform:
             raise UsageError(f"{taken}: there is such a column; name another")
         outcomes = list(self.outcomes(by_column.rows_of(batch, self.targets, self.needs_record)))
         self.raise_failed(outcomes)
-        each = self.targets.each
-        answers = [
-            list(map(Answer.of, outcomes[at : at + each])) for at in range(0, len(outcomes), each)
-        ]
+        answers = list(by_record(flat_table(outcomes), self.targets.each))
         return by_column.rewritten(batch, self.targets, answers)
 
     def raise_failed(self, outcomes: Sequence[Outcome]) -> None:

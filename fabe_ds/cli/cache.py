@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fabe_ds.cli.running import config_of
-
-if TYPE_CHECKING:
-    pass
-
 
 Folder = Annotated[Path, typer.Option("--cache-dir", help="The cache folder.")]
 cache_app = typer.Typer(no_args_is_help=True, help="Look into the cache folder.")

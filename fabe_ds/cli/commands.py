@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,9 +15,6 @@ from fabe_ds.cli.running import config_of, run_and_report, settings_of
 from fabe_ds.cli.terminal import log_to_stderr
 from fabe_ds.config.load import read_config
 from fabe_ds.errors import RunStopped, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="fabe-ds",

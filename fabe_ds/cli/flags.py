@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -16,10 +16,6 @@ from typer.core import TyperCommand
 from fabe_ds.config.section import PANELS
 from fabe_ds.config.settings import RunConfig, TransformConfig, flag, setting
 from fabe_ds.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
 
 _TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 

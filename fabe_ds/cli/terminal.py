@@ -13,13 +13,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from fabe_ds.errors import INTERRUPTED, first_line, reason
-
-if TYPE_CHECKING:
-    pass
-
 
 LINE_SHOWN = 1000
 """Characters of a complaint."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 
 from fabe_ds.answers import answer_table
+from fabe_ds.executors import worker_counts
 from fabe_ds.formats.base import OURS, Format, Records, Row
 from fabe_ds.paging import passed_over
 from fabe_ds.request import Item, Outcome
@@ -99,8 +100,6 @@ class AnswerMap:
         return AnswerMap, (self.kind, self.transform)
 
     def __call__(self, table: pa.Table, rank: int | None = None) -> pa.Table:
-        from fabe_ds.executors import worker_counts
-
         transform = self.transform
         transform.use_rank(rank)
         each = transform.targets.each

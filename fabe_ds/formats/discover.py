@@ -10,16 +10,13 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from fabe_ds import compression
 from fabe_ds.errors import InputError, UsageError, reason
 from fabe_ds.files import digest
 from fabe_ds.run_files import left_by_run
 from fabe_ds.text import listed, shown_name
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -6,15 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fabe_ds.compression import SUFFIXES
 from fabe_ds.errors import UsageError
 from fabe_ds.formats.base import Source
 from fabe_ds.formats.table import Split, TableFormat
-
-if TYPE_CHECKING:
-    pass
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SECONDS = 30.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fabe_ds import compression
 from fabe_ds.config.settings import InputSettings
-from fabe_ds.errors import UsageError, first_line
+from fabe_ds.errors import UsageError
 from fabe_ds.formats.arrow import SavedFormat, is_saved
 from fabe_ds.formats.base import Format, Source
 from fabe_ds.formats.discover import (
@@ -26,6 +26,7 @@ from fabe_ds.formats.discover import (
 from fabe_ds.formats.hub import HubFormat, is_hub_id
 from fabe_ds.formats.json.format import JsonFormat
 from fabe_ds.formats.plugins import guarded, lacking
+from fabe_ds.plugins import imported
 from fabe_ds.text import shown_name
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,7 @@ def format_classes() -> dict[str, type[Format]]:
     found: dict[str, type[Format]] = {}
     for entry in entry_points(group=GROUP):
         what = f"format {entry.name}: {entry.value}"
-        try:
-            loaded = entry.load()
-        except Exception as error:  # it runs another package's code
-            raise UsageError(f"{what} cannot be imported: {first_line(error)}") from error
+        loaded = imported(what, entry)
         if lacks := lacking(loaded):
             raise UsageError(f"{what} {lacks} (fabe_ds/formats/README.md)")
         own = loaded.__module__.startswith("fabe_ds.")

@@ -71,7 +71,9 @@ class TableFormat(Format):
         table = TableSource(files, chosen.ranges)
         parts = self._parts(source, chosen)
         left_out = [*map(str, source.unread), *bad]
-        seed = repr([chosen.dataset._fingerprint, sorted(states.items())])
+        # Files are known by their bytes already; a saved Dataset by what its own state says.
+        seen = [] if source.files else sorted(states.items())
+        seed = repr([chosen.dataset._fingerprint, seen])
         fingerprint = hashlib.sha256(seed.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return Records(chosen.dataset, fingerprint, parts, left_out, states=states, details=table)
 

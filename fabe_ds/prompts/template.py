@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.exceptions import SecurityError
@@ -15,9 +15,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fabe_ds.errors import RecordFailed, TemplateError, UsageError, first_line, reason
 from fabe_ds.text import as_path
-
-if TYPE_CHECKING:
-    pass
 
 _FILE_SUFFIXES = (".j2", ".jinja", ".jinja2", ".txt", ".md", ".prompt")
 _MAX_PROMPT = 64 << 20  # characters; a template can multiply text, and must not fill the memory

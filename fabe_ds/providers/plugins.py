@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fabe_ds.errors import FabeError, MalformedResponse, RecordFailed, RunStopped, first_line
+from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
+from fabe_ds.plugins import watched
 from fabe_ds.providers.base import LocalProvider, Provider
 from fabe_ds.providers.http import HttpProvider
 from fabe_ds.request import Completion
@@ -31,33 +31,17 @@ def lacking(found: object) -> str | None:
 def guarded(cls: type[Provider]) -> type[Provider]:
     """The class with its methods watched: what they raise, and give, that they should not."""
     methods = {
-        name: _watched(cls, name, check)
+        name: watched(
+            f"--provider {cls.name}: {cls.__name__}.{name}()",
+            getattr(cls, name),
+            check,
+            # An answer may be to blame for what reading it raises: worth another try.
+            MalformedResponse if name == "completion" else RunStopped,
+        )
         for name, check in _CHECKS.items()
         if callable(getattr(cls, name, None))
     }
     return type(cls.__name__, (cls,), {**methods, "__module__": cls.__module__})
-
-
-def _watched(cls: type[Provider], name: str, check: Callable[..., str | None]) -> Any:
-    method = getattr(cls, name)
-
-    @functools.wraps(method)
-    def watched(self: Provider, *args: Any) -> Any:
-        where = f"--provider {cls.name}: {cls.__name__}.{name}()"
-        try:
-            result = method(self, *args)
-        except FabeError:
-            raise
-        except Exception as error:
-            what = f"{where} raised {type(error).__name__}: {first_line(error)}"
-            if name == "completion":  # the answer may be to blame: worth another try
-                raise MalformedResponse(what) from error
-            raise RunStopped(what) from error
-        if wrong := check(result, *args):
-            raise RunStopped(f"{where} gave {wrong}")
-        return result
-
-    return watched
 
 
 def _json_object(result: object, *_: object) -> str | None:

@@ -6,6 +6,7 @@ import difflib
 from importlib.metadata import entry_points
 
 from fabe_ds.errors import FabeError, UsageError, first_line
+from fabe_ds.plugins import imported
 from fabe_ds.providers.base import Endpoint, Provider, Requirement
 from fabe_ds.providers.http import HttpProvider
 from fabe_ds.providers.plugins import guarded, lacking
@@ -21,12 +22,7 @@ def provider_class(name: str) -> type[Provider]:
     """Raises: UsageError (no such provider, or one that cannot be used)."""
     for entry in entry_points(group=GROUP, name=name):
         what = f"--provider {name}: {entry.value}"
-        try:
-            found = entry.load()
-        except Exception as error:  # it runs another package's code
-            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-            message = f"{what} cannot be imported: {kind}{first_line(error)}"
-            raise UsageError(message) from error
+        found = imported(what, entry)
         if lacks := lacking(found):
             raise UsageError(f"{what} {lacks} (fabe_ds/providers/README.md)")
         return found if found.__module__.startswith("fabe_ds.") else guarded(found)

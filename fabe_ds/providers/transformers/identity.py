@@ -7,7 +7,6 @@ import importlib.util
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fabe_ds.errors import RunStopped, UsageError
 from fabe_ds.providers.base import Endpoint, LocalProvider, Requirement
@@ -15,9 +14,6 @@ from fabe_ds.providers.transformers import amendments
 from fabe_ds.providers.transformers import checkpoint as checkpoints
 from fabe_ds.providers.transformers.checkpoint import Checkpoint
 from fabe_ds.providers.transformers.digests import Digests
-
-if TYPE_CHECKING:
-    pass
 
 
 class CheckpointProvider(LocalProvider):
