@@ -45,6 +45,7 @@ class JsonFormat(Format):
         )
         locations = {file.name: file.location for file in source.files}
         good = [file for file in loaded.files if not file.error]
+        names = {file.name for file in good}
         return Records(
             loaded.dataset,
             loaded.dataset._fingerprint,
@@ -54,8 +55,8 @@ class JsonFormat(Format):
                 *(file.error for file in loaded.files if file.error),
             ],
             digests={locations[name]: digest for name, digest in loaded.digests.items()},
-            states={location: states[location] for location in (locations[f.name] for f in good)},
-            details=[file for file in source.files if file.name in {f.name for f in good}],
+            states={locations[name]: states[locations[name]] for name in names},
+            details=[file for file in source.files if file.name in names],
         )
 
     def columns(self, records: Records, whole: bool) -> list[str]:
