@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.answers import Answers
+from fabe_ds.answers import Answer, Answers, by_record
 from fabe_ds.files import replacing
 from fabe_ds.formats.base import Format, Records
 from fabe_ds.job import Job
@@ -69,28 +69,38 @@ def write_reports(
 
 def failed_records(records: Records, kind: Format, answers: Answers) -> Iterator[dict[str, Any]]:
     """A failure for each field that failed: where its record stands, what went wrong, the texts."""
-    targets = answers.targets
-    names = targets.names
-    for number, given in enumerate(answers.records(ROWS)):
-        row: dict[str, Any] | None = None
-        for field, name in enumerate(names):
-            samples = given[field * targets.samples : (field + 1) * targets.samples]
-            failed = next((answer for answer in samples if answer.failure is not None), None)
-            if failed is None:
-                continue
-            if row is None:
-                (row,) = row_table(records.dataset, number).to_pylist()
-            where: dict[str, Any] = {"record": number, **kind.where(row, field)}
-            yield {
-                "record": where.pop("record"),
-                **({"field": name} if len(names) > 1 else {}),
-                **{key: where.pop(key) for key in ("file", "line") if key in where},
-                "failure": failed.failure,
-                "message": failed.message,
-                "finish_reason": failed.finish_reason,
-                **where,
-                "answer": failed.answer,
-            }
+    each, first = answers.targets.each, 0
+    for table in answers.tables(ROWS):
+        # Nearly all parts of a run have no failure, and are not looked at row by row.
+        if table.column("failure").null_count < len(table):
+            for number, given in enumerate(by_record(table, each), first):
+                yield from _failures_of(number, given, records, kind)
+        first += len(table) // each
+
+
+def _failures_of(
+    number: int, answers: Sequence[Answer], records: Records, kind: Format
+) -> Iterator[dict[str, Any]]:
+    targets = kind.targets
+    row: dict[str, Any] | None = None
+    for field, name in enumerate(targets.names):
+        samples = answers[field * targets.samples : (field + 1) * targets.samples]
+        failed = next((answer for answer in samples if answer.failure is not None), None)
+        if failed is None:
+            continue
+        if row is None:
+            (row,) = row_table(records.dataset, number).to_pylist()
+        where: dict[str, Any] = {"record": number, **kind.where(row, field)}
+        yield {
+            "record": where.pop("record"),
+            **({"field": name} if len(targets.names) > 1 else {}),
+            **{key: where.pop(key) for key in ("file", "line") if key in where},
+            "failure": failed.failure,
+            "message": failed.message,
+            "finish_reason": failed.finish_reason,
+            **where,
+            "answer": failed.answer,
+        }
 
 
 def write_failures(failures: Iterable[dict[str, Any]], path: Path) -> None:
