@@ -15,7 +15,7 @@ from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import UsageError
-from fabe_ds.executors.base import Work
+from fabe_ds.executors.base import Work, counts_of
 from fabe_ds.executors.local import executor_for
 from fabe_ds.formats.base import Records, Tick
 from fabe_ds.job import Job, open_job
@@ -23,6 +23,7 @@ from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course, Watch
 from fabe_ds.report.result import RunResult
 from fabe_ds.report.write import write_reports
+from fabe_ds.request import Request
 from fabe_ds.store.finished import Finished
 from fabe_ds.store.journal import Journal
 from fabe_ds.store.layout import Layout
@@ -80,16 +81,22 @@ def _run(config: RunConfig, course: Course) -> RunResult:
         rules.remark(job.config, job.transform.provider)
         course.stats = job.transform.runtime.stats
         finished = Finished.of(
-            Layout(config.cache_dir).answers(records.fingerprint), job.transform.digest()
+            Layout(config.cache_dir).answers(records.fingerprint), _digest(job, records)
         )
         with course.recorded():
-            course.begin(ANSWERING, len(records) * job.transform.targets.each)
+            course.begin(ANSWERING, _answers_expected(job, records))
             answers = _answered(job, records, finished)
         course.begin(WRITING, len(records))
         outputs = _written(job, records, answers, finished, course)
         result = write_reports(job, records, answers, outputs, course)
         job.copies.publish(outputs, job.destination.reports)
         return result
+
+
+def _digest(job: Job, records: Records) -> str:
+    """Names the answers of a run to its records."""
+    digest = job.transform.digest()
+    return digest if records.limit is None else f"{digest}-{records.limit}"
 
 
 def loaded(job: Job, tick: Tick) -> Records:
@@ -99,12 +106,40 @@ def loaded(job: Job, tick: Tick) -> Records:
     # what it added may be replaced. A dry run makes no cache to look into.
     inplace = job.config.inplace and Layout(job.config.cache_dir).completions.exists()
     for name, why in job.format.held(records).items():
-        if not (inplace and _journal(job).has_added(_files(records), name)):
+        replaced = job.transform.replaces_gained
+        if not (replaced or (inplace and _journal(job).has_added(_files(records), name))):
             raise UsageError(f"{job.format.flag_of(name)} {name}: {why}; name another")
     job.format.check(records)
-    if inplace and job.config.resume:
+    if inplace and job.config.resume and not job.transform.targets.outputs:
         records.done = list(_done(job, records))
+    if job.transform.targets.skips_existing:
+        records.done = list(job.format.existing(records))
+    if job.config.limit is not None:
+        records.limit = _end_of_limit(job, records)
     return records
+
+
+def _end_of_limit(job: Job, records: Records) -> int:
+    """The first record that is left out: behind so many that ask for something."""
+    left = job.config.limit or 0
+    work = Work.of(records, job.format, job.transform, Path())
+    for number, items in enumerate(work.items_by_record()):
+        if any(isinstance(item, Request) for item in items):
+            if not left:
+                return number
+            left -= 1
+    return len(records)
+
+
+def _answers_expected(job: Job, records: Records) -> int:
+    """How many answers there will be."""
+    targets = job.transform.targets
+    if not targets.has_several:
+        return len(records) * targets.each
+    columns = job.format.columns(records, whole=False)
+    dataset = records.dataset.select_columns(columns).with_format("arrow")
+    counts = (counts_of(job.format, table) or () for table in dataset.iter(batch_size=1000))
+    return sum(map(sum, counts)) * targets.samples
 
 
 def _files(records: Records) -> list[str]:
@@ -119,12 +154,13 @@ def _answered(job: Job, records: Records, finished: Finished) -> Answers:
 
     targets = job.transform.targets
     if not len(records):
-        return Answers(datasets.Dataset.from_dict({"answers": []}, features()), targets)
+        return Answers(datasets.Dataset.from_dict({"answers": []}, features(targets)), targets)
     work = Work.of(records, job.format, job.transform, finished.answers)
-    known = finished.clean and job.config.resume and not any(records.done or ())
+    partial = any(records.done or ()) or records.limit is not None
+    known = finished.clean and job.config.resume and not partial
     answers = Answers(executor_for(job.config).map(work, known), targets)
     # What was done before has no answer here, and would be missing from the next run's output.
-    if not (answers.has_failures or known or any(records.done or ())):
+    if not (answers.has_failures or known or partial):
         finished.remember_answers()
     return answers
 
@@ -141,9 +177,9 @@ def _done(job: Job, records: Records) -> Iterator[list[int]]:
 
 def _journal(job: Job) -> Journal:
     transform = job.transform
-    return Journal(
-        transform.runtime.journal_cache(), transform.jobs(), len(transform.targets.names)
-    )
+    several = transform.targets.has_several
+    fields = None if several else len(transform.targets.names)
+    return Journal(transform.runtime.journal_cache(), transform.jobs(), fields)
 
 
 def _written(
@@ -153,12 +189,13 @@ def _written(
     if job.config.inplace:
         # With nothing new, the files keep their times.
         targets = job.transform.targets
-        failed_anew = answers.has_failures and bool(targets.gained)
+        failed_anew = answers.has_failures and bool(targets.gained or targets.failed_is_null)
         if answers.has_completions or failed_anew:
             records.check_unchanged()
-            values = (values_of(given, targets.samples) for given in answers.records(1000))
-            # Before the files: a mark of a value that was never written harms nothing.
-            _journal(job).write(records.positions(), values)
+            if not targets.outputs:
+                values = (values_of(given, targets) for given in answers.records(1000))
+                # Before the files: a mark of a value that was never written harms nothing.
+                _journal(job).write(records.positions(), values)
             _journal(job).add(_files(records), targets.gained)
             job.format.write(records, answers, job.paths, course.tick)
         return list(map(Path, _files(records)))

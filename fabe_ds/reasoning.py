@@ -36,6 +36,11 @@ _WRAPPERS = (  # what stands around the answer proper, behind the reasoning
 _QUOTES = "\"'`"
 
 _final = re.compile(r"<\|channel\|>final[^\n]*?<\|message\|>")
+_analysis = re.compile(
+    r"<\|channel\|>(?:analysis|commentary)[^\n]*?<\|message\|>(.*?)"
+    r"(?=<\|(?:end|start|return)\|>|\Z)",
+    re.DOTALL,
+)
 _channel_end = re.compile(r"<\|(?:end|return|call|start)\|>")
 _granite = re.compile(
     r"\A\s*Here(?:'s| is) my thought process:.*?^Here(?:'s| is) my response:\s*",
@@ -89,6 +94,25 @@ def strip_reasoning(answer: str, original: str = "") -> str:
         return answer
     text, found_any = _without_blocks(answer, original)
     return _unwrapped(text, original) if found_any else text
+
+
+def reasoning_of(answer: str, original: str = "") -> str | None:
+    """What `strip_reasoning` takes out of an answer, without its marks; None where that is none."""
+    text = strip_reasoning(answer, original)
+    if text == answer:
+        return None
+    if thoughts := _analysis.findall(answer):
+        return "\n".join(map(str.strip, thoughts)) or None
+    proper = text.strip()
+    before = answer[: answer.rfind(proper)] if proper else answer
+    for opener, _ in _WRAPPERS:
+        before = before.rstrip().removesuffix(opener)
+    for mark in sorted(_mark.finditer(before), key=lambda found: -found.start()):
+        if mark["open"] or mark["close"]:
+            before = before[: mark.start()] + before[mark.end() :]
+    for marker in ("Here's my response:", "Here is my response:", "assistantfinal"):
+        before = before.rstrip().removesuffix(marker)
+    return before.strip() or None
 
 
 def _final_channel(answer: str) -> str:

@@ -32,6 +32,18 @@ class Sampling:
         return not self.is_sampling or self.seed is not None
 
 
+class AnswerForm(NamedTuple):
+    """What an answer must be. `schema` is what a server enforces: the user's JSON schema, or an
+    object of one of the `choices`. `logprobs`: its probabilities are asked for."""
+
+    schema: Mapping[str, Any] | None = None
+    choices: tuple[str, ...] = ()
+    logprobs: bool = False
+
+
+FREE = AnswerForm()
+
+
 class Request(NamedTuple):  # built for every record, so a tuple: a third of a frozen dataclass
     """One question to a model. `text` is the record's own value, which `prompt` holds too.
 
@@ -50,10 +62,15 @@ class Request(NamedTuple):  # built for every record, so a tuple: a third of a f
     """Answers that were no good and what was said to them: (answer, complaint), in order."""
     record: str | Mapping[str, Any] | None = None
     """The whole record (its JSON text, or the record), where a check of answers asks for it."""
+    before: tuple[tuple[str, str], ...] = ()
+    """Turns before the prompt, as (role, content): examples, or those of the record's own."""
+    form: AnswerForm = FREE
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        messages = [{"role": "user", "content": self.prompt}]
+        messages = [{"role": role, "content": content} for role, content in self.before]
+        if self.prompt or not self.before:
+            messages.append({"role": "user", "content": self.prompt})
         if self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         for answer, complaint in self.turns:
@@ -65,7 +82,8 @@ class Request(NamedTuple):  # built for every record, so a tuple: a third of a f
     def plain(self) -> str:
         """The prompt of a model that is not asked through a chat template."""
         said = [part for turn in self.turns for part in turn]
-        return "\n\n".join([*filter(None, [self.system_prompt]), self.prompt, *said])
+        before = [content for _, content in self.before]
+        return "\n\n".join([*filter(None, [self.system_prompt]), *before, self.prompt, *said])
 
 
 class Completion(NamedTuple):
@@ -78,10 +96,21 @@ class Completion(NamedTuple):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     reasoning: str | None = None
+    logprobs: str | None = None
+    """Log probabilities, as JSON: of the tokens of the text, in order ([[token, logprob], ...]); or
+    of the choices that a local model was given ({choice: logprob, ...})."""
 
 
-Item = Request | RecordFailed | None
-"""What a record asks for: a request, a failure to write one, or nothing (it is skipped)."""
+class NotChosen:
+    """Stands for a text that a run leaves out (--where, --limit)."""
+
+
+LEAVE = NotChosen()
+
+
+Item = Request | RecordFailed | NotChosen | None
+"""What a record asks for: a request, a failure to write one, or nothing: it is left out, or has no
+text and is skipped."""
 
 
 Accept = Callable[[Request, Completion], str]
@@ -97,16 +126,23 @@ def never(request: Request, completion: Completion, kind: str, message: str) -> 
 
 
 class Outcome(NamedTuple):
-    """What became of one record. `text` is None where it keeps what it has."""
+    """What became of one record. `text` is None where it keeps what it has; `original` is the text
+    that was asked about, `score` what a judge gave the answer."""
 
     text: str | None = None
     completion: Completion | None = None
     kind: str | None = None
     message: str | None = None
     cached: bool = False
+    original: str = ""
+    score: float | None = None
 
 
 SKIPPED = Outcome()
+
+
+NOT_CHOSEN = "not chosen"
+LEFT_OUT = Outcome(message=NOT_CHOSEN)
 
 
 UNANSWERED = Outcome(kind="unanswered", message="not answered yet, and --offline asks nobody")
@@ -120,6 +156,7 @@ class Stats:
     cached: int = 0
     failed: int = 0
     skipped: int = 0
+    not_chosen: int = 0
     requests: int = 0
     retries: int = 0
     refusals: int = 0
@@ -155,4 +192,4 @@ class Stats:
 
     @property
     def settled(self) -> int:
-        return self.done + self.cached + self.failed + self.skipped
+        return self.done + self.cached + self.failed + self.skipped + self.not_chosen

@@ -9,24 +9,29 @@ import logging
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fabe_ds.answers import by_record, flat_table
+import pyarrow as pa
+
+from fabe_ds.answers import by_record, flat_table, tolerant
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.sections import ModelSettings
-from fabe_ds.config.settings import TransformConfig, setting
+from fabe_ds.config.settings import JUDGE_FILE, TransformConfig, setting
 from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.formats import columns as by_column
-from fabe_ds.formats.base import BROKEN, Row
+from fabe_ds.formats.base import Row, without
 from fabe_ds.formats.json.load import SCHEMA
+from fabe_ds.judging import Judge
 from fabe_ds.network import without_secrets
 from fabe_ds.prompts.acceptance import acceptance, asking_again
+from fabe_ds.prompts.asking import Asking, Texts, texts_of
 from fabe_ds.prompts.checks import build_check
-from fabe_ds.prompts.template import Instruction, load_chat_template, load_instruction
+from fabe_ds.prompts.template import load_chat_template
 from fabe_ds.providers import (
     Endpoint,
     HttpProvider,
@@ -35,14 +40,19 @@ from fabe_ds.providers import (
     build_provider,
     provider_class,
 )
-from fabe_ds.request import Item, Outcome, Stats
+from fabe_ds.request import LEAVE, Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
 from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 log = logging.getLogger(__name__)
 
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
+_NO_PART_OF_JOBS = ("where", "on_existing", "on_failure")
+"""Settings that say which values are asked for, and nothing of what is made of them."""
 
 
 def transform_fn(**options: Any) -> Transform:
@@ -87,29 +97,23 @@ class Transform:
         self,
         config: TransformConfig,
         open_cache: Callable[[TransformConfig], Completions] = open_cache,
-        template: tuple[str, str] | None = None,
+        texts: Texts | None = None,
     ) -> None:
-        """`template`: the instruction's text and name, where its file is elsewhere."""
+        """`texts`: those of files that are elsewhere."""
         # A misspelled name is said before what else is missing.
         self._provider_class = provider_class(config.provider)
         config = config.model_copy(update={"base_url": self._base_url(config)})
         rules.check_transform(config, self._provider_class)
         self.targets = config.targets
-        self._checks_record = False
-        if config.validate_with:
-            # A wrong one is said now, not at the first answer.
-            self._checks_record = build_check(config.validate_with).needs_record
+        # A wrong one is said now, not at the first answer.
+        checks = [build_check(spec) for spec in config.validate_with]
+        self._checks_record = any(check.needs_record for check in checks)
         self.config = config
         self._open_cache = open_cache
-        self.template = template or load_instruction(config.instruction or "")
-        self.instructions = [
-            Instruction(*self.template, config.template_vars, path) for path in self.targets.paths
-        ]
-        self.instruction = self.instructions[0]
-        self._sampling = config.sampling
-        self._system, self._chat = config.system_prompt or None, config.use_chat_template
-        self._language = config.template_vars.get("language", "python")
+        self.texts = texts or texts_of(config)
+        self._asking = Asking(config, self.texts)
         self._runtime: Runtime | None = None
+        self._judge: Judge | None = None
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._rank = 0
         self._chat_template = load_chat_template(config.chat_template)
@@ -126,13 +130,13 @@ class Transform:
                 return base_url
         return None
 
-    def _build_provider(self) -> Provider:
+    def _build_provider(self, model: str | None = None) -> Provider:
         config, devices = self.config, self.config.devices
         settings = {name: getattr(config, name) for name in ModelSettings.model_fields}
-        words = [self.template[0], config.system_prompt or "", *config.template_vars.values()]
+        words = [*self.texts.words, *config.template_vars.values()]
         run = {
             "api_key": None,  # it goes to the provider by itself
-            "model": config.model or "local",
+            "model": model or config.model or "local",
             "device": devices[self._rank % len(devices)],
             "chat_template": self._chat_template,
             "sharers": len(devices),
@@ -166,7 +170,14 @@ class Transform:
                 and getattr(self.config, name) == declared.get_default(call_default_factory=True)
             )
         }
-        values["instruction"], _ = self.template
+        values["instruction"] = self.texts.instruction[0]
+        if self.texts.system is not None:
+            values["system_prompt"] = self.texts.system[0]
+            values["system_template"] = True
+        if self.texts.judge is not None:
+            values["pick"] = f"{JUDGE_FILE}{self.texts.judge[0]}"
+        checks = self.config.validate_with  # several came later than one
+        values["validate_with"] = checks if len(checks) > 1 else next(iter(checks), None)
         if self._chat_template is not None:
             values["chat_template"] = self._chat_template
         values["strip_fences"] = values["auto_extract_code"] = self.config.strips_fences
@@ -181,12 +192,14 @@ class Transform:
         """Names what is asked for: values that this job wrote in place are known by it, whatever
         later versions make of an answer. The first name is this version's, another may be that
         under which earlier ones knew it."""
-        spec = self.spec()
+        values = json.loads(self.spec())
+        for name in _NO_PART_OF_JOBS:
+            values.pop(name, None)
         former = self.provider.former_identity()
-        specs = [spec]
+        specs = [values]
         if former is not None:
-            specs.append(_canonical({**json.loads(spec), "identity": former}))
-        return [_named(JOB_VERSION, each) for each in specs]
+            specs.append({**values, "identity": former})
+        return [_named(JOB_VERSION, _canonical(each)) for each in specs]
 
     def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
         if self._runtime is not None:
@@ -241,18 +254,33 @@ class Transform:
         """Closes what is open in this process."""
         if self._runtime is not None:
             self._runtime.close()
-        self._runtime = None
+        if self._judge is not None:
+            self._judge.close()
+        self._runtime = self._judge = None
 
-    def item(self, text: Any, record: str | Mapping[str, Any] | None, field: int = 0) -> Item:
-        """What one record asks for, for the nth of its fields. Raises: TemplateError."""
-        if not isinstance(text, str) or not text or text.isspace():
+    @property
+    def judge(self) -> Judge | None:
+        """Who gives answers a score, where the run picks the best of several so."""
+        if self.texts.judge is None:
             return None
-        try:
-            prompt = self.instructions[field].prompt(text, record)
-        except RecordFailed as error:
-            return error
-        request = Request(text, prompt, self._system, self._sampling, self._chat, self._language)
-        return request._replace(record=record) if self._checks_record else request
+        runtime = self.runtime
+        with self._opening[1]:
+            if self._judge is None:
+                config = self.config
+                provider = self.provider
+                if config.judge_model not in (None, config.model):
+                    provider = self._build_provider(config.judge_model)
+                self._judge = Judge(config, provider, self._open_cache, self._asking.judging)
+                weakref.finalize(self, self._judge.close)
+        assert runtime is self._runtime
+        return self._judge
+
+    def answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """The outcomes of items, in order. Raises: RunStopped, CacheError."""
+        judge = self.judge
+        if judge is None:
+            return self.runtime.outcomes(items)
+        return judge.scored(items, self.runtime.outcomes, self.runtime.stats)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], *more: Any) -> dict[str, list[Any]]:
         """One batch of a Dataset: the columns that change, or, of a carrier that `load_records`
@@ -261,17 +289,18 @@ class Transform:
 
         Raises: UsageError, TemplateError, FabeError (records that failed, unless they are kept).
         """
-        if not _is_batch(batch, self.targets.paths[0][0]):
+        if not _is_batch(batch, str(self.targets.paths[0][0])):
             raise UsageError("a map over single records; write map(..., batched=True)")
         self.use_rank(next((value for value in more if isinstance(value, int)), None))
         if all(name in batch for name in SCHEMA.names):
-            if self.targets.each > 1 or self.targets.gained:
+            if not self.targets.is_plain or self.targets.each > 1 or self.targets.gained:
                 raise UsageError(
                     "records of load_records have one field, and one answer to it; for several, or "
-                    "for status_field, take fabe_ds.run"
+                    "for new fields, take fabe_ds.run"
                 )
             rows = map(Row, zip(batch["text"]), _raws(batch, self.needs_record), batch["error"])
-            columns: dict[str, list[Any]] = flat_table(self.outcomes(rows)).to_pydict()
+            flat = flat_table(self.outcomes(rows), self.targets)
+            columns: dict[str, list[Any]] = flat.to_pydict()
             return columns
         return self.rewritten(batch)
 
@@ -284,36 +313,78 @@ class Transform:
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """The outcomes of all that the rows ask for, in order. Raises: RunStopped, CacheError."""
-        return self.runtime.outcomes(self.items(rows))
+        return self.answers(self.items(rows))
 
     def items(
         self, rows: Iterable[Row], numbers: Iterable[Sequence[int]] | None = None
     ) -> Iterator[Item]:
         """What rows ask for: for each row, each field, all samples. `numbers` are the sample
         numbers of each row's items, where another process sees the items before them."""
-        samples = self.config.samples
-        if self.targets.each == 1 and numbers is None:  # as nearly all are: twice as quick
-            for texts, record, error in rows:
-                yield self.item(texts[0], record) if error is None else RecordFailed(BROKEN, error)
+        samples, asking, whole = self.config.samples, self._asking, self._keeps_record
+        if self._is_simple and numbers is None:  # as nearly all are: twice as quick
+            for texts, record, error, _, chosen, failure in rows:
+                if error is None and chosen:
+                    yield asking.item(texts[0], record, keep=whole)
+                else:
+                    yield RecordFailed(failure, error or "") if chosen else LEAVE
             return
         counted = repeat(None) if numbers is None else map(iter, numbers)
         for row, number in zip(rows, counted, strict=False):
-            for field, text in enumerate(row.texts):
-                if row.error is not None:  # what is no record fails once, however many fields
-                    item: Item = RecordFailed(BROKEN, row.error) if field == 0 else None
-                else:
-                    item = self.item(text, row.record, field)
+            for item in self._items_of(row):
                 for _ in range(samples):  # the engine tells equal requests apart
                     yield item if number is None else _numbered(item, next(number))
 
+    def _items_of(self, row: Row) -> Iterator[Item]:
+        """What each text of a row asks for."""
+        seen: Counter[int] = Counter()
+        for place, text in enumerate(row.texts):
+            field = place if row.fields is None else row.fields[place]
+            if not row.chosen:
+                yield LEAVE
+            elif row.error is not None:  # what is no record fails once, however many fields
+                yield RecordFailed(row.failure, row.error) if place == 0 else None
+            else:
+                yield self._asking.item(text, row.record, field, seen[field], self._keeps_record)
+            seen[field] += 1
+
+    @property
+    def _is_simple(self) -> bool:
+        return self.targets.each == 1 and not self.targets.has_several
+
+    @property
+    def _keeps_record(self) -> bool:
+        """Whether a request goes with its record: a check, or a judge, looks at it."""
+        return self._checks_record or any(each.needs_record for each in self._asking.judging)
+
+    def features(self, given: Features) -> Features:
+        """The columns of a map of records with columns `given`, with their types: for
+        `Dataset.map(..., features=...)`, where the first batch may not tell the type of all."""
+        from datasets import Features
+
+        new = by_column.new_columns(self.targets, given.arrow_schema)
+        added = Features.from_arrow_schema(pa.schema(list(new.items())))
+        return Features({**given, **added})
+
     def rewritten(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns of an ordinary Dataset that change."""
-        if taken := next((name for name in self.targets.gained if name in batch), None):
+        targets = self.targets
+        taken = next((name for name in targets.gained if name in batch), None)
+        if taken and not self.replaces_gained:
             raise UsageError(f"{taken}: there is such a column; name another")
-        outcomes = list(self.outcomes(by_column.rows_of(batch, self.targets, self.needs_record)))
+        rows = list(by_column.rows_of(batch, targets, self.needs_record))
+        done = list(by_column.existing_outputs(batch, targets)) if targets.skips_existing else None
+        if done is not None:
+            rows = list(map(without, rows, done))
+        outcomes = tolerant(list(self.outcomes(rows)), targets)
         self.raise_failed(outcomes)
-        answers = list(by_record(flat_table(outcomes), self.targets.each))
-        return by_column.rewritten(batch, self.targets, answers)
+        lengths = (len(row.texts) * targets.samples for row in rows)
+        answers = list(by_record(flat_table(outcomes, targets), lengths))
+        return by_column.rewritten(batch, targets, answers, done)
+
+    @property
+    def replaces_gained(self) -> bool:
+        """Whether fields of states and samples that records have already may be replaced."""
+        return "on_existing" in self.config.model_fields_set
 
     def raise_failed(self, outcomes: Sequence[Outcome]) -> None:
         """Raises: FabeError where records failed, unless they are to keep their originals."""
@@ -328,12 +399,12 @@ class Transform:
     @property
     def needs_record(self) -> bool:
         """Whether the whole record is looked at, and not its fields alone."""
-        return self.instruction.needs_record or self._checks_record
+        return self._asking.needs_record or self._keeps_record
 
     @property
     def is_sampling(self) -> bool:
         """Whether equal requests have answers of their own."""
-        return self._sampling.is_sampling
+        return self.config.sampling.is_sampling
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from fabe_ds.config.settings import SCHEMA_FILE, VERY_NEAR, RunConfig, flag, setting
+from fabe_ds.config.settings import JUDGE_FILE, SCHEMA_FILE, VERY_NEAR, RunConfig, flag, setting
 from fabe_ds.config.yaml_file import read_yaml
 from fabe_ds.errors import UsageError, reason
 from fabe_ds.files import is_text
@@ -26,7 +26,10 @@ VALUE_SHOWN = 100
 _PATHS = ("input_path", "output_path", "cache_dir", "prices")
 
 
-MAYBE_FILES = ("instruction", "model", "base_model", "chat_template")
+MAYBE_FILES = (
+    *("instruction", "system_prompt", "model", "base_model", "chat_template"),
+    *("response_format", "choices", "examples"),
+)
 """Settings that are a text or a name, unless a file of that name is there."""
 
 
@@ -189,17 +192,24 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             beside = base / value
             if value.startswith(("./", "../")) or os.path.lexists(beside):
                 values[name] = str(beside)
-    check = values.get("validate_with")
-    if isinstance(check, str) and check.startswith(SCHEMA_FILE):
-        beside = base / check.removeprefix(SCHEMA_FILE)
-        values["validate_with"] = f"{SCHEMA_FILE}{beside}"
     for name in _LISTS:
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
+    if isinstance(checks := values.get("validate_with"), list):
+        values["validate_with"] = [in_folder(check, SCHEMA_FILE, base) for check in checks]
+    if isinstance(pick := values.get("pick"), str):
+        values["pick"] = in_folder(pick, JUDGE_FILE, base)
     for name, as_value in (("template_vars", str), ("provider_options", lambda value: value)):
         if name in values:
             values[name] = _pairs(values[name], f"--config {file}: {name}", as_value)
     return values
+
+
+def in_folder(text: Any, prefix: str, folder: Path) -> Any:
+    """A setting that names a file behind a prefix, with the file's path taken from a folder."""
+    if not isinstance(text, str) or not text.startswith(prefix):
+        return text
+    return f"{prefix}{folder / text.removeprefix(prefix)}"
 
 
 def _pairs(given: Any, where: str, as_value: Callable[[Any], Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fabe_ds.config.settings import RunConfig, TransformConfig, flag
 from fabe_ds.errors import UsageError
-from fabe_ds.fields import FieldPath
+from fabe_ds.fields import FieldPath, Items, is_in_list, is_several
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,13 @@ class ProviderFacts(Protocol):
 
 def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
     """Raises: UsageError where settings of a transform do not go together."""
-    if provider.asks and not config.instruction:
+    if provider.asks and not config.instruction and config.context is None:
         raise UsageError("--instruction is required: a text or a template file")
     if provider.asks and not config.model:
         raise UsageError("--model is required (or MODEL_PATH in the environment)")
     _check_fields(config)
+    _check_outputs(config)
+    _check_form(config)
     if config.batch_api and not provider.has_batches:
         raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
     sampling = config.temperature > 0 if config.do_sample is None else config.do_sample
@@ -83,11 +85,71 @@ def _check_fields(config: TransformConfig) -> None:
     taken = {*targets.names, *(path[0] for path in paths), *filter(None, targets.backup_columns)}
     if config.samples > 1 and not targets.samples_field:
         raise UsageError("--samples-field: several samples need a field; name one")
+    for field in range(len(targets.names)):
+        for each in targets.added(field):
+            spelled = "--output-field"
+            if each.kind in ("reasoning", "confidence"):
+                spelled = f"--{each.kind}-field"
+            # Beside a field of its own, a name may be there again.
+            place = (*paths[field][:-1], *each.path) if each.beside else each.path
+            if place in paths or each.name in taken:
+                raise UsageError(f"{spelled} {each.name}: another field has that name")
+            taken.add(each.name)
     for name in targets.gained:
         spelled = "--status-field" if name == targets.status_field else "--samples-field"
         if name in taken:
             raise UsageError(f"{spelled} {name}: another field has that name; give another")
         taken.add(name)
+
+
+def _check_outputs(config: TransformConfig) -> None:
+    """Raises: UsageError where answers cannot go where they are wanted."""
+    targets, fields = config.targets, 1 + len(config.also_fields)
+    outputs, schema = targets.outputs, config.response_format
+    if config.on_existing == "skip" and not outputs:
+        raise UsageError("--on-existing skip looks for the --output-field; give one")
+    if len(outputs) > 1 and fields == 1 and schema is None:
+        raise UsageError(
+            "--output-field is given several times: with --response-format, each takes the key of "
+            "the answer that it is named for; without it, there is one answer"
+        )
+    if fields == 1 and len(outputs) > 1:
+        for name in outputs:
+            if name not in targets.keyed:
+                raise UsageError(f"--output-field {name}: the --response-format has no such key")
+    if fields > 1 and outputs and len(outputs) != fields:
+        raise UsageError("--output-field: with several fields, give one for each, in their order")
+    for field, path in enumerate(targets.paths):
+        if not is_several(path):
+            continue
+        for each in targets.added(field):
+            if not each.beside:
+                raise UsageError(
+                    f"--output-field {each.name}: beside each {targets.names[field]} goes a name "
+                    "without a dot"
+                )
+        if isinstance(path[-1], Items) and targets.added(field):
+            raise UsageError(
+                f"--field {targets.names[field]}: beside the items of a list there is no place for "
+                "a field"
+            )
+    if config.context == "turns" and not all(map(is_in_list, targets.paths)):
+        raise UsageError(
+            "--context turns: the field is no turn of a chat; as in --field 'messages"
+            "[role=assistant].content'"
+        )
+
+
+def _check_form(config: TransformConfig) -> None:
+    """Raises: UsageError where answers cannot be of the form that is wanted."""
+    if config.choices and config.response_format is not None:
+        raise UsageError("--choices and --response-format do not go together")
+    if config.confidence_field and not config.choices:
+        raise UsageError("--confidence-field tells the probability of a choice; give --choices")
+    if config.pick != "first" and config.samples == 1:
+        raise UsageError(f"--pick {config.pick}: there is one answer; give --samples")
+    if config.judge_model and not config.pick.startswith("judge:"):
+        raise UsageError("--judge-model goes with --pick judge:FILE")
 
 
 def _is_inside(path: FieldPath, other: FieldPath) -> bool:
@@ -100,6 +162,12 @@ def check(config: RunConfig, provider: ProviderFacts) -> None:
         for name in ("output_path", "output_format"):
             if getattr(config, name) is not None:
                 raise UsageError(f"--inplace and {flag(name)} do not go together")
+    kept = config.targets.backup or config.output_fields
+    if config.inplace and config.on_failure == "null" and not kept:
+        raise UsageError(
+            "--on-failure null with --inplace would lose the originals of records that fail; give "
+            "a --backup-field, an --output-field or an --output"
+        )
     if config.batch_api:
         refuse_caps(config, "--batch-api")
     if provider.is_local:

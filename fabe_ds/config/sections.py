@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from fabe_ds.config.files import as_list, choices_of, examples_of, schema_of
 from fabe_ds.config.section import IO, Section, setting_field
 from fabe_ds.request import Sampling
 
@@ -34,10 +35,48 @@ class TargetSettings(Section):
         flag="also-field",
         affects_output=True,
     )
+    output_fields: list[str] = setting_field(
+        IO,
+        "Field that the answer goes into, put right after the field, which stays as it is; "
+        "repeatable with --response-format: each takes the key of the answer that it is named for.",
+        [],
+        flag="output-field",
+        affects_output="when set",
+    )
+    on_existing: Literal["overwrite", "skip"] = setting_field(
+        IO,
+        "A record that has the output field already: ask about it and put the new answer there, or "
+        "leave it as it is.",
+        "overwrite",
+        affects_output="when set",
+    )
+    on_failure: Literal["keep", "null"] = setting_field(
+        IO,
+        "The value of a record that failed: what it was, or null.",
+        "keep",
+        affects_output="when set",
+    )
     status_field: str | None = setting_field(
         IO,
-        "Field that says what became of each record: its state, failure, finish reason, tokens.",
+        "Field that says what became of each record: its state, failure, finish reason, tokens, "
+        "model.",
         affects_output=True,
+    )
+    reasoning_field: str | None = setting_field(
+        IO,
+        "Field that keeps what the model reasoned before its answer, put right after the answer.",
+        affects_output="when set",
+    )
+    confidence_field: str | None = setting_field(
+        IO,
+        "Field of the probability of the choice (--choices), null where the server tells none.",
+        affects_output="when set",
+    )
+    where: str | None = setting_field(
+        IO,
+        "Which texts are asked about: a Jinja2 expression of `record`, `text` and the field's own "
+        "name (record.lang == 'python'); the others stay as they are.",
+        affects_output="when set",
     )
 
 
@@ -56,9 +95,20 @@ class PromptSettings(Section):
     )
     system_prompt: str | None = setting_field(
         "Prompt",
-        "System prompt; '' for none.",
+        "System prompt: a text, or a Jinja2 template file; '' for none.",
         "You are a coding assistant. Output only the final code.",
         affects_output=True,
+    )
+    examples: Annotated[list[dict[str, Any]] | None, BeforeValidator(examples_of)] = setting_field(
+        "Prompt",
+        "Examples that go before each request as turns: JSON lines with `input` and `output`.",
+        affects_output="when set",
+    )
+    context: Literal["turns"] | None = setting_field(
+        "Prompt",
+        "What is sent before the text: turns, those of a chat that stand before the one that is "
+        "asked about, with the instruction as the system prompt.",
+        affects_output="when set",
     )
     use_chat_template: bool = setting_field(
         "Model",
@@ -96,9 +146,22 @@ class AnswerSettings(Section):
         flag="good-end",
         affects_output="when set",
     )
-    validate_with: str | None = setting_field(
+    response_format: Annotated[dict[str, Any] | None, BeforeValidator(schema_of)] = setting_field(
         "Prompt",
-        "Check of an answer: python-syntax, json, json-schema:FILE, regex:PATTERN.",
+        "JSON schema that answers follow: a file, or module:Model of pydantic. Enforced by the "
+        "server where it can, and checked.",
+        affects_output="when set",
+    )
+    choices: Annotated[str | list[str] | None, AfterValidator(choices_of)] = setting_field(
+        "Prompt",
+        "The answers that there are: a,b,c, or a file of one a line. The value is one of them.",
+        affects_output="when set",
+    )
+    validate_with: Annotated[list[str], BeforeValidator(as_list)] = setting_field(
+        "Prompt",
+        "Check of an answer; repeatable: python-syntax, json, json-schema:FILE, regex:PATTERN, "
+        "max-length-ratio:N, min-length-ratio:N, keeps:urls,placeholders,numbers,code.",
+        [],
         flag="validate",
         affects_output=True,
     )
@@ -235,6 +298,17 @@ class SamplingSettings(Section):
     )
     samples_field: str = setting_field(
         "Model", "Field of all answers where --samples is above 1.", "samples", affects_output=True
+    )
+
+    pick: Annotated[str, Field(pattern=r"^(first|vote|first-valid|judge:.+)$")] = setting_field(
+        "Model",
+        "Which of several answers is the value: first (of those that are all good), first-valid, "
+        "vote (the most frequent), or judge:FILE, a template that asks for a score of `answer`.",
+        "first",
+        affects_output="when set",
+    )
+    judge_model: str | None = setting_field(
+        "Model", "Model that judges (--pick judge:FILE).", affects_output="when set"
     )
 
     @property

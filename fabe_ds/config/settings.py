@@ -18,7 +18,8 @@ from fabe_ds.config.sections import (
     StoreSettings,
     TargetSettings,
 )
-from fabe_ds.fields import Targets
+from fabe_ds.fields import Targets, parse_path
+from fabe_ds.json_schema import has_property
 
 STANDARD = Path("-")
 """Standard input, and standard output."""
@@ -26,6 +27,8 @@ VERY_NEAR = 0.8
 """Likeness of two names, from 0 to 1, of which one may be meant by the other."""
 SCHEMA_FILE = "json-schema:"
 """How a check begins that is a file."""
+JUDGE_FILE = "judge:"
+"""How a way to pick begins that is a file."""
 
 
 class InputSettings(Section):
@@ -47,6 +50,9 @@ class InputSettings(Section):
         IO, "Split of a Hub or saved Dataset, as datasets writes it (train, train[:100]).", "train"
     )
     config_name: str | None = setting_field(IO, "Configuration of a Hub dataset.")
+    limit: int | None = setting_field(
+        IO, "Ask about the first so many records that are to be done; the others stay.", gt=0
+    )
     on_bad_input: Literal["fail", "skip"] = setting_field(
         IO,
         "What cannot be read: stop, or leave it out, a line of JSON lines (which is copied, and "
@@ -123,13 +129,31 @@ class TransformConfig(
 
     @property
     def targets(self) -> Targets:
+        outputs = tuple(self.output_fields)
+        one_field = not self.also_fields
+        keyed = tuple(name for name in outputs if one_field and self._is_key(name))
         return Targets(
             (self.field, *self.also_fields),
             self.backup_field or None,
             self.samples,
             self.samples_field if self.samples > 1 else None,
             self.status_field or None,
+            outputs=outputs,
+            keyed=keyed,
+            is_json=self.response_format is not None,
+            reasoning_field=self.reasoning_field or None,
+            confidence_field=self.confidence_field or None,
+            pick=self.pick.partition(":")[0],  # type: ignore[arg-type]
+            failed_is_null=self.on_failure == "null",
+            skips_existing=self.on_existing == "skip",
+            model=self.model,
+            schema=self.response_format,
         )
+
+    def _is_key(self, name: str) -> bool:
+        """Whether the schema of answers has a key of that name."""
+        schema = self.response_format
+        return schema is not None and has_property(schema, parse_path(name))
 
 
 class RunConfig(RaySettings, HubSettings, OutputSettings, InputSettings, TransformConfig):

@@ -18,6 +18,7 @@ from fabe_ds.engine.server_errors import ServerError, read_error
 from fabe_ds.engine.verdict import Verdict, classify_error, classify_payload
 from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers.finish import End, end_of
+from fabe_ds.providers.forms import FORMAT, IN_PROMPT, OLLAMA_FORMAT, refused_form
 from fabe_ds.providers.http import STREAM, HttpProvider, refused_parameter, stream_parts
 from fabe_ds.request import Completion, Request
 from fabe_ds.store.completions import Completions
@@ -188,11 +189,13 @@ class HttpClient:
         self, verdict: Verdict, status: int, error: ServerError, sent: Mapping[str, Any]
     ) -> Verdict:
         """The verdict, and how to send the body instead where a parameter of it is refused."""
-        if verdict.kind not in ("rejected", "server") or status not in _PARAMETER_STATUSES:
-            return verdict
         if self._answered_at is not None:  # it took them all for another record
             return verdict
-        name = refused_parameter(sent, error.parameter, error.codes, error.message)
+        name = refused_form(sent, status, error.parameter, error.message)
+        if name is None:
+            if verdict.kind not in ("rejected", "server") or status not in _PARAMETER_STATUSES:
+                return verdict
+            name = refused_parameter(sent, error.parameter, error.codes, error.message)
         if name is None:
             return verdict
         lesson = self.provider.instead(name, sent, error.message)
@@ -203,6 +206,9 @@ class HttpClient:
 
 
 def _in_words(name: str, value: str) -> str:
+    if value == IN_PROMPT:
+        what = "no JSON schema" if name in (FORMAT, OLLAMA_FORMAT) else "not this JSON schema"
+        return f"it takes {what}, so that goes into the prompt, and answers are checked"
     if name == STREAM:
         return "it wants to stream its answers" if value == "true" else "it knows no stream"
     return f"{name} goes as {value}" if value else f"it takes no {name}, so none is sent"

@@ -9,11 +9,13 @@ from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import Provider
 from fabe_ds.providers.finish import ended_by_itself
 from fabe_ds.request import (
+    LEFT_OUT,
     SKIPPED,
     UNANSWERED,
     Accept,
     Completion,
     Item,
+    NotChosen,
     Outcome,
     Reask,
     Request,
@@ -129,6 +131,9 @@ class Coalescer:
             elif item is None:
                 self.stats.skipped += 1
                 entries.append(Pending(outcome=SKIPPED))
+            elif isinstance(item, NotChosen):
+                self.stats.not_chosen += 1
+                entries.append(Pending(outcome=LEFT_OUT))
             else:
                 entries.append(Pending())
                 self._settle(entries[-1], Outcome(kind=item.kind, message=str(item)))
@@ -319,11 +324,12 @@ class Coalescer:
 
     def _outcome(self, entry: Pending, completion: Completion, cached: bool) -> Outcome:
         assert entry.request is not None
+        original = entry.request.text
         try:
             text = self.accept(entry.request, completion)
         except RecordFailed as error:
-            return Outcome(None, completion, error.kind, str(error), cached)
-        return Outcome(text, completion, cached=cached)
+            return Outcome(None, completion, error.kind, str(error), cached, original)
+        return Outcome(text, completion, cached=cached, original=original)
 
     def _settle(self, entry: Pending, outcome: Outcome) -> None:
         entry.outcome = outcome

@@ -9,7 +9,7 @@ from itertools import islice
 from fabe_ds.engine.coalesce import Coalescer, Pending
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import LocalProvider
-from fabe_ds.request import SKIPPED, Completion, Item, Outcome, Request
+from fabe_ds.request import LEFT_OUT, SKIPPED, Completion, Item, NotChosen, Outcome, Request
 
 POLL_SECONDS = 0.5
 LOADING = "loading the model"
@@ -69,6 +69,9 @@ class LocalEngine:
             elif answer is None:
                 stats.skipped += 1
                 yield SKIPPED
+            elif isinstance(answer, NotChosen):
+                stats.not_chosen += 1
+                yield LEFT_OUT
             else:
                 stats.failed += 1
                 yield Outcome(kind=answer.kind, message=str(answer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from fabe_ds.answers import answer_table
 from fabe_ds.executors import worker_counts
-from fabe_ds.formats.base import OURS, Format, Records, Row
+from fabe_ds.formats.base import OURS, Format, Records, Row, without
 from fabe_ds.paging import passed_over
 from fabe_ds.request import Item, Outcome
 from fabe_ds.transform import Transform
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 MAP_ROWS = 1000
 """Records of a batch. Part of the fingerprint, so it is the same for every run."""
 DONE = f"{OURS}done"
-"""Helper column: the fields of each record that an earlier run has rewritten in place."""
+"""Helper column: which texts of each record are done before."""
+CHOSEN = f"{OURS}chosen"
+"""Helper column: whether the run asks about the record (--limit)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,15 @@ class Work:
 
         columns = kind.columns(records, transform.needs_record)
         dataset = records.dataset.select_columns(columns)
+        beside = {}
         if records.done is not None:
-            done = pa.array(records.done, pa.list_(pa.int8()))
-            beside = datasets.Dataset(pa.table({DONE: done}))
-            dataset = datasets.concatenate_datasets([dataset, beside], axis=1)
+            beside[DONE] = pa.array(records.done, pa.list_(pa.int32()))
+        if records.limit is not None:
+            chosen = [number < records.limit for number in range(len(records))]
+            beside[CHOSEN] = pa.array(chosen, pa.bool_())
+        if beside:
+            marks = datasets.Dataset(pa.table(beside))
+            dataset = datasets.concatenate_datasets([dataset, marks], axis=1)
         return cls(dataset, kind, transform, path)
 
     def tables(self) -> Iterator[pa.Table]:
@@ -56,6 +63,15 @@ class Work:
         """What all records ask for."""
         for table in self.tables():
             yield from self.transform.items(asking_rows(self.kind, table, self.transform))
+
+    def items_by_record(self) -> Iterator[list[Item]]:
+        """What each record asks for."""
+        targets = self.transform.targets
+        for table in self.tables():
+            items = iter(self.transform.items(asking_rows(self.kind, table, self.transform)))
+            places = counts_of(self.kind, table) or [len(targets.names)] * len(table)
+            for count in places:
+                yield list(islice(items, count * targets.samples))
 
 
 class Executor(Protocol):
@@ -70,18 +86,21 @@ class Executor(Protocol):
 
 
 def asking_rows(kind: Format, table: pa.Table, transform: Transform) -> Iterator[Row]:
-    """What the rows of a table bring, without the fields that are done."""
-    rows = kind.rows(table, transform.needs_record)
-    if DONE not in table.column_names:
-        return rows
-    return map(_without, rows, table.column(DONE).to_pylist())
+    """What the rows of a table bring, without the texts that are done or left out."""
+    marks = {name: table.column(name) for name in (DONE, CHOSEN) if name in table.column_names}
+    rows = kind.rows(table.drop_columns(list(marks)), transform.needs_record)
+    if DONE in marks:
+        rows = map(without, rows, marks[DONE].to_pylist())
+    if CHOSEN in marks:
+        chosen = marks[CHOSEN].to_pylist()
+        rows = (row._replace(chosen=is_in) for row, is_in in zip(rows, chosen, strict=True))
+    return rows
 
 
-def _without(row: Row, done: Sequence[int]) -> Row:
-    if not done:
-        return row
-    texts = [None if field in done else text for field, text in enumerate(row.texts)]
-    return row._replace(texts=texts)
+def counts_of(kind: Format, table: pa.Table) -> list[int] | None:
+    """How many texts each row of a table brings; None where each brings one of each field."""
+    places = kind.places(table)
+    return None if places is None else list(map(len, places))
 
 
 class AnswerMap:
@@ -102,11 +121,13 @@ class AnswerMap:
     def __call__(self, table: pa.Table, rank: int | None = None) -> pa.Table:
         transform = self.transform
         transform.use_rank(rank)
-        each = transform.targets.each
+        targets = transform.targets
         # With nothing sent ahead, as in a worker process, the batch's own items are asked.
         outcomes = self.ahead
         if outcomes is None:
             outcomes = transform.outcomes(asking_rows(self.kind, table, transform))
-        answers = answer_table(islice(outcomes, len(table) * each), each)
+        places = counts_of(self.kind, table)
+        expected = len(table) * targets.each if places is None else sum(places) * targets.samples
+        answers = answer_table(islice(outcomes, expected), targets, places)
         worker_counts.publish(transform.stats)
         return answers

@@ -33,7 +33,7 @@ class LocalExecutor:
     def map(self, work: Work, finished: bool) -> Dataset:
         function = AnswerMap(work.kind, work.transform)
         # The runtime reads its items when the first batch is asked for, and not before.
-        ahead = work.transform.runtime.outcomes(work.items())
+        ahead = work.transform.answers(work.items())
         function.ahead = ahead
         with contextlib.closing(ahead):  # type: ignore[type-var]
             return mapped(work, function, finished)
@@ -67,7 +67,7 @@ def mapped(work: Work, function: AnswerMap, finished: bool, **workers: Any) -> D
             batched=True,
             batch_size=MAP_ROWS,
             remove_columns=work.dataset.column_names,
-            features=features(),
+            features=features(work.transform.targets),
             cache_file_name=str(place / work.path.name),
             load_from_cache_file=finished,
             **workers,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from fabe_ds.answers import Answers
 from fabe_ds.config.settings import InputSettings, OutputSettings
-from fabe_ds.errors import ExportError, InputError
+from fabe_ds.errors import ExportError, InputError, UsageError
 from fabe_ds.fields import Targets
 from fabe_ds.files import digest
 from fabe_ds.formats.discover import InputFile
@@ -35,11 +35,27 @@ def no_tick(amount: int) -> None:
 
 class Row(NamedTuple):
     """What a record brings: the text of each field (None: nothing to do), and, where it is asked
-    for, the record itself (its JSON text, or its values). `error` says why it is no record."""
+    for, the record itself (its JSON text, or its values). `error` says why it is no record.
+
+    Where a record may have a field several times, `fields` says which field each text is of; it
+    may have none at all. `chosen` False: the run leaves the record out.
+    """
 
     texts: Sequence[Any]
     record: str | Mapping[str, Any] | None = None
     error: str | None = None
+    fields: Sequence[int] | None = None
+    chosen: bool = True
+    failure: str = BROKEN
+    """Class of the failure that `error` is."""
+
+
+def without(row: Row, done: Sequence[int]) -> Row:
+    """The row without the texts that are done."""
+    if not done:
+        return row
+    texts = [None if place in done else text for place, text in enumerate(row.texts)]
+    return row._replace(texts=texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +92,10 @@ class Records:
     details: Any = None
     """What the format itself wants to know again when it writes."""
     done: Sequence[Sequence[int]] | None = None
-    """For each record, the fields that an earlier run has rewritten in place; None for no such."""
+    """For each record, which of its texts are done: an earlier run has rewritten them in place, or
+    the record has the output field already. None for no such."""
+    limit: int | None = None
+    """The first record that the run leaves out, with all behind it."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -182,6 +201,17 @@ class Format(ABC):
         Raises: UsageError where the records lack a field, or hold one that is to be added.
         """
 
+    def places(self, table: pa.Table) -> list[Sequence[int]] | None:
+        """For each row, the field of each text that `rows` gives; None where each row has one text
+        of each field."""
+        if not self.targets.has_several:
+            return None
+        return [row.fields or () for row in self.rows(table, whole=False)]
+
+    def existing(self, records: Records) -> Iterator[list[int]]:
+        """For each record, which of its texts have an output already (--on-existing skip)."""
+        raise UsageError(f"--on-existing skip does not go with {self.name}")
+
     def held(self, records: Records) -> dict[str, str]:
         """Fields to be added that records have already, each with what is said of it."""
         return {}
@@ -198,7 +228,8 @@ class Format(ABC):
     def fingerprint(self, version: str, digests: Iterable[str]) -> str:
         """Names records: those of files with these digests, as this version of a format loads them
         for these settings."""
-        settings = self.settings.input.model_dump(mode="json", exclude={"input_path"})
+        unread = {"input_path", "limit"}
+        settings = self.settings.input.model_dump(mode="json", exclude=unread)
         seed = repr([self.name, version, sorted(settings.items()), self.targets, list(digests)])
         return hashlib.sha256(seed.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 

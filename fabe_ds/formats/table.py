@@ -9,6 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ import pyarrow as pa
 
 from fabe_ds.answers import Answers
 from fabe_ds.errors import FabeError, InputError, UsageError, first_line, reason
-from fabe_ds.fields import dotted_hint
+from fabe_ds.fields import FieldPath, Step, Targets, joined_keys
 from fabe_ds.files import Replacing, finish_replacing
 from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import OURS, Format, Records, Row, Source, Tick, states_of
 from fabe_ds.formats.table_output import TableSource, export_table, kind_of_file
+from fabe_ds.paging import passed_over
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.scratch import NO_ROOM, clear_scratch, not_kept, scratch_folder
 from fabe_ds.store.layout import Layout, kept_file, usable_folder
@@ -149,13 +151,18 @@ class TableFormat(Format):
         names: list[str] = records.dataset.column_names
         if whole:
             return [name for name in names if not name.startswith(OURS)]
-        return list(dict.fromkeys(path[0] for path in self.targets.paths))
+        return list(dict.fromkeys(self._heads(names)))
+
+    def _heads(self, names: Collection[str]) -> Iterator[str]:
+        """The column that each field stands in, as far as there is such a one."""
+        for path in self.targets.paths:
+            yield from (key for key, _ in islice(_in_columns(path, names), 1))
 
     def rows(self, table: pa.Table, whole: bool) -> Iterator[Row]:
         return by_column.rows_of(table.to_pydict(), self.targets, whole)
 
     def where(self, row: Mapping[str, Any], field: int = 0) -> dict[str, Any]:
-        return {path[0]: row[path[0]] for path in self.targets.paths}
+        return {column: row[column] for column in self._heads(row)}
 
     def held(self, records: Records) -> dict[str, str]:
         there = set(records.dataset.column_names)
@@ -164,15 +171,22 @@ class TableFormat(Format):
     def check(self, records: Records) -> None:
         """Raises: UsageError where the table lacks a field."""
         existing = [name for name in records.dataset.column_names if not name.startswith(OURS)]
-        for name, (column, *inner) in zip(self.targets.names, self.targets.paths, strict=True):
-            if column not in existing:
+        for name, path in zip(self.targets.names, self.targets.paths, strict=True):
+            column, inner = next(_in_columns(path, existing), (None, ()))
+            if column is None:
                 raise UsageError(
-                    f"--field {name}: no column {column!r}{dotted_hint(name, existing)}; there are "
-                    f"{listed(existing)}"
+                    f"--field {name}: no column {path[0]!r}; there are {listed(existing)}"
                 )
             kind = getattr(records.dataset.features[column], "dtype", None)
             if not inner and kind not in ("string", "large_string", "string_view"):
                 raise UsageError(f"--field {name}: the column is {kind or 'nested'}, not text")
+
+        by_column.new_columns(self.targets, records.dataset.features.arrow_schema)
+
+    def existing(self, records: Records) -> Iterator[list[int]]:
+        dataset = records.dataset.with_format("arrow")
+        for table in passed_over(dataset.iter(batch_size=ROWS)):
+            yield from by_column.existing_outputs(table.to_pydict(), self.targets)
 
     def write(
         self, records: Records, answers: Answers, paths: Mapping[str, str], tick: Tick
@@ -180,9 +194,8 @@ class TableFormat(Format):
         records.check_unchanged()
         layout = Layout(self.settings.cache_dir)
         folder = layout.made(layout.tables)
-        changed = {*(path[0] for path in self.targets.paths), *self.targets.gained}
         with scratch_folder(folder) as scratch:
-            dataset = with_answers(records, answers, scratch / "changed.arrow")
+            dataset, changed = with_answers(records, answers, scratch / "changed.arrow")
             if self.settings.output.inplace:
                 return self.replace(dataset, records, changed, tick)
             place, output = Path(paths[""]), self.settings.output.output_path
@@ -218,28 +231,35 @@ class TableFormat(Format):
         raise UsageError(f"--inplace: {self.name} is never replaced; give an --output")
 
 
-def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
-    """The records with their answers: the columns that change are written to `place`, the others
-    stay where they are."""
+def _in_columns(path: FieldPath, columns: Collection[str]) -> Iterator[tuple[str, Sequence[Step]]]:
+    """The columns that a path may begin with, each with the steps inside it."""
+    return ((key, left) for key, left in joined_keys(path) if key in columns)
+
+
+def with_answers(records: Records, answers: Answers, place: Path) -> tuple[Dataset, set[str]]:
+    """The records with their answers, and the names of the columns that change. These are written
+    to `place`, the others stay where they are."""
     import datasets
 
     source, targets = records.dataset, answers.targets
-    new = by_column.new_columns(targets, source.column_names)
+    new = by_column.new_columns(targets, source.features.arrow_schema)
     # A field that an earlier run in place has added to a CSV file is text there.
     as_text = {n for n in new if getattr(source.features.get(n), "dtype", None) == "string"}
     new |= dict.fromkeys(as_text, pa.string())
-    heads = {path[0] for path in targets.paths}
+    found = (by_column.column_of(*pair, source.column_names)[0] for pair in _named(targets))
+    heads = set() if targets.outputs else set(found).difference(new)
     kept = datasets.Features({n: source.features[n] for n in source.column_names if n in heads})
     features = kept | datasets.Features.from_arrow_schema(pa.schema(list(new.items())))
     changed = datasets.Features(features).arrow_schema
-    needed = [n for n in source.column_names if n in {*heads, *targets.backup_columns, *new}]
+    asked = {by_column.column_of(*pair, source.column_names)[0] for pair in _named(targets)}
+    needed = [n for n in source.column_names if n in {*asked, *targets.backup_columns, *new}]
     done = iter(records.done) if records.done is not None else None
     given = answers.records(ROWS)
     with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_stream(sink, changed) as writer:
         for part in source.select_columns(needed).with_format("arrow").iter(batch_size=ROWS):
             rows = [next(given) for _ in range(len(part))]
             marks = [next(done) for _ in rows] if done is not None else None
-            values = by_column.rewritten(part.to_pydict(), targets, rows, marks)
+            values = by_column.rewritten(part.to_pydict(), targets, rows, marks, new)
             for name in as_text:
                 values[name] = [v if isinstance(v, str) else _as_json(v) for v in values[name]]
             columns = [pa.array(values[each.name], each.type) for each in changed]
@@ -247,14 +267,23 @@ def with_answers(records: Records, answers: Answers, place: Path) -> Dataset:
     names = [*source.column_names, *(name for name in new if name not in source.column_names)]
     if not len(source):
         features = datasets.Features({**source.features, **features})
-        return datasets.Dataset.from_dict({name: [] for name in names}, features)
+        return datasets.Dataset.from_dict({name: [] for name in names}, features), set(
+            changed.names
+        )
     # Mapped, not read: the columns that stay are never copied.
     beside = datasets.Dataset.from_file(str(place))
     others = source.remove_columns([n for n in source.column_names if n in features])
     whole = datasets.concatenate_datasets([others, beside], axis=1).select_columns(names)
     info = source.info.copy()
     info.features = whole.features
-    return datasets.Dataset(whole.data, info=info, split=source.split, indices_table=whole._indices)
+    indices = whole._indices
+    dataset = datasets.Dataset(whole.data, info=info, split=source.split, indices_table=indices)
+    return dataset, set(changed.names)
+
+
+def _named(targets: Targets) -> Iterator[tuple[str, FieldPath]]:
+    """The fields that are asked about, each with its path."""
+    return zip(targets.names, targets.paths, strict=True)
 
 
 def _as_json(value: Any) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fabe_ds.config.settings import TransformConfig
 from fabe_ds.errors import RecordFailed
 from fabe_ds.prompts.answer import clean_answer
-from fabe_ds.prompts.checks import RAISED, build_check
+from fabe_ds.prompts.checks import RAISED, build_check, schema_check
+from fabe_ds.prompts.form import choice_in
 from fabe_ds.providers import Completion, Provider, Request
 from fabe_ds.request import Accept, Reask
 
@@ -18,8 +19,10 @@ INVALID = "invalid"
 
 def acceptance(config: TransformConfig, provider: Provider) -> Accept:
     """What makes a record's new text of a completion. It may raise RecordFailed."""
-
-    check = build_check(config.validate_with).check if config.validate_with else None
+    checks = [build_check(spec).check for spec in config.validate_with]
+    form = _form_check(config)
+    # An answer that takes the text's place ends as that does.
+    in_place = not config.output_fields and form is None
 
     def accept(request: Request, completion: Completion) -> str:
         if lost := provider.lost_prompt(request, completion):
@@ -32,12 +35,46 @@ def acceptance(config: TransformConfig, provider: Provider) -> Accept:
             on_truncated=config.on_truncated,
             several=config.fences,
             good_ends=config.good_ends,
+            in_place=in_place,
         )
-        if check is not None and (wrong := check(text, request.text, whole_record(request))):
-            raise RecordFailed(INVALID, wrong)
+        if form is not None:
+            text = form(text)
+        for check in checks:
+            if wrong := check(text, request.text, whole_record(request)):
+                raise RecordFailed(INVALID, wrong)
         return text
 
     return accept
+
+
+def _form_check(config: TransformConfig) -> Callable[[str], str] | None:
+    """What gives the value of an answer that must be a choice, or follow a schema, or None where an
+    answer may be any text. It may raise RecordFailed."""
+    if choices := config.choices:
+
+        def choose(text: str) -> str:
+            chosen = choice_in(text, choices)
+            if chosen is None:
+                raise RecordFailed(INVALID, f"not one of: {', '.join(choices)}")
+            return chosen
+
+        return choose
+    if (schema := config.response_format) is None:
+        return None
+    check = schema_check(schema)
+
+    def follow(text: str) -> str:
+        if wrong := check(text):
+            raise RecordFailed(INVALID, wrong)
+        json.loads(text, parse_constant=_refuse_constant)
+        return text.strip()
+
+    return follow
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and Infinity, which Python takes for numbers of JSON."""
+    raise RecordFailed(INVALID, f"not valid JSON: {name} is no number")
 
 
 def whole_record(request: Request) -> Mapping[str, Any] | None:

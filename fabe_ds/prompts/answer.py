@@ -23,8 +23,9 @@ def clean_answer(
     on_truncated: str,
     several: Several = "keep",
     good_ends: Collection[str] = (),
+    in_place: bool = True,
 ) -> str:
-    """The text that goes into the record.
+    """The text that goes into the record, `in_place` of the original or elsewhere.
 
     `good_ends`: finish reasons that mean a whole answer beside those that are known to.
 
@@ -50,7 +51,7 @@ def clean_answer(
     if not text.strip():
         thought = "" if text.strip() == answer.strip() else " (nothing but reasoning or fences)"
         raise RecordFailed("empty", f"the model's answer is empty{thought}")
-    return _ended_like(text, original) if strip_fences else text
+    return _ended_like(text, original) if strip_fences and in_place else text
 
 
 def _check_end(reason: str | None, answer: str, original: str, on_truncated: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line, reason
+from fabe_ds.prompts.comparisons import LENGTHS, keeping_check, length_check
 from fabe_ds.text import as_path
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class BuiltCheck(NamedTuple):
 
 
 def build_check(spec: str) -> BuiltCheck:
-    """The check that `--validate` names: python-syntax, json, json-schema:FILE, regex:PATTERN, or
-    an entry point of the group fabe_ds.validators.
+    """The check that `--validate` names: python-syntax, json, json-schema:FILE, regex:PATTERN,
+    max-length-ratio:N, min-length-ratio:N, keeps:KINDS, or an entry point of the group
+    fabe_ds.validators.
 
     Such a one is a function of the answer, which may also take `original` and `record` by these
     names. It gives None or True for a good answer, what is wrong as a text, or False.
@@ -56,11 +58,16 @@ def build_check(spec: str) -> BuiltCheck:
         return BuiltCheck(_of_text(_json_schema(argument)))
     if name == "regex":
         return BuiltCheck(_of_text(_regex(argument)))
+    if name in LENGTHS:
+        return BuiltCheck(length_check(name, argument))
+    if name == "keeps":
+        return BuiltCheck(keeping_check(argument))
     for entry in entry_points(group=GROUP, name=name):
         return _other(f"--validate {name}: {entry.value}", entry)
     raise UsageError(
         f"--validate {spec}: no such check; known: python-syntax, json, json-schema:FILE, "
-        "regex:PATTERN, and entry points of fabe_ds.validators"
+        "regex:PATTERN, max-length-ratio:N, min-length-ratio:N, keeps:KINDS, and entry points of "
+        "fabe_ds.validators"
     )
 
 
@@ -132,23 +139,34 @@ def _json(text: str) -> str | None:
 
 
 def _json_schema(file: str) -> Callable[[str], str | None]:
+    what = f"--validate json-schema:{file}"
+    try:
+        schema = json.loads(as_path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = reason(error) if isinstance(error, OSError) else first_line(error)
+        raise UsageError(f"{what}: {why}") from None
+    return schema_check(schema, what, as_path(file).parent)
+
+
+def schema_check(
+    schema: Any, what: str = "--response-format", folder: Path | None = None
+) -> Callable[[str], str | None]:
+    """The check that an answer is JSON and follows a schema, which may refer to files in its
+    folder. `what` names it in errors. Raises: UsageError."""
     import jsonschema
     import referencing.exceptions
     from referencing.jsonschema import DRAFT202012
 
-    what = f"--validate json-schema:{file}"
     try:
-        schema = json.loads(as_path(file).read_text(encoding="utf-8"))
         kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
         kind.check_schema(schema)
-        registry = _beside(as_path(file).parent)
+        registry = _beside(folder)
         validator = kind(schema, registry=registry)
         root = referencing.Resource.from_contents(schema, DRAFT202012)
         for reference in _references(schema):  # now, not at the first answer
             registry.resolver_with_root(root).lookup(reference)
-    except (OSError, ValueError, jsonschema.SchemaError, *_NESTED) as error:
-        why = reason(error) if isinstance(error, OSError) else first_line(error)
-        raise UsageError(f"{what}: {why}") from None
+    except (ValueError, jsonschema.SchemaError, *_NESTED) as error:
+        raise UsageError(f"{what}: {first_line(error)}") from None
     except referencing.exceptions.Unresolvable as error:
         raise UsageError(
             f"{what}: $ref {error.ref!r} is not in it, nor a file beside it (nothing is fetched)"
@@ -170,13 +188,15 @@ def _json_schema(file: str) -> Callable[[str], str | None]:
     return check
 
 
-def _beside(folder: Path) -> Registry:
+def _beside(folder: Path | None) -> Registry:
     """Finds what a schema refers to in files beside it, and nowhere else."""
     from referencing import Registry, Resource
     from referencing.exceptions import NoSuchResource
     from referencing.jsonschema import DRAFT202012
 
     def retrieve(uri: str) -> Any:
+        if folder is None:
+            raise NoSuchResource(ref=uri)  # type: ignore[call-arg]
         place = folder / uri
         if ":" in uri or not place.resolve().is_relative_to(folder.resolve()):
             raise NoSuchResource(ref=uri)  # type: ignore[call-arg]

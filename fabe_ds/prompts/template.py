@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,18 +14,19 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fabe_ds.errors import RecordFailed, TemplateError, UsageError, first_line, reason
+from fabe_ds.fields import FieldPath, key_of
 from fabe_ds.text import as_path
 
 _FILE_SUFFIXES = (".j2", ".jinja", ".jinja2", ".txt", ".md", ".prompt")
 _MAX_PROMPT = 64 << 20  # characters; a template can multiply text, and must not fill the memory
 
 
-def load_instruction(instruction: str) -> tuple[str, str]:
-    """The template text, and the name to call it by: a file's path, or "instruction".
+def load_instruction(instruction: str, flag: str = "--instruction") -> tuple[str, str]:
+    """The template text, and the name to call it by: a file's path, or that of the flag.
 
     Raises: UsageError where what looks like a file cannot be read.
     """
-    path = as_path(instruction)
+    path, text_name = as_path(instruction), flag.removeprefix("--")
     looks_like_file = instruction.lower().endswith(_FILE_SUFFIXES) and "\n" not in instruction
     try:
         is_file = bool(instruction) and (path.is_symlink() or path.exists() or looks_like_file)
@@ -33,18 +34,18 @@ def load_instruction(instruction: str) -> tuple[str, str]:
         is_file = False
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # a text too long for a name is a text
-            raise UsageError(f"--instruction {instruction}: {reason(error)}") from None
+            raise UsageError(f"{flag} {instruction}: {reason(error)}") from None
         is_file = False
     if not is_file:
-        return instruction, "instruction"
+        return instruction, text_name
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UsageError(f"--instruction {instruction}: not UTF-8") from None
+        raise UsageError(f"{flag} {instruction}: not UTF-8") from None
     except OSError as error:
-        raise UsageError(f"--instruction {instruction}: {reason(error)}") from None
+        raise UsageError(f"{flag} {instruction}: {reason(error)}") from None
     if not text.strip():
-        raise UsageError(f"--instruction {instruction}: an empty file")
+        raise UsageError(f"{flag} {instruction}: an empty file")
     return text, instruction
 
 
@@ -55,14 +56,20 @@ class Instruction:
     record as `record`. A template that mentions none of these has the value appended after a
     blank line. Record text is data: it is never compiled, and rendered once.
 
-    Raises: TemplateError (syntax, or a variable that nothing gives).
+    `more`: names of what is given when a prompt is made. Raises: TemplateError (syntax, or a
+    variable that nothing gives).
     """
 
     def __init__(
-        self, template: str, name: str, variables: Mapping[str, str], path: tuple[str, ...]
+        self,
+        template: str,
+        name: str,
+        variables: Mapping[str, str],
+        path: FieldPath,
+        more: Collection[str] = (),
     ) -> None:
-        self.name, self.variables, self.field = name, dict(variables), path[-1]
-        taken = {"text", "record", self.field} & set(variables)
+        self.name, self.variables, self.field = name, dict(variables), key_of(path)
+        taken = {"text", "record", self.field, *more} & set(variables)
         if taken:
             raise TemplateError(f"--template-var {sorted(taken)[0]}: the name of the record's own")
         environment = ImmutableSandboxedEnvironment(
@@ -79,11 +86,12 @@ class Instruction:
         self._template.filename = self._template.name = name
         used = _undeclared(name, tree)
         self.needs_record = "record" in used
-        self._mentions = bool(used & {"text", self.field}) or _record_mentions(tree, path[0])
+        mentions = used & {"text", self.field, *more}
+        self._mentions = bool(mentions) or _record_mentions(tree, str(path[0]))
         alone = not self._mentions and not self.needs_record
         self._start = f"{self._render('', None).rstrip()}\n\n" if alone else None
 
-    def prompt(self, text: str, record: str | Mapping[str, Any] | None) -> str:
+    def prompt(self, text: str, record: str | Mapping[str, Any] | None, **more: str) -> str:
         """The prompt for one record; `record` is its JSON text, or the record itself.
 
         Raises: RecordFailed (kind "prompt") where this record's data cannot be rendered,
@@ -91,15 +99,23 @@ class Instruction:
         """
         if self._start is not None:
             return self._start + text
-        rendered = self._render(text, record if self.needs_record else None)
+        rendered = self._render(text, record if self.needs_record else None, **more)
         return rendered if self._mentions else f"{rendered.rstrip()}\n\n{text}"
 
-    def _render(self, text: str, record: str | Mapping[str, Any] | None) -> str:
-        try:
-            values = json.loads(record) if isinstance(record, str) else record
-        except (ValueError, RecursionError) as error:
-            raise RecordFailed("prompt", f"the record cannot be shown whole: {error}") from None
-        names = {**self.variables, "text": text, self.field: text, "record": values}
+    def words(self, text: str, record: str | Mapping[str, Any] | None) -> str:
+        """The same without the value, where the template does not mention it."""
+        if self._start is not None:
+            return self._start.rstrip()
+        return self._render(text, record if self.needs_record else None).rstrip()
+
+    def _render(self, text: str, record: str | Mapping[str, Any] | None, **more: str) -> str:
+        names = {
+            **self.variables,
+            **more,
+            "text": text,
+            self.field: text,
+            "record": parsed_record(record),
+        }
         try:
             rendered = self._template.render(names)
         except UndefinedError as error:
@@ -126,6 +142,45 @@ class Instruction:
                 line = traceback.tb_lineno
             traceback = traceback.tb_next
         return line
+
+
+def parsed_record(record: str | Mapping[str, Any] | None) -> Any:
+    """The values of a record that may be JSON text. Raises: RecordFailed."""
+    try:
+        return json.loads(record) if isinstance(record, str) else record
+    except (ValueError, RecursionError) as error:
+        raise RecordFailed("prompt", f"the record cannot be shown whole: {error}") from None
+
+
+class Condition:
+    """A Jinja2 expression over a record and the text that may be asked about (--where).
+
+    What a record lacks is undefined, and false. Raises: UsageError (syntax, an unknown name).
+    """
+
+    def __init__(self, expression: str, variables: Mapping[str, str], path: FieldPath) -> None:
+        self._variables, self._field = dict(variables), key_of(path)
+        environment = ImmutableSandboxedEnvironment()
+        try:
+            self._holds = environment.compile_expression(expression)
+            used = meta.find_undeclared_variables(environment.parse(f"{{{{ {expression} }}}}"))
+        except (TemplateSyntaxError, RecursionError, SyntaxError, ValueError) as error:
+            raise UsageError(f"--where {expression}: {first_line(error)}") from None
+        known = {"record", "text", self._field, *variables}
+        if unknown := sorted(used - known):
+            raise UsageError(
+                f"--where {expression}: no {unknown[0]!r}; there are {', '.join(sorted(known))}"
+            )
+        self.needs_record = "record" in used
+
+    def holds(self, text: str, record: str | Mapping[str, Any] | None) -> bool:
+        """Raises: RecordFailed (kind "where") where it cannot be told of this record."""
+        values = parsed_record(record) if self.needs_record else None
+        names = {**self._variables, "text": text, self._field: text, "record": values}
+        try:
+            return bool(self._holds(**names))
+        except Exception as error:  # an expression may raise anything on this record's data
+            raise RecordFailed("where", f"--where: {first_line(error)}") from None
 
 
 def _undeclared(name: str, tree: nodes.Template) -> set[str]:

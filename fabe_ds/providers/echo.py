@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from fabe_ds.json_schema import least
 from fabe_ds.providers.base import LocalProvider
 from fabe_ds.request import Completion, Request
 
@@ -39,7 +41,16 @@ class EchoProvider(LocalProvider):
     def body(self, request: Request) -> dict[str, Any]:
         return {"model": self.endpoint.model, "text": request.text, "language": request.language}
 
+    def _answer(self, request: Request, header: str) -> Completion:
+        """The text under a header; where it must have a form, the least that has it."""
+        form = request.form
+        if form.choices:
+            return Completion(form.choices[0], "stop")
+        if form.schema is not None:
+            return Completion(json.dumps(least(form.schema), ensure_ascii=False), "stop")
+        return Completion(f"{header}\n{request.text}", "stop")
+
     def complete(self, requests: Sequence[Request]) -> list[Completion]:  # type: ignore[override]
         name = f"echo: {self.endpoint.model}"
         header = {language: comment(name, language) for language in {r.language for r in requests}}
-        return [Completion(f"{header[r.language]}\n{r.text}", "stop") for r in requests]
+        return [self._answer(request, header[request.language]) for request in requests]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped, UsageError
 from fabe_ds.providers.base import Endpoint, Provider
+from fabe_ds.providers.forms import IN_PROMPT
 from fabe_ds.request import Completion, Request
 
 PREFLIGHT_SECONDS = 10.0
@@ -131,7 +132,7 @@ class HttpProvider(Provider):
 def _renamed(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:
     renamed = {}
     for name, value in body.items():
-        if name in learned and name != STREAM:
+        if name in learned and name != STREAM and learned[name] != IN_PROMPT:
             if learned[name]:
                 renamed[learned[name]] = value
         else:

@@ -10,6 +10,14 @@ from urllib.parse import urlsplit
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped
 from fabe_ds.providers.base import token_count
+from fabe_ds.providers.forms import (
+    IN_PROMPT,
+    LOGPROBS,
+    OLLAMA_FORMAT,
+    reasoning_in,
+    told_logprobs,
+    with_schema_in_prompt,
+)
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, HttpProvider
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable, listed
@@ -63,27 +71,43 @@ class OllamaProvider(HttpProvider):
         if sampling.stop:
             options["stop"] = list(sampling.stop)
         body: dict[str, Any] = {"model": self.endpoint.model, "stream": False, "options": options}
+        if request.form.schema is not None:
+            body["format"] = request.form.schema
+        if request.form.logprobs:
+            body[LOGPROBS] = True
         if request.chat:
             # Without it a prompt that is too long loses its beginning, and nothing says so.
             return {**body, "messages": request.messages, "truncate": False}
         return {**body, "prompt": request.plain, "raw": True}
 
+    def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
+        lessons = {LOGPROBS: "", OLLAMA_FORMAT: IN_PROMPT}
+        return (name, lessons[name]) if name in lessons else super().instead(name, sent, message)
+
     def sent(self, body: Mapping[str, Any], learned: Mapping[str, str]) -> Mapping[str, Any]:
         # Without it an answer that outgrows the context pushes the prompt out, and goes on.
-        return {**super().sent(body, learned), "shift": False}
+        renamed = super().sent(body, learned)
+        if OLLAMA_FORMAT in body and learned.get(OLLAMA_FORMAT) == IN_PROMPT:
+            renamed = with_schema_in_prompt(renamed, body[OLLAMA_FORMAT])
+        return {**renamed, "shift": False}
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        texts = []
+        texts, thoughts = [], []
+        logprobs: list[Any] = []
         for chunk in chunks:
             if chunk.get("error"):
                 return chunk
             message = chunk.get("message")
+            thoughts.append(reasoning_in(message if isinstance(message, Mapping) else chunk) or "")
+            logprobs += chunk.get(LOGPROBS) or []
             part = message.get("content") if isinstance(message, Mapping) else chunk.get("response")
             texts.append(part if isinstance(part, str) else "")
         if not chunks[-1].get("done"):
             raise MalformedResponse("the stream broke off before its end")
         whole = encodable("".join(texts))
-        return {**chunks[-1], "message": {"content": whole}, "response": whole}
+        message = {"content": whole, "thinking": encodable("".join(thoughts))}
+        more = {LOGPROBS: logprobs} if logprobs else {}
+        return {**chunks[-1], **more, "message": message, "response": whole}
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:
         message = payload.get("message")
@@ -98,6 +122,8 @@ class OllamaProvider(HttpProvider):
             reason if isinstance(reason, str) else None,
             token_count(payload, "prompt_eval_count"),
             token_count(payload, "eval_count"),
+            reasoning_in(message if isinstance(message, Mapping) else payload),
+            told_logprobs(payload.get(LOGPROBS)),
         )
 
     def lost_prompt(self, request: Request, completion: Completion) -> str | None:

@@ -11,6 +11,15 @@ from typing import Any, ClassVar
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers.base import token_count
+from fabe_ds.providers.forms import (
+    FORMAT,
+    LOGPROBS,
+    is_in_prompt,
+    reasoning_in,
+    schema_lesson,
+    told_logprobs,
+    with_schema_in_prompt,
+)
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
@@ -60,10 +69,18 @@ class OpenAIProvider(HttpProvider):
             body["seed"] = sampling.seed + request.sample
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if request.form.schema is not None:
+            schema = {"name": "answer", "strict": True, "schema": request.form.schema}
+            body[FORMAT] = {"type": "json_schema", "json_schema": schema}
+        if request.form.logprobs:
+            body[LOGPROBS] = True if request.chat else 1
         return body
 
     def sent(self, body: Mapping[str, Any], learned: Mapping[str, str]) -> Mapping[str, Any]:
         renamed = dict(super().sent(body, learned))
+        if is_in_prompt(body, learned):
+            schema = body[FORMAT]["json_schema"]["schema"]
+            renamed = with_schema_in_prompt(renamed, schema)
         stream = learned.get(STREAM, "false")
         if stream:  # some gateways stream where nothing is said
             renamed[STREAM] = stream == "true"
@@ -76,6 +93,10 @@ class OpenAIProvider(HttpProvider):
             return _NEW_LIMIT, _LIMIT
         if name == "temperature" and sent.get(name) == 0.0:
             return name, ""
+        if name == LOGPROBS:
+            return name, ""
+        if name == FORMAT:
+            return schema_lesson(sent[FORMAT], message)
         if name == STREAM:
             wanted = re.search(r"only|must|require|non-?stream|enable_thinking", message, re.I)
             return name, "true" if wanted and not sent.get(STREAM) else ""
@@ -99,6 +120,8 @@ class OpenAIProvider(HttpProvider):
             reason if isinstance(reason, str | None) else json.dumps(reason),
             token_count(usage, "prompt_tokens"),
             token_count(usage, "completion_tokens"),
+            reasoning_in(message),
+            told_logprobs(choice.get("logprobs")),
         )
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -106,6 +129,8 @@ class OpenAIProvider(HttpProvider):
         whole: dict[str, Any] = {}
         message: dict[str, Any] = {}
         reason: Any = None
+        thoughts: list[str] = []
+        logprobs: list[Any] = []
         for chunk in chunks:
             if chunk.get("error"):
                 return chunk
@@ -121,12 +146,19 @@ class OpenAIProvider(HttpProvider):
             part = choice.get("delta") or choice.get("message") or choice
             if isinstance(part, Mapping):
                 texts.append(_text(part["text"] if "text" in part else part.get("content")))
+                thoughts.append(reasoning_in(part) or "")
+                told = choice.get("logprobs")
+                logprobs += (told.get("content") or []) if isinstance(told, Mapping) else []
                 if part.get("refusal"):
                     message["refusal"] = message.get("refusal", "") + str(part["refusal"])
         if reason is None:
             raise MalformedResponse("the stream broke off before its end")
         content = encodable("".join(texts))  # a surrogate pair may come in two parts
+        if thought := encodable("".join(thoughts)):
+            message["reasoning"] = thought
         choice = {"message": {"content": content, **message}, "finish_reason": reason}
+        if logprobs:
+            choice["logprobs"] = {"content": logprobs}
         return {**whole, "choices": [choice]}
 
     def preflight(self) -> None:

@@ -2,75 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fabe_ds.answers import Answers
+from fabe_ds.formats.base import Records
+from fabe_ds.request import NOT_CHOSEN
 
 
 def record_counts(
-    answers: Answers,
-    skips: list[pa.ChunkedArray] | None,
-    done_before: Sequence[Sequence[int]] | None,
-    asked: bool,
+    answers: Answers, skips: list[pa.ChunkedArray] | None, records: Records, asked: bool
 ) -> dict[str, Any]:
     """The counts of records for a RunResult: failed where any answer did, else rewritten where any
-    field was. `skips` are the reasons why fields have no text; `done_before` the fields of each
-    record that were rewritten in place before. `asked` False: all that was answered comes from an
-    earlier run.
+    text was. `skips` are the reasons why fields have no text; `asked` False: all that was answered
+    comes from an earlier run.
     """
-    import pyarrow.compute as pc
-
-    targets = answers.targets
-    each = [(f, s) for f in range(len(targets.names)) for s in range(targets.samples)]
-
-    def columns(name: str) -> list[pa.ChunkedArray]:
-        return [answers.column(name, field, sample) for field, sample in each]
-
-    failure = pc.coalesce(*columns("failure"))
-    good = pc.is_null(failure)
-    changed = list(map(_is_given, columns("completion")))
-    rewritten = pc.and_(good, reduce(pc.or_, changed))
-    sent = map(pc.and_not, changed, columns("cached"))
-    done = pc.sum(pc.and_(rewritten, reduce(pc.or_, sent))).as_py() or 0 if asked else 0
-    left = pc.and_(good, pc.invert(rewritten))
+    flat = answers.flat
+    failed_answers = _mask(pc.is_valid(flat.column("failure")))
+    given = _mask(pc.is_valid(flat.column("completion")))
+    cached = _mask(flat.column("cached").fill_null(False))
+    failed = _any(failed_answers, answers.ends)
+    rewritten = _any(given, answers.ends) & ~failed
+    sent = rewritten & _any(given & ~cached, answers.ends)
+    done = int(sent.sum()) if asked else 0
     return {
-        "records": len(failure),
+        "records": len(answers),
         "done": done,
-        "cached": (pc.sum(rewritten).as_py() or 0) - done,
-        "failed": len(failure) - failure.null_count,
-        "skipped": _skipped(left, skips, done_before),
-        "failures_by_kind": counted(failure),
+        "cached": int(rewritten.sum()) - done,
+        "failed": int(failed.sum()),
+        "skipped": _skipped(~failed & ~rewritten, skips, records, answers),
+        "failures_by_kind": _kinds(flat, failed_answers, answers),
     }
 
 
-def _is_given(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    import pyarrow.compute as pc
+def _mask(column: pa.ChunkedArray) -> np.ndarray:
+    found: np.ndarray = column.to_numpy()
+    return found
 
-    return pc.is_valid(column)
+
+def _any(mask: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """For each record, whether the mask holds for any answer to it."""
+    sums = np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], ends]).astype(np.int64)]
+    found: np.ndarray = np.diff(sums) > 0
+    return found
+
+
+def _kinds(flat: pa.Table, failed: np.ndarray, answers: Answers) -> dict[str, int]:
+    """Failed records by the class of their first failure."""
+    places = np.flatnonzero(failed)
+    owners = np.searchsorted(answers.ends, places, side="right")
+    firsts = places[np.unique(owners, return_index=True)[1]]
+    return counted(flat.column("failure").take(pa.array(firsts, pa.int64())))
 
 
 def _skipped(
-    left: pa.ChunkedArray,
-    skips: list[pa.ChunkedArray] | None,
-    done_before: Sequence[Sequence[int]] | None,
+    left: np.ndarray, skips: list[pa.ChunkedArray] | None, records: Records, answers: Answers
 ) -> dict[str, int]:
     """The records that were left as they are, by the reason."""
-    import pyarrow.compute as pc
-
     skipped: dict[str, int] = {}
-    if done_before is not None:
-        done = pc.and_(left, pa.array([bool(fields) for fields in done_before], pa.bool_()))
-        skipped["done before"] = pc.sum(done).as_py() or 0
+    messages = answers.flat.column("message")
+    if messages.null_count < len(messages):
+        chosen = _mask(pc.equal(messages.fill_null(""), NOT_CHOSEN))
+        left_out = left & _any(chosen, answers.ends)
+        if records.limit is not None:
+            left_out[records.limit :] = left[records.limit :]
+        skipped[NOT_CHOSEN] = int(left_out.sum())
+        left = left & ~left_out
+    if records.done is not None:
+        done = left & np.array([bool(fields) for fields in records.done], bool)
+        skipped["done before"] = int(done.sum())
         # Such records have no other reason to be skipped.
-        left = pc.and_not(left, done)
+        left = left & ~done
     if skips is not None:
-        skipped |= counted(pc.coalesce(*skips).filter(left))
+        skipped |= counted(pc.coalesce(*skips).filter(pa.array(left)))
     else:
-        skipped["no text"] = pc.sum(left).as_py() or 0
+        skipped["no text"] = int(left.sum())
     return {reason: count for reason, count in skipped.items() if count}
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fabe_ds.config.load import MAYBE_FILES
-from fabe_ds.config.settings import SCHEMA_FILE, RunConfig, setting
+from fabe_ds.config.load import MAYBE_FILES, in_folder
+from fabe_ds.config.settings import JUDGE_FILE, SCHEMA_FILE, RunConfig, setting
 from fabe_ds.errors import UsageError, reason
 from fabe_ds.files import is_text, replacing
 from fabe_ds.network import without_secrets
@@ -119,14 +119,13 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         for name in RunConfig.model_fields
         if name != "api_key" and setting(name, "panel")
     }
-    check = config.validate_with
-    if check and check.startswith(SCHEMA_FILE):
-        schema = _from_anywhere(check.removeprefix(SCHEMA_FILE))
-        settings["validate_with"] = f"{SCHEMA_FILE}{schema}"
+    here = Path.cwd()
+    settings["validate_with"] = [in_folder(c, SCHEMA_FILE, here) for c in config.validate_with]
+    settings["pick"] = in_folder(config.pick, JUDGE_FILE, here)
     if config.base_url:
         settings["base_url"] = without_secrets(config.base_url)
     for name, value in settings.items():
-        if isinstance(value, Path) or name in MAYBE_FILES:
+        if isinstance(value, Path) or (name in MAYBE_FILES and isinstance(value, str)):
             url = url_of(value) if isinstance(value, Path) else None
             settings[name] = url or _from_anywhere(value)
     return settings

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.answers import Answer, Answers, by_record
+from fabe_ds.answers import Answer, Answers, by_place, by_record
 from fabe_ds.files import replacing
 from fabe_ds.formats.base import Format, Records
 from fabe_ds.job import Job
@@ -32,7 +32,7 @@ def write_reports(
     kind, transform, reports = job.format, job.transform, job.destination.reports
     stats, flat = transform.stats, answers.flat
     skips, asked = kind.skips(records), stats.settled > 0
-    counts = record_counts(answers, skips, records.done, asked)
+    counts = record_counts(answers, skips, records, asked)
     result = RunResult(
         **counts,
         bad_files=records.left_out,
@@ -59,7 +59,7 @@ def write_reports(
         "input": str(job.config.input_path.absolute()),
         "history": course.history,
         "latency": stats.latency,
-        "instruction": transform.template[0],
+        "instruction": transform.texts.instruction[0],
         "prompt_tokens_each": sizes(flat.column("prompt_tokens")),
         "completion_tokens_each": sizes(flat.column("completion_tokens")),
     }
@@ -68,32 +68,36 @@ def write_reports(
 
 
 def failed_records(records: Records, kind: Format, answers: Answers) -> Iterator[dict[str, Any]]:
-    """A failure for each field that failed: where its record stands, what went wrong, the texts."""
-    each, first = answers.targets.each, 0
-    for table in answers.tables(ROWS):
+    """A failure for each text that failed: where its record stands, what went wrong, the texts."""
+    first = 0
+    for table, lengths in answers.tables(ROWS):
         # Nearly all parts of a run have no failure, and are not looked at row by row.
         if table.column("failure").null_count < len(table):
-            for number, given in enumerate(by_record(table, each), first):
-                yield from _failures_of(number, given, records, kind)
-        first += len(table) // each
+            for number, given in enumerate(by_record(table, lengths), first):
+                if any(answer.failure is not None for answer in given):
+                    yield from _failures_of(number, given, records, kind)
+        first += len(lengths)
 
 
 def _failures_of(
     number: int, answers: Sequence[Answer], records: Records, kind: Format
 ) -> Iterator[dict[str, Any]]:
     targets = kind.targets
-    row: dict[str, Any] | None = None
-    for field, name in enumerate(targets.names):
-        samples = answers[field * targets.samples : (field + 1) * targets.samples]
+    table = row_table(records.dataset, number)
+    (row,) = table.to_pylist()
+    asked = next(iter(kind.rows(table, whole=False)))
+    for place, samples in enumerate(by_place(answers, targets.samples)):
         failed = next((answer for answer in samples if answer.failure is not None), None)
         if failed is None:
             continue
-        if row is None:
-            (row,) = row_table(records.dataset, number).to_pylist()
+        field = place if asked.fields is None else asked.fields[place]
         where: dict[str, Any] = {"record": number, **kind.where(row, field)}
+        if asked.fields is not None:
+            where["text"] = asked.texts[place]
         yield {
             "record": where.pop("record"),
-            **({"field": name} if len(targets.names) > 1 else {}),
+            **({"field": targets.names[field]} if len(targets.names) > 1 else {}),
+            **({"place": place} if asked.fields is not None else {}),
             **{key: where.pop(key) for key in ("file", "line") if key in where},
             "failure": failed.failure,
             "message": failed.message,
@@ -133,10 +137,12 @@ def examples(records: Records, kind: Format, answers: Answers) -> Iterator[tuple
     given = given[given % targets.samples == 0]
     step = max(1, math.ceil(len(given) / EXAMPLES_KEPT))
     for index in map(int, given[::step]):
-        number, field = divmod(index // targets.samples, len(targets.names))
+        number, at = answers.record_of(index)
         table = row_table(records.dataset, number)
         (row,) = table.to_pylist()
-        before = next(iter(kind.rows(table, whole=False))).texts[field]
+        asked = next(iter(kind.rows(table, whole=False)))
+        text = at // targets.samples
+        before, field = asked.texts[text], asked.fields[text] if asked.fields else text
         where = {"record": number, **kind.where(row, field)}
         place = f"record {where['record']}"
         if "file" in where:

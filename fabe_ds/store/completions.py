@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS completions (
     key BLOB NOT NULL UNIQUE, text TEXT NOT NULL, finish_reason TEXT,
-    prompt_tokens INTEGER, completion_tokens INTEGER, created REAL NOT NULL, reasoning TEXT);
+    prompt_tokens INTEGER, completion_tokens INTEGER, created REAL NOT NULL, reasoning TEXT,
+    logprobs TEXT);
 CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (run TEXT PRIMARY KEY, endpoint TEXT NOT NULL, batch TEXT);
 CREATE TABLE IF NOT EXISTS written (mark BLOB PRIMARY KEY) WITHOUT ROWID;
@@ -36,8 +37,10 @@ CREATE TABLE IF NOT EXISTS learned (
     ) WITHOUT ROWID;
 """
 _FORMER_COLUMNS = "key, text, finish_reason, prompt_tokens, completion_tokens"
-_COLUMNS = f"{_FORMER_COLUMNS}, reasoning"
-_STORE = f"INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?,?)"
+_LATER_COLUMNS = ("reasoning", "logprobs")
+"""Those that caches of earlier versions lack."""
+_COLUMNS = ", ".join((_FORMER_COLUMNS, *_LATER_COLUMNS))
+_STORE = f"INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?,?,?)"
 _IN = 500  # host parameters a statement; old builds of SQLite allow 999
 _BUSY_SECONDS = 30
 
@@ -134,8 +137,9 @@ class RecordCache:
             connection.execute("PRAGMA synchronous = FULL")  # a commit holds over a power cut
             connection.executescript(_SCHEMA)
             columns = [row[1] for row in connection.execute("PRAGMA table_info(completions)")]
-            if "reasoning" not in columns:  # a cache that an earlier version made
-                connection.execute("ALTER TABLE completions ADD COLUMN reasoning TEXT")
+            for name in _LATER_COLUMNS:
+                if name not in columns:  # a cache that an earlier version made
+                    connection.execute(f"ALTER TABLE completions ADD COLUMN {name} TEXT")
         except sqlite3.Error:
             connection.close()
             raise
@@ -377,5 +381,6 @@ def _readable(path: Path) -> Iterator[tuple[object, ...]]:
         contextlib.suppress(sqlite3.Error),
     ):
         there = [row[1] for row in connection.execute("PRAGMA table_info(completions)")]
-        columns = _COLUMNS if "reasoning" in there else f"{_FORMER_COLUMNS}, NULL"
+        later = (name if name in there else "NULL" for name in _LATER_COLUMNS)
+        columns = ", ".join((_FORMER_COLUMNS, *later))
         yield from connection.execute(f"SELECT {columns} FROM completions")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fabe_ds.store.completions import RecordCache
 
+_MANY = 1 << 20
 Position = tuple[str, int]
 """The file of a record, and the record's number in it."""
 
@@ -20,8 +21,10 @@ class Journal:
     """The marks of the values that `jobs` have written; the first job is the run's own, others are
     names under which earlier versions knew it."""
 
-    def __init__(self, cache: RecordCache, jobs: Sequence[str], fields: int) -> None:
-        self._cache, self._jobs, self._fields = cache, jobs, fields
+    def __init__(self, cache: RecordCache, jobs: Sequence[str], fields: int | None) -> None:
+        """`fields`: how many texts each record has, None where they have any number of them."""
+        self._cache, self._jobs = cache, jobs
+        self._fields = fields or _MANY
         self._paths: dict[str, str] = {}
 
     def rewritten(

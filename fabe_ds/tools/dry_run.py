@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +22,7 @@ from fabe_ds.job import Job, open_job
 from fabe_ds.prompts.acceptance import acceptance, asking_again
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.counts import counted
-from fabe_ds.request import Completion, Item, Request, Stats
+from fabe_ds.request import NOT_CHOSEN, Completion, Item, NotChosen, Request, Stats
 from fabe_ds.store.completions import Completions, RecordCache
 from fabe_ds.transform import Transform
 
@@ -65,9 +65,9 @@ def loaded(job: Job) -> Records:
         return pipeline.loaded(job, no_tick)
 
 
-def items_of(job: Job, records: Records) -> Iterator[Item]:
-    """What all records ask for."""
-    yield from Work.of(records, job.format, job.transform, Path()).items()
+def items_by_record(job: Job, records: Records) -> Iterator[list[Item]]:
+    """What each record asks for."""
+    return Work.of(records, job.format, job.transform, Path()).items_by_record()
 
 
 def count(job: Job, records: Records) -> DryRun:
@@ -78,13 +78,13 @@ def count(job: Job, records: Records) -> DryRun:
         cache = RecordCache.existing(job.config.cache_dir)
     with contextlib.closing(cache) if cache else contextlib.nullcontext():
         counter = _Counter(job.transform, cache, seen)
-        items = items_of(job, records)
+        items = chain.from_iterable(items_by_record(job, records))
         while part := list(islice(items, ROWS)):
             counter.count(part)
     skips = job.format.skips(records)
     if skips is not None:
-        broken = seen.failed[BROKEN]
-        seen.skipped = Counter()
+        broken, left_out = seen.failed[BROKEN], seen.skipped[NOT_CHOSEN]
+        seen.skipped = Counter({NOT_CHOSEN: left_out}) if left_out else Counter()
         for column in skips:
             seen.skipped.update(counted(column))
         for name in (BROKEN, "not UTF-8"):
@@ -115,6 +115,7 @@ class _Counter:
         requests = [item for item in items if isinstance(item, Request)]
         seen.failed.update(item.kind for item in items if isinstance(item, RecordFailed))
         seen.skipped["no text"] += sum(item is None for item in items)
+        seen.skipped[NOT_CHOSEN] += sum(isinstance(item, NotChosen) for item in items)
         seen.skipped = +seen.skipped
         seen.to_do += len(requests)
         for request in requests[: SHOWN - len(seen.requests)]:

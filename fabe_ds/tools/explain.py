@@ -10,7 +10,7 @@ from fabe_ds.engine.coalesce import LASTING, stored
 from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.job import Job, open_job
 from fabe_ds.prompts.acceptance import acceptance
-from fabe_ds.request import Item, Request
+from fabe_ds.request import Item, NotChosen, Request
 from fabe_ds.store.completions import RecordCache
 from fabe_ds.tools.dry_run import loaded
 from fabe_ds.transform import Transform
@@ -43,13 +43,19 @@ def explain(config: RunConfig, record: int) -> str:
 
 
 def _skips(job: Job, row: dict[str, Any]) -> list[str]:
-    """For each field, why the record has no text in it."""
+    """For each text, why the record has none in it."""
     names = ("skip" if not n else f"skip_{n}" for n in range(len(job.transform.targets.names)))
-    return [row.get(name) or "empty" for name in names]
+    words: list[str] = []
+    for name in names:
+        found = row.get(name)
+        words += [word or "empty" for word in (found if isinstance(found, list) else [found])]
+    return words
 
 
 def _why(transform: Transform, item: Item, skip: str) -> str:
     """Why what a record asks for would, or would not, be answered; `skip`: why it asks nothing."""
+    if isinstance(item, NotChosen):
+        return "not sent: not chosen (--where)"
     if item is None:
         return f"not sent: the field is {skip}"
     if not isinstance(item, Request):

@@ -16,7 +16,7 @@ from fabe_ds.errors import RunStopped
 from fabe_ds.job import open_job
 from fabe_ds.providers.base import LocalProvider
 from fabe_ds.request import Outcome, Request
-from fabe_ds.tools.dry_run import DryRun, items_of, loaded
+from fabe_ds.tools.dry_run import DryRun, items_by_record, loaded
 from fabe_ds.tools.dry_run import count as count_all
 
 TIME_SPREAD = 0.2
@@ -51,12 +51,16 @@ def preview(config: RunConfig, count: int) -> Preview:
     Raises: FabeError.
     """
     job = open_job(config)
-    transform, each = job.transform, job.transform.targets.each
+    transform = job.transform
     records = loaded(job)
     counts = count_all(job, records)
     rules.remark(config, transform.provider)
-    numbered = enumerate(items_of(job, records))
-    requests = ((at // each, item) for at, item in numbered if isinstance(item, Request))
+    requests = (
+        (number, item)
+        for number, items in enumerate(items_by_record(job, records))
+        for item in items
+        if isinstance(item, Request)
+    )
     asked = [
         (number + 1, item)
         for _, group in islice(groupby(requests, itemgetter(0)), count)
@@ -69,7 +73,7 @@ def preview(config: RunConfig, count: int) -> Preview:
         if asked and isinstance(transform.provider, LocalProvider) and not config.offline:
             transform.provider.preflight()  # a model's loading is no part of what a record takes
         started = time.monotonic()
-        outcomes.extend(transform.runtime.outcomes(item for _, item in asked))
+        outcomes.extend(transform.answers(item for _, item in asked))
     except RunStopped as error:
         if not outcomes:
             raise

@@ -153,6 +153,7 @@ def test_a_failed_row_keeps_what_it_has(box):
         "finish_reason": "stop",
         "prompt_tokens": after[4]["how"]["prompt_tokens"],
         "completion_tokens": 3,
+        "model": "m",
     }
     (failure,) = box.read("outputs.failures.jsonl")
     assert (failure["record"], failure["code"]) == (3, "x = 3")

@@ -62,9 +62,9 @@ class RayExecutor:
             node = DriverNode.here(config)
             progress = progress_actor(node)
             part = share(transform, pool.workers, pool.gpus)
-            task = WorkerTask(part, transform.template, node, progress, work.kind)
+            task = WorkerTask(part, transform.texts, node, progress, work.kind)
             blocks = _Blocks(pool, shards, task)
-            schema = features().arrow_schema
+            schema = features(transform.targets).arrow_schema
             with (
                 followed(blocks.counts, transform.stats),
                 contextlib.closing(blocks.arriving()) as arriving,

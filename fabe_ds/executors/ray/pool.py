@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
+from fabe_ds.config.load import in_folder
 from fabe_ds.config.rules import check_workers
-from fabe_ds.config.settings import RunConfig, TransformConfig
+from fabe_ds.config.settings import JUDGE_FILE, SCHEMA_FILE, RunConfig, TransformConfig
 from fabe_ds.errors import UsageError
 from fabe_ds.executors.ray.driver_node import DriverNode
 from fabe_ds.executors.ray.worker import Worker, WorkerTask
@@ -50,7 +51,7 @@ def transform(
     if isinstance(whole.config.concurrency, int) and isinstance(whole.provider, HttpProvider):
         workers = min(workers, whole.config.concurrency)
     node = DriverNode.here(whole.config)
-    task = WorkerTask(share(whole, workers, gpus_per_worker), whole.template, node)
+    task = WorkerTask(share(whole, workers, gpus_per_worker), whole.texts, node)
     local = not isinstance(whole.provider, HttpProvider)
     return Pool(workers, cpus_per_worker, gpus_per_worker, local).map(dataset, task)
 
@@ -139,9 +140,9 @@ def share(transform: Transform, workers: int, gpus: float) -> TransformConfig:
         changed["api_key"] = SecretStr(key)
     if config.model and Path(config.model).exists():
         changed["model"] = str(Path(config.model).resolve())
-    kind, _, name = (config.validate_with or "").partition(":")
-    if kind == "json-schema":
-        changed["validate_with"] = f"{kind}:{Path(name).resolve()}"
+    here = Path.cwd()
+    changed["validate_with"] = [in_folder(c, SCHEMA_FILE, here) for c in config.validate_with]
+    changed["pick"] = in_folder(config.pick, JUDGE_FILE, here)
     if gpus:
         changed["device"] = "cuda"  # Ray shows each worker its own GPUs alone
     return config.model_copy(update=changed)

@@ -8,6 +8,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from fabe_ds.errors import RunStopped
-from fabe_ds.executors.base import Work, asking_rows
+from fabe_ds.executors.base import Work, asking_rows, counts_of
 from fabe_ds.files import is_locked
 from fabe_ds.formats.base import OURS
 from fabe_ds.providers import Request
@@ -65,14 +66,18 @@ def with_sample_numbers(work: Work) -> Iterator[pa.Table]:
     """The records with how many equal requests stand before each of theirs: sampled, each has its
     own answer, as one process would number them."""
     seen: Counter[bytes] = Counter()
-    transform, each = work.transform, work.transform.targets.each
+    transform = work.transform
     for table in work.tables():
         numbers = []
         for item in transform.items(asking_rows(work.kind, table, transform)):
             key = transform.provider.key(item) if isinstance(item, Request) else b""
             numbers.append(seen[key])
             seen[key] += 1
-        lists = [numbers[start : start + each] for start in range(0, len(numbers), each)]
+        places, samples = counts_of(work.kind, table), transform.targets.samples
+        if places is None:
+            places = [len(transform.targets.names)] * len(table)
+        given = iter(numbers)
+        lists = [list(islice(given, count * samples)) for count in places]
         yield table.append_column(SAMPLE, pa.array(lists, pa.list_(pa.int64())))
 
 

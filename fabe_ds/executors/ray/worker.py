@@ -14,11 +14,12 @@ import pyarrow as pa
 from fabe_ds.answers import answer_table
 from fabe_ds.config.settings import TransformConfig
 from fabe_ds.errors import FabeError, RunStopped, first_line
-from fabe_ds.executors.base import asking_rows
+from fabe_ds.executors.base import asking_rows, counts_of
 from fabe_ds.executors.ray.driver_node import DriverNode
 from fabe_ds.executors.ray.shards import ROW, SAMPLE
 from fabe_ds.formats.base import Format
 from fabe_ds.formats.columns import new_columns
+from fabe_ds.prompts.asking import Texts
 from fabe_ds.transform import Transform
 
 TELL_SECONDS, DRAIN_SECONDS = 0.5, 60.0
@@ -29,7 +30,7 @@ class WorkerTask:
     """What every worker is given. Without a progress actor, a block is a dataset's own rows."""
 
     config: TransformConfig  # with this worker's part of the limits; the key in it is masked
-    template: tuple[str, str]  # the instruction's text and name
+    texts: Texts  # of files that may be here alone
     node: DriverNode
     progress: Any = None  # the handle of a ProgressActor
     kind: Format | None = None
@@ -66,7 +67,7 @@ class Worker:
         with self._lock:
             if self._transform is None:
                 opened = Transform(
-                    self._task.config, lambda _: self._link.cache(), self._task.template
+                    self._task.config, lambda _: self._link.cache(), self._task.texts
                 )
                 _ = opened.runtime  # here, and not by two calls at once
                 self._transform = opened
@@ -79,8 +80,8 @@ class Worker:
         numbers = rows.column(SAMPLE).to_pylist() if SAMPLE in rows.column_names else None
         assert self._task.kind is not None
         items = transform.items(asking_rows(self._task.kind, rows, transform), numbers)
-        each = transform.targets.each
-        result = answer_table(transform.runtime.outcomes(items), each)
+        places = counts_of(self._task.kind, rows)
+        result = answer_table(transform.answers(items), transform.targets, places)
         return result.append_column(ROW, rows.column(ROW))
 
     # What it says, and is told, of the run.
@@ -118,7 +119,7 @@ class Worker:
 
 def _changed(transform: Transform, rows: pa.Table) -> dict[str, pa.Array]:
     """The columns of the rows that are new, and those that are others now."""
-    new = new_columns(transform.targets, rows.column_names)
+    new = new_columns(transform.targets, rows.schema)
     return {
         name: pa.array(values, new[name] if name in new else rows.schema.field(name).type)
         for name, values in transform.rewritten(rows.to_pydict()).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -12,14 +12,22 @@ import pyarrow as pa
 
 from fabe_ds.answers import Answers
 from fabe_ds.errors import UsageError
-from fabe_ds.fields import dotted_hint
-from fabe_ds.formats.base import Format, Records, Row, Source, Tick, states_of
+from fabe_ds.fields import FieldPath, is_several
+from fabe_ds.formats.base import BROKEN, Format, Records, Row, Source, Tick, states_of
+from fabe_ds.formats.json.edit import room_for
 from fabe_ds.formats.json.load import load, target_columns
-from fabe_ds.formats.json.write import copy_unchanged, rows_with_answers, write_files
+from fabe_ds.formats.json.write import (
+    copy_unchanged,
+    existing_outputs,
+    rows_with_answers,
+    write_files,
+)
 
 log = logging.getLogger(__name__)
 
 KEYS_SHOWN = 20
+NO_ROOM = "no room"
+"""Class of the failure of a record in which an output field has no place."""
 
 
 class JsonFormat(Format):
@@ -61,14 +69,41 @@ class JsonFormat(Format):
 
     def columns(self, records: Records, whole: bool) -> list[str]:
         texts = [group[3] for group in target_columns(len(self.targets.names))]
-        return [*texts, "error", *(["raw"] if whole else [])]
+        return [*texts, "error", *(["raw"] if whole or self._placed else [])]
+
+    @property
+    def _placed(self) -> list[FieldPath]:
+        """The paths of fields that are put elsewhere than beside a field."""
+        every = range(len(self.targets.names))
+        added = (each for field in every for each in self.targets.added(field))
+        return [each.path for each in added if not each.beside]
 
     def rows(self, table: pa.Table, whole: bool) -> Iterator[Row]:
-        count = len(self.targets.names)
-        texts = (table.column(group[3]).to_pylist() for group in target_columns(count))
+        count, several = len(self.targets.names), self.targets.has_several
+        columns = [table.column(group[3]) for group in target_columns(count)]
+        texts = zip(*(column.to_pylist() for column in columns), strict=True)
         records = table.column("raw").to_pylist() if whole else repeat(None, len(table))
         errors = table.column("error").to_pylist()
-        return map(Row, zip(*texts, strict=True), records, errors)
+        if placed := self._placed:
+            raws = table.column("raw").to_pylist()
+            rooms = [
+                None if e else _no_room(raw, placed) for raw, e in zip(raws, errors, strict=True)
+            ]
+        else:
+            rooms = [None] * len(table)
+        if not several and not placed:
+            return map(Row, texts, records, errors)
+        many = [pa.types.is_list(column.type) for column in columns]
+        pairs = zip(rooms, errors, strict=True)
+        said = ((NO_ROOM, room) if room else (BROKEN, e) for room, e in pairs)
+        listed = (_listed(values, many) for values in texts)
+        return (
+            Row(values, record, error, fields if several else None, failure=kind)
+            for (values, fields), record, (kind, error) in zip(listed, records, said, strict=True)
+        )
+
+    def existing(self, records: Records) -> Iterator[list[int]]:
+        return existing_outputs(records, self.targets)
 
     def where(self, row: Mapping[str, Any], field: int = 0) -> dict[str, Any]:
         names = target_columns(field + 1)[field]
@@ -90,15 +125,18 @@ class JsonFormat(Format):
         if pc.any(pc.and_not(readable, objects)).as_py():
             flag = self.flag_of(self.targets.gained[0])
             raise UsageError(f"{flag}: there are records that are no objects, and take no fields")
-        for name, backup, group in zip(
-            self.targets.names, self.targets.backup_keys, groups, strict=False
+        for name, path, backup, group in zip(
+            self.targets.names, self.targets.paths, self.targets.backup_keys, groups, strict=False
         ):
             joint, text, skip = (table.column(column) for column in group[2:])
+            if is_several(path):
+                lengths = pc.list_value_length(skip)
+                if pc.any(readable).as_py() and not pc.any(pc.greater(lengths, 0)).as_py():
+                    raise no_such_field(name, len(table), _first_of(table, readable))
+                continue
             missing = pc.equal(skip.fill_null(""), "missing")
             if pc.any(readable).as_py() and not pc.any(pc.and_not(readable, missing)).as_py():
-                first = pc.index(readable, True).as_py()
-                raw = table.column("raw")[first].as_py()
-                raise no_such_field(name, pc.sum(readable).as_py(), raw)
+                raise no_such_field(name, pc.sum(readable).as_py(), _first_of(table, readable))
             held = pc.sum(pc.and_(pc.is_valid(text), pc.equal(joint, ""))).as_py() or 0
             if backup and held:
                 log.info(
@@ -121,7 +159,8 @@ class JsonFormat(Format):
 
     def skips(self, records: Records) -> list[pa.ChunkedArray]:
         table = records.dataset.data.table
-        return [table.column(group[4]) for group in target_columns(len(self.targets.names))]
+        columns = [table.column(group[4]) for group in target_columns(len(self.targets.names))]
+        return [_one_each(c) if pa.types.is_list(c.type) else c for c in columns]
 
     def write(
         self, records: Records, answers: Answers, paths: Mapping[str, str], tick: Tick
@@ -133,6 +172,42 @@ class JsonFormat(Format):
             if file.location in empty and path != file.location:
                 digests[path] = copy_unchanged(file, path)
         return digests
+
+
+def _listed(values: Sequence[Any], many: Sequence[bool]) -> tuple[list[str | None], list[int]]:
+    """The texts of a record one after another, and which field each is of."""
+    texts: list[str | None] = []
+    fields: list[int] = []
+    for field, value in enumerate(values):
+        found = value if many[field] else [value]
+        texts += found
+        fields += [field] * len(found)
+    return texts, fields
+
+
+def _no_room(raw: str, paths: Sequence[FieldPath]) -> str | None:
+    """Why a field cannot be put into a record at one of these paths, or None."""
+    for path in paths:
+        if (wrong := room_for(raw, path)) is not None:
+            return f"no field can be put at {'.'.join(map(str, path))}: {wrong}"
+    return None
+
+
+def _one_each(skips: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Why a record has no text in any place of a field, as a word or null."""
+    words = (
+        "missing" if not places else None if None in places else places[0]
+        for places in skips.to_pylist()
+    )
+    return pa.chunked_array([pa.array(list(words), pa.string())])
+
+
+def _first_of(table: pa.Table, readable: pa.ChunkedArray) -> str:
+    """The text of the first record that is one."""
+    import pyarrow.compute as pc
+
+    raw: str = table.column("raw")[pc.index(readable, True).as_py()].as_py()
+    return raw
 
 
 def _say_skipped(table: pa.Table, name: str, column: str) -> None:
@@ -161,5 +236,4 @@ def no_such_field(name: str, records: int, raw: str) -> UsageError:
     hint = (
         f" (--records-key {lists[0]}, if the records are there)" if lists and records == 1 else ""
     )
-    dotted = dotted_hint(name, keys)
-    return UsageError(f"--field {name}: no record has it{dotted}; the first one has {shown}{hint}")
+    return UsageError(f"--field {name}: no record has it; the first one has {shown}{hint}")

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fabe_ds.errors import InputError, UsageError
-from fabe_ds.fields import parse_path
+from fabe_ds.fields import key_of, parse_path
 from fabe_ds.files import digest, is_text
 from fabe_ds.formats.base import BROKEN, no_tick
 from fabe_ds.formats.discover import InputFile, discover, refuse_unread
 from fabe_ds.formats.json.read import Broken, Record, Tail, read_records
-from fabe_ds.formats.json.scan import Field, Fields, Target
+from fabe_ds.formats.json.scan import Field, Fields, Located, Target
 from fabe_ds.scratch import clear_scratch, not_kept, remove, scratch_in
 from fabe_ds.store.layout import Layout, usable_folder
 from fabe_ds.text import encodable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOADER_VERSION = 2
+LOADER_VERSION = 3
 ROWS = 4096
 CHARACTERS = 1 << 24
 FOREIGN = "not UTF-8"
@@ -51,10 +51,11 @@ def target_columns(count: int) -> list[list[str]]:
     return [[f"{name}_{number}" if number else name for name in names] for number in range(count)]
 
 
-def schema_of(targets: int) -> pa.Schema:
-    """The columns of a carrier with so many targets a record."""
-    first, *others = target_columns(targets) or [[]]
-    types = [kind for _, kind in _TARGET]
+def schema_of(several: Sequence[bool]) -> pa.Schema:
+    """The columns of a carrier with so many targets a record: lists for those that a record may
+    have several times."""
+    first, *others = target_columns(len(several)) or [[]]
+    types = [[pa.list_(t) if many else t for _, t in _TARGET] for many in several]
     return pa.schema(
         [
             ("file", pa.string()),  # path below the input root, as text.shown_name writes it
@@ -62,15 +63,15 @@ def schema_of(targets: int) -> pa.Schema:
             ("line", pa.int64()),  # where it begins, from 1
             ("before", pa.large_string()),  # text between the last record and this one
             ("raw", pa.large_string()),  # the record's own text
-            *zip(first, types, strict=False),
+            *zip(first, *types[:1], strict=False),
             ("error", pa.string()),  # what is wrong with a line that is no record, or null
             ("after", pa.large_string()),  # text behind a file's last record; null for others
-            *(pair for names in others for pair in zip(names, types, strict=True)),
+            *(pair for pairs in map(zip, others, types[1:]) for pair in pairs),
         ]
     )
 
 
-SCHEMA = schema_of(1)
+SCHEMA = schema_of([False])
 """The carrier: the columns of what `load_records` gives. A file is `before + raw` of all its
 rows and `after` of the last."""
 _ROW = ("line", "before", "raw", "error")
@@ -201,37 +202,45 @@ def field_target(field: str, backup_field: str | None) -> Field:
         path = parse_path(field)
     except ValueError as error:
         raise UsageError(f"--field: {error}") from None
-    if backup_field and path[-1] == backup_field:
+    if backup_field and key_of(path) == backup_field:
         raise UsageError(f"--backup-field {backup_field}: it is the target field itself")
     return Field(path, backup_field or None)
 
 
-def row_of(record: Record | Broken, targets: int) -> tuple[Any, ...]:
+def row_of(record: Record | Broken, several: Sequence[bool]) -> tuple[Any, ...]:
     """A carrier's row but for where it stands: the values of `_ROW`, then those of each target."""
     line, before, raw = record[:3]
     if isinstance(record, Broken):
-        skip = FOREIGN if record.foreign else BROKEN
-        return (line, before, raw, record.message, *((-1, -1, "", None, skip) * targets))
+        nothing = (-1, -1, "", None, FOREIGN if record.foreign else BROKEN)
+        values = [[value] if many else value for many in several for value in nothing]
+        return (line, before, raw, record.message, *values)
     row = [line, before, raw, None]
-    for target in record.targets:
-        row += _of_target(target)
+    for located in record.targets:
+        row += _of_target(located)
     return tuple(row)
 
 
-def _of_target(target: Target | None) -> tuple[Any, ...]:
+def _of_target(target: Located) -> Sequence[Any]:
+    if isinstance(target, list):
+        places = map(_of_target, target)
+        return [list(values) for values in zip(*places, strict=True)] or [[]] * len(_TARGET)
     reason = _skip_reason(target)
     if target is None:
         return -1, -1, "", None, reason
-    start, end, value, joint = target
+    start, end, value, joint, _ = target
     return start, end, joint, None if reason else encodable(value), reason
 
 
 class _Rows:
     """Rows of one file after another, written a batch at a time whatever the files' sizes."""
 
-    def __init__(self, writer: pa.RecordBatchWriter, schema: pa.Schema, targets: int) -> None:
-        self._writer, self._schema, self._targets = writer, schema, targets
-        self._names = [*_ROW, *(name for names in target_columns(targets) for name in names)]
+    def __init__(
+        self, writer: pa.RecordBatchWriter, schema: pa.Schema, several: Sequence[bool]
+    ) -> None:
+        self._writer, self._schema, self._several = writer, schema, several
+        self._is_single = list(several) == [False]
+        names = target_columns(len(several))
+        self._names = [*_ROW, *(name for group in names for name in group)]
         self._clear()
 
     def _clear(self) -> None:
@@ -252,16 +261,16 @@ class _Rows:
             if len(self._rows) >= ROWS or self._weight > CHARACTERS:
                 self.flush()
                 self._runs.append((name, index, 0))
-            if self._targets == 1 and isinstance(item, Record) and item.targets[0] is not None:
+            target = item.targets[0] if self._is_single and isinstance(item, Record) else None
+            if isinstance(target, Target):
                 # As `row_of` makes it; made here, it takes half the time.
-                target = item.targets[0]
-                start, end, value, joint = target
+                start, end, value, joint, _ = target
                 skip = _skip_reason(target)
                 text = None if skip else encodable(value)
-                line, before, raw, _ = item
+                line, before, raw = item[:3]
                 self._rows.append((line, before, raw, None, start, end, joint, text, skip))
             else:
-                self._rows.append(row_of(item, self._targets))
+                self._rows.append(row_of(item, self._several))
             self._weight += len(item.raw)
             index += 1
         return index
@@ -300,7 +309,9 @@ def _skip_reason(target: Target | None) -> str | None:
 
 
 def _fingerprint(contents: Sequence[tuple[str, str]], *options: Any) -> str:
-    seed = json.dumps([LOADER_VERSION, options, contents])
+    dotted = any("." in str(name) for name in (options[0], *(name for name, _ in options[4:])))
+    # Paths of several steps are found as keys that hold dots, too, since version 3.
+    seed = json.dumps([LOADER_VERSION if dotted else 2, options, contents])
     return hashlib.sha256(seed.encode()).hexdigest()[:32]
 
 
@@ -316,7 +327,7 @@ def _write(
 
     Raises: InputError, CacheError.
     """
-    skip, schema = on_bad_input == "skip", schema_of(len(fields))
+    skip, schema = on_bad_input == "skip", schema_of(fields.several)
     loaded = []
     clear_scratch(folder.parent)
     try:
@@ -327,7 +338,7 @@ def _write(
                 pa.OSFile(str(scratch / "records.arrow"), "wb") as sink,
                 pa.ipc.new_stream(sink, schema) as writer,
             ):
-                rows = _Rows(writer, schema, len(fields))
+                rows = _Rows(writer, schema, fields.several)
                 for source in sources:
                     error = _broken(source, records_key) if skip else None
                     count = 0

@@ -13,7 +13,7 @@ from fabe_ds.errors import InputError
 from fabe_ds.fields import FieldPath, parse_path
 from fabe_ds.formats.base import no_tick
 from fabe_ds.formats.discover import LINES, InputFile
-from fabe_ds.formats.json.scan import Fields, Target, scan_value, skip_space
+from fabe_ds.formats.json.scan import Fields, Located, Target, scan_value, skip_space
 
 CHUNK = 1 << 22
 _UTF8_BOM = "\ufeff"
@@ -32,7 +32,7 @@ class Record(NamedTuple):
     line: int
     before: str
     raw: str
-    targets: tuple[Target | None, ...]
+    targets: tuple[Located, ...]
 
 
 class Broken(NamedTuple):
@@ -265,10 +265,7 @@ class _Document:
         def read(text: str, mark: int) -> tuple[Record, int]:
             start = skip_space(text, mark)
             end, targets = fields.locate(text, start)
-            targets = tuple(
-                target and target._replace(start=target.start - start, end=target.end - start)
-                for target in targets
-            )
+            targets = tuple(_moved(located, start) for located in targets)
             line = self.line + text.count("\n", mark, start)
             before = self.before + text[mark:start]
             return Record(line, before, text[start:end], targets), end
@@ -351,6 +348,15 @@ class _Document:
         newline = self.text.rfind("\n", 0, pos)
         column = pos - newline if newline >= 0 else self.indent + pos + 1
         return InputError(self.source.path, message, line, column)
+
+
+def _moved(located: Located, by: int) -> Located:
+    """The places of a field, counted from so many characters later."""
+    if located is None:
+        return None
+    if isinstance(located, Target):
+        return located._replace(start=located.start - by, end=located.end - by)
+    return [target._replace(start=target.start - by, end=target.end - by) for target in located]
 
 
 def _expect(chars: str) -> Callable[[str, int], int]:

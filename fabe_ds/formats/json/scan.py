@@ -13,7 +13,7 @@ from json.decoder import JSONDecodeError, JSONDecoder, scanstring  # type: ignor
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
-from fabe_ds.fields import FieldPath
+from fabe_ds.fields import FieldPath, Items, Step, is_several, joined_keys
 
 # Numbers stay text: their value is never needed, and int() refuses more than 4,300 digits.
 _scan_once = JSONDecoder(parse_int=str, parse_float=str).scan_once  # type: ignore[attr-defined]
@@ -29,13 +29,19 @@ class Target(NamedTuple):
     """The field's place in a record: `text[start:end]` is its JSON literal, `value` its value.
 
     `joint` is what stands between that literal and a backup's: a comma, the record's own spacing,
-    the backup's key and colon. Empty where the object holds a backup already.
+    the backup's key and colon. Empty where the object holds a backup already. `beside` are the
+    literals of members that were looked for in the same object, None for one that is not there.
     """
 
     start: int
     end: int
     value: Any
     joint: str
+    beside: tuple[tuple[int, int] | None, ...] = ()
+
+
+Located = Target | None | list[Target]
+"""A field's place in a record; all of its places, where it may have several."""
 
 
 class Deep:
@@ -56,18 +62,26 @@ def scan_value(text: str, pos: int) -> tuple[Any, int]:
 
 
 class Field:
-    """A field's path made ready to be found in one record after another."""
+    """A field's path made ready to be found in one record after another.
 
-    def __init__(self, path: FieldPath, backup: str | None) -> None:
-        self.path, self.backup = path, backup
-        self._key = path[0]
+    `several`: a record may have it several times, and `locate` gives a list. `beside`: keys of
+    members that are looked for in the field's own object.
+    """
+
+    def __init__(self, path: FieldPath, backup: str | None, beside: Sequence[str] = ()) -> None:
+        self.path, self.backup, self._beside = path, backup, tuple(beside)
+        self.several = is_several(path)
+        key = path[0] if isinstance(path[0], str) else ""
+        self._key = key
         self._usual = (": ", self._joint(" ", ": "))  # as most files are spaced
-        self._quoted = encode_basestring(path[0])
+        self._quoted = encode_basestring(key)
         # A key with no other spelling than its own, but for \\u escapes.
-        self._plain = len(path) == 1 and self._quoted == f'"{path[0]}"' and "/" not in path[0]
+        self._plain = (
+            len(path) == 1 and self._quoted == f'"{key}"' and "/" not in key and not beside
+        )
         self._colon = re.compile(re.escape(self._quoted) + r"([ \t\n\r]*:[ \t\n\r]*)\"").match
 
-    def locate(self, text: str, pos: int) -> tuple[int, Target | None]:
+    def locate(self, text: str, pos: int) -> tuple[int, Located]:
         """The end of the record that begins at `pos`, and its target where it has one.
 
         Of equal keys the last counts, as it does for every common JSON reader.
@@ -94,7 +108,10 @@ class Field:
                     if text[key - 2 : key] == ", " and self._usual[0] == colon:
                         return end, Target(start, stop, value, self._usual[1])
                     return end, Target(start, stop, value, self._joint_at(text, key, stop, colon))
-        return end, self._walk(text, pos)
+        found = self._targets(text, pos, self.path)
+        if self.several:
+            return end, found
+        return end, found[0] if found else None
 
     def _joint_at(self, text: str, key: int, stop: int, colon: str) -> str:
         before = key
@@ -106,24 +123,33 @@ class Field:
             lead = _lead_of_first(lead, following and following[1], colon)
         return self._joint(lead, colon)
 
-    def _walk(self, text: str, pos: int) -> Target | None:
-        """The target found step by step and member by member."""
-        for depth, step in enumerate(self.path):
-            last = depth == len(self.path) - 1
-            if text.startswith("{", pos):
-                target = self._member(text, pos, step, self.backup if last else None)
-            elif text.startswith("[", pos):
-                target = _item(text, pos, step)
-            else:
-                return None
-            if target is None or last:
-                return target
-            pos = target.start
-        return None
+    def _targets(self, text: str, pos: int, steps: Sequence[Step]) -> list[Target]:
+        """The targets below the value at `pos`, found step by step and member by member."""
+        first = steps[0]
+        if text.startswith("{", pos) and not isinstance(first, Items):
+            for key, left in joined_keys(steps):
+                member = self._member(text, pos, key, last=not left)
+                if member is not None and not left:
+                    return [member]
+                if member is not None and (found := self._targets(text, member.start, left)):
+                    return found
+            return []
+        if not text.startswith("[", pos):
+            return []
+        items = _items(text, pos)
+        if isinstance(first, Items):
+            items = [item for item in items if first.takes(item.value)]
+        else:
+            items = _item(items, first)
+        if len(steps) == 1:
+            return items
+        return [target for item in items for target in self._targets(text, item.start, steps[1:])]
 
-    def _member(self, text: str, pos: int, key: str, backup: str | None) -> Target | None:
-        """Member `key` of the object at `pos`."""
+    def _member(self, text: str, pos: int, key: str, last: bool) -> Target | None:
+        """Member `key` of the object at `pos`. `last`: it is the field itself."""
         brace = pos
+        backup, wanted = (self.backup, self._beside) if last else (None, ())
+        beside: dict[str, tuple[int, int]] = {}
         pos = skip_space(text, pos + 1)
         if text.startswith("}", pos):
             return None
@@ -142,17 +168,20 @@ class Field:
                 colon = text[key_end:start]
             elif name == backup:
                 backed = True
+            if name in wanted:
+                beside[name] = (start, end)
             pos, lead = after.end(), after[1]
             if lead is None:
                 break
         if found is None:
             return None
         key_start, start, end, value, lead = found
+        places = tuple(beside.get(name) for name in wanted)
         if backup is None or backed:
-            return Target(start, end, value, "")
+            return Target(start, end, value, "", places)
         if lead is None:
             lead = _lead_of_first(text[brace + 1 : key_start], following, colon)
-        return Target(start, end, value, self._joint(lead, colon))
+        return Target(start, end, value, self._joint(lead, colon), places)
 
     def _joint(self, lead: str, colon: str) -> str:
         return f",{lead}{encode_basestring(str(self.backup))}{colon}"
@@ -168,8 +197,14 @@ class Fields:
     def __len__(self) -> int:
         return len(self._fields)
 
-    def locate(self, text: str, pos: int) -> tuple[int, tuple[Target | None, ...]]:
-        """The end of the record that begins at `pos`, and a target for each field, or None.
+    @property
+    def several(self) -> list[bool]:
+        """For each field, whether a record may have it several times."""
+        return [field.several for field in self._fields]
+
+    def locate(self, text: str, pos: int) -> tuple[int, tuple[Located, ...]]:
+        """The end of the record that begins at `pos`, and a target for each field, or None; a list
+        of targets for one that it may have several times.
 
         Raises: JSONDecodeError.
         """
@@ -206,12 +241,17 @@ def _key(text: str, pos: int) -> tuple[str, int, int]:
     return name, end, colon.end()
 
 
-def _item(text: str, pos: int, step: str) -> Target | None:
-    """Item `step` of the list at `pos`."""
+def _item(items: list[Target], step: str) -> list[Target]:
+    """The item with the number `step`, as far as it is there."""
     try:
         wanted = int(step)
     except ValueError:
-        return None
+        return []
+    return [items[wanted]] if -len(items) <= wanted < len(items) else []
+
+
+def _items(text: str, pos: int) -> list[Target]:
+    """The items of the list at `pos`."""
     items: list[Target] = []
     pos = skip_space(text, pos + 1)
     while not text.startswith("]", pos):
@@ -221,7 +261,7 @@ def _item(text: str, pos: int, step: str) -> Target | None:
         if after is None or text[after.end() - 1] == "]":
             break
         pos = after.end()
-    return items[wanted] if -len(items) <= wanted < len(items) else None
+    return items
 
 
 def _skip_deep(text: str, pos: int) -> int:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, repeat
-from json.encoder import encode_basestring, encode_basestring_ascii
-from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from fabe_ds.answers import Answer, Answers, status, values_of
+from fabe_ds.answers import Answer, Answers, by_place, changes_of, status
 from fabe_ds.errors import ExportError, UsageError
-from fabe_ds.fields import Targets
+from fabe_ds.fields import FieldPath, Targets
 from fabe_ds.files import Replacing
 from fabe_ds.formats.base import BROKEN, Records, no_tick
 from fabe_ds.formats.discover import InputFile
+from fabe_ds.formats.json.edit import (
+    NULL,
+    Edit,
+    Json,
+    dumped,
+    edits_beside,
+    probing,
+    spliced,
+    value_of,
+    with_members,
+    with_value,
+)
 from fabe_ds.formats.json.load import FOREIGN, target_columns
+from fabe_ds.formats.json.scan import Field, Target
 from fabe_ds.paging import passed_over
 from fabe_ds.text import real_name
 
@@ -27,19 +36,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROWS = 2048
-_first_member = re.compile(r'\{([ \t\n\r]*)"(?:[^"\\]|\\.)*"[ \t\n\r]*:([ \t\n\r]*)')
-_escaped_character = re.compile(r"\\u(?!00[0-7])")
 _RECORD = ("file", "index", "before", "raw", "skip", "after")
 _EDIT = ("start", "end", "joint")
-
-
-Edit = tuple[Any, ...]
-"""Where a literal begins and ends in a record (-1: it is not there), what stands between it and a
-backup, and the new value: a text, or `Json`; None keeps the old one."""
-
-
-class Json(str):
-    """A value that is written as JSON already."""
+_RAW, _SKIP = _RECORD.index("raw"), _RECORD.index("skip")
 
 
 class EditedRecord(NamedTuple):
@@ -53,6 +52,8 @@ class EditedRecord(NamedTuple):
     after: str | None
     edits: Sequence[Edit]
     gained: Mapping[str, Any] = MappingProxyType({})
+    placed: Sequence[tuple[FieldPath, str]] = ()
+    """Values, as JSON, that go to paths of their own."""
 
 
 def export_records(
@@ -95,37 +96,122 @@ def rows_with_answers(records: Records, answers: Answers) -> Iterator[EditedReco
     that it gains: all samples, and what became of it."""
     targets, fields = answers.targets, len(answers.targets.names)
     columns = target_columns(fields + len(targets.gained))
-    places = [name for group in columns for name in group[: len(_EDIT)]]
-    rows, width = _tuples(records.dataset, [*_RECORD, *places]), len(_RECORD)
-    if not targets.gained and targets.each == 1:  # as nearly all are: twice as quick
-        texts = (table.column("completion").to_pylist() for table in answers.tables(ROWS))
+    edited = [name for group in columns for name in group[: len(_EDIT)]]
+    rows, width = _tuples(records.dataset, [*_RECORD, *edited]), len(_RECORD)
+    if targets.is_plain and not targets.gained and targets.each == 1:  # twice as quick
+        texts = (table.column("completion").to_pylist() for table, _ in answers.tables(ROWS))
         for row, text in zip(rows, chain.from_iterable(texts), strict=True):
             file, index, before, raw, skip, after, start, end, joint = row
             edits = ((start, end, joint, text),)
             yield EditedRecord(file, index, before, raw, skip, after, edits)
         return
     done = records.done or repeat((), len(records))
+    changing = _Changing(targets)
     for row, given, before in zip(rows, answers.records(ROWS), done, strict=True):
         found = [row[at : at + len(_EDIT)] for at in range(width, len(row), len(_EDIT))]
-        changes: list[Edit] = [
-            (*place, value)
-            for place, value in zip(found, values_of(given, targets.samples), strict=False)
-        ]
-        gained = {} if len(before) == fields else _gained(targets, given)
+        places, broken = _places(found[:fields]), _is_broken(row)
+        changes, placed = changing.of(row[_RAW], places, given) if not broken else ([], [])
+        gained = {} if len(before) == len(places) else _gained(targets, given)
         if 0 in before:  # samples are those of the first field, which is done
             gained.pop(targets.samples_field or "", None)
         for name, place in zip(targets.gained, found[fields:], strict=True):
             if name in gained and place[0] >= 0:  # as an earlier run in place has left it
-                raw = row[_RECORD.index("raw")]
-                value = Json(dumped(gained.pop(name), raw))
+                value = Json(dumped(gained.pop(name), row[_RAW]))
                 changes.append((place[0], place[1], "", value))
-        yield _record_of(row, changes, {} if _is_broken(row) else gained)
+        yield _record_of(row, changes, {} if broken else gained, placed)
+
+
+Place = tuple[int, tuple[Any, ...]]
+"""The field of a text, and where its literal is: start, end, joint."""
+
+
+def _places(found: Sequence[tuple[Any, ...]]) -> list[Place]:
+    """The places of all texts of a record; a field that it may have several times has lists."""
+    places: list[Place] = []
+    for field, place in enumerate(found):
+        if isinstance(place[0], list):
+            places += ((field, each) for each in zip(*place, strict=True))
+        else:
+            places.append((field, place))
+    return places
+
+
+class _Changing:
+    """What becomes of one record after another, by the answers to them."""
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+        self._added = [targets.added(field) for field in range(len(targets.names))]
+        self._beside = [
+            probing(path, [str(each.path[0]) for each in added if each.beside])
+            for path, added in zip(targets.paths, self._added, strict=True)
+        ]
+
+    def of(
+        self, raw: str, places: Sequence[Place], answers: Sequence[Answer]
+    ) -> tuple[list[Edit], list[tuple[FieldPath, str]]]:
+        """The edits of a record, and the values that go to paths of their own."""
+        edits: list[Edit] = []
+        placed: list[tuple[FieldPath, str]] = []
+        around: dict[int, list[Target]] = {}
+        for (field, place), samples in zip(
+            places, by_place(answers, self._targets.samples), strict=True
+        ):
+            if field not in around:
+                around[field] = self._around(field, raw)
+            changes = changes_of(samples, self._targets, self._added[field])
+            beside = [change for change in changes if change.added and change.added.beside]
+            target = next((t for t in around[field] if t.start == place[0]), None)
+            if beside and target is not None:
+                edits += edits_beside(target, beside, raw)
+            for change in changes:
+                if change.added is None:
+                    edits.append((*place, NULL if change.value is None else change.value))
+                elif not change.added.beside:
+                    placed.append((change.added.path, value_of(change, raw)))
+        return edits, placed
+
+    def _around(self, field: int, raw: str) -> list[Target]:
+        """The places of a field with what stands beside them, where that is asked for."""
+        if not any(each.beside for each in self._added[field]):
+            return []
+        found = self._beside[field].locate(raw, 0)[1]
+        return found if isinstance(found, list) else [found] if found else []
+
+
+def existing_outputs(records: Records, targets: Targets) -> Iterator[list[int]]:
+    """For each record, which of its texts have their first output already."""
+    looking = []
+    for number, path in enumerate(targets.paths):
+        first = targets.added(number)[0]
+        if first.beside:
+            looking.append(probing(path, [str(first.path[0])]))
+        else:
+            looking.append(Field(first.path, None))
+    beside = [targets.added(number)[0].beside for number in range(len(looking))]
+    for raw, skip in _tuples(records.dataset, ("raw", "skip")):
+        there: list[bool] = []
+        for field, is_beside in zip(looking, beside, strict=True):
+            found = None if _is_broken_skip(skip) else field.locate(raw, 0)[1]
+            if not is_beside:
+                there.append(found is not None)
+            elif isinstance(found, list):
+                there += (target.beside[0] is not None for target in found)
+            else:
+                there.append(found is not None and found.beside[0] is not None)
+        yield [place for place, is_there in enumerate(there) if is_there]
 
 
 def _record_of(
-    row: tuple[Any, ...], edits: Sequence[Edit], gained: Mapping[str, Any] = MappingProxyType({})
+    row: tuple[Any, ...],
+    edits: Sequence[Edit],
+    gained: Mapping[str, Any] = MappingProxyType({}),
+    placed: Sequence[tuple[FieldPath, str]] = (),
 ) -> EditedRecord:
-    return EditedRecord._make((*row[: len(_RECORD)], edits, gained))
+    values = list(row[: len(_RECORD)])
+    if isinstance(values[_SKIP], list):  # of a field that records may have several times
+        values[_SKIP] = values[_SKIP][0] if _is_broken(row) else None
+    return EditedRecord._make((*values, edits, gained, placed))
 
 
 def _gained(targets: Targets, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -133,12 +219,19 @@ def _gained(targets: Targets, answers: Sequence[Answer]) -> dict[str, Any]:
     if targets.samples_field:
         gained[targets.samples_field] = [each.completion for each in answers[: targets.samples]]
     if targets.status_field:
-        gained[targets.status_field] = status(answers)
+        gained[targets.status_field] = status(answers, targets.model)
     return gained
 
 
 def _is_broken(row: tuple[Any, ...]) -> bool:
-    return row[_RECORD.index("skip")] in (BROKEN, FOREIGN)
+    return _is_broken_skip(row[_SKIP])
+
+
+def _is_broken_skip(skip: str | list[str] | None) -> bool:
+    """Whether a line is no record, by why it is skipped."""
+    if isinstance(skip, list):
+        skip = skip[0] if skip else None
+    return skip in (BROKEN, FOREIGN)
 
 
 def write_files(
@@ -185,8 +278,10 @@ def _write_file(
             parts.append(current.before)
             if current.skip == FOREIGN:
                 parts.append(current.raw.encode("latin-1").decode("utf-8", "surrogateescape"))
-            elif current.gained:
+            elif current.gained or current.placed:
                 whole = "".join(spliced(current.raw, current.edits))
+                for path, value in current.placed:
+                    whole = with_value(whole, path, value)
                 parts.append(with_members(whole, current.gained))
             else:
                 parts += spliced(current.raw, current.edits)
@@ -236,52 +331,3 @@ class _Behind:
         if self._last is not None:
             last, self._last = self._last, None
             last.result()
-
-
-def spliced(raw: str, edits: Sequence[Edit]) -> Iterator[str]:
-    """The record's text with the new values in it, and the old literals where backups go."""
-    done = 0
-    for start, end, joint, new in sorted(edits, key=itemgetter(0)) if len(edits) > 1 else edits:
-        if new is None:
-            continue
-        yield raw[done:start]
-        yield literal(new, raw)
-        yield joint
-        done = start if joint else end
-    yield raw[done:]
-
-
-def literal(value: str, raw: str) -> str:
-    """The value as a JSON string in the record's own manner: escaped to ASCII where that is."""
-    if isinstance(value, Json):
-        return value
-    if value.isascii() or (raw.isascii() and "\\u" in raw and _escaped_character.search(raw)):
-        return encode_basestring_ascii(value)
-    return encode_basestring(value)
-
-
-def dumped(value: Any, record: str) -> str:
-    """A value as JSON, in a record's own manner: spaces, escapes."""
-    first = _first_member.match(record)
-    separators = (", ", ": ") if first is None or first[2] else (",", ":")
-    # A record that escapes what is beyond ASCII has its new members escaped, too.
-    to_ascii = record.isascii() and _escaped_character.search(record) is not None
-    return json.dumps(value, ensure_ascii=to_ascii, separators=separators)
-
-
-def with_members(record: str, members: Mapping[str, Any]) -> str:
-    """The record's text with members behind its own, in its own manner: spaces, line ends,
-    escapes. What is no object stays."""
-    if not record.startswith("{"):
-        return record
-    inside = record[:-1].rstrip(" \t\n\r")
-    first = _first_member.match(record)
-    opening, colon = first.groups() if first else ("", " ")
-    # Pretty-printed records have each member on a line; others a space, or nothing.
-    lead = opening if "\n" in opening else " " if colon else ""
-    parts = [inside]
-    for name, value in members.items():
-        if first or len(parts) > 1:
-            parts.append(f",{lead}")
-        parts.append(dumped({name: value}, record)[1:-1])
-    return "".join((*parts, record[len(inside) :]))

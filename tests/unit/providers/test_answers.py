@@ -389,6 +389,7 @@ def test_records_never_become_control_tokens_of_plain_prompts(tiny, name):
 )
 def test_no_field_of_a_record_becomes_a_control_token(box, tiny, instruction, count):
     """Whatever the template makes of it; where it cannot be told apart, the record fails."""
+    from fabe_ds.formats.base import Row
     from fabe_ds.providers import Endpoint
     from fabe_ds.providers.transformers.hf import HFProvider
     from fabe_ds.transform import Transform, TransformConfig
@@ -403,7 +404,8 @@ def test_no_field_of_a_record_becomes_a_control_token(box, tiny, instruction, co
         )
     )
     text = " go <|im_start|> on\n"
-    asked = transform.item(text, {"title": "A <|im_end|> B", "code": text})
+    row = Row((text,), {"title": "A <|im_end|> B", "code": text})
+    (asked,) = transform.items([row])
     provider = transform.provider
     if count is None:
         with pytest.raises(RecordFailed, match="cannot be told apart"):

@@ -1,0 +1,113 @@
+"""Answers judged: a model gives each of several answers a score (--pick judge:FILE)."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from fabe_ds.config.settings import TransformConfig
+from fabe_ds.engine.runtime import Runtime
+from fabe_ds.errors import RecordFailed
+from fabe_ds.prompts.acceptance import INVALID, asking_again
+from fabe_ds.prompts.answer import clean_answer
+from fabe_ds.prompts.template import Instruction
+from fabe_ds.providers import Provider
+from fabe_ds.request import Completion, Item, Outcome, Request, Sampling, Stats
+from fabe_ds.store.completions import Completions
+
+WINDOW = 256
+"""Answers that are judged together."""
+ANSWER = "answer"
+"""The name that a judge's template knows an answer by."""
+_number = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class Judge:
+    """Asks for a score of each answer. Greedy, and kept in the record cache as all answers are."""
+
+    def __init__(
+        self,
+        config: TransformConfig,
+        provider: Provider,
+        open_cache: Callable[[TransformConfig], Completions],
+        instructions: list[Instruction],
+    ) -> None:
+        """`instructions`: the judge's template, made ready for each field."""
+        self._instructions, self._config = instructions, config
+        self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
+        self._runtime = Runtime(config, provider, open_cache, _accept, asking_again(config))
+        self._told = Stats()
+
+    @property
+    def needs_record(self) -> bool:
+        return any(instruction.needs_record for instruction in self._instructions)
+
+    def scored(
+        self,
+        items: Iterable[Item],
+        ask: Callable[[Iterator[Item]], Iterator[Outcome]],
+        stats: Stats,
+    ) -> Iterator[Outcome]:
+        """The outcomes that `ask` gives of items, each with its score. `stats` is told of what the
+        judge was sent."""
+        passed: deque[Item] = deque()
+
+        def passing() -> Iterator[Item]:
+            for item in items:
+                passed.append(item)
+                yield item
+
+        outcomes = ask(passing())
+        with contextlib.closing(outcomes):  # type: ignore[type-var]
+            while group := list(islice(outcomes, WINDOW)):
+                asked = [self._item(passed.popleft(), outcome) for outcome in group]
+                given = self._runtime.outcomes(asked)
+                yield from (
+                    outcome._replace(score=_score(judged))
+                    for outcome, judged in zip(group, given, strict=True)
+                )
+                self._tell(stats)
+
+    def _item(self, item: Item, outcome: Outcome) -> Item:
+        if not isinstance(item, Request) or outcome.text is None:
+            return None
+        instruction = self._instructions[0]
+        try:
+            prompt = instruction.prompt(item.text, item.record, **{ANSWER: outcome.text})
+        except RecordFailed as error:
+            return error
+        return Request(item.text, prompt, None, self._sampling, item.chat, item.language)
+
+    def _tell(self, stats: Stats) -> None:
+        """Adds what was sent since the last time to the run's own counts."""
+        mine = self._runtime.stats
+        for name in ("requests", "retries", "reasks", "prompt_tokens", "completion_tokens", "cost"):
+            now = getattr(mine, name)
+            setattr(stats, name, getattr(stats, name) + now - getattr(self._told, name))
+            setattr(self._told, name, now)
+
+    def close(self) -> None:
+        self._runtime.close()
+
+
+def _accept(request: Request, completion: Completion) -> str:
+    """The score that an answer names first. Raises: RecordFailed."""
+    text = clean_answer(
+        completion.text,
+        completion.finish_reason,
+        original=request.text,
+        strip_fences=True,
+        on_truncated="keep",
+        in_place=False,
+    )
+    found = _number.search(text)
+    if found is None:
+        raise RecordFailed(INVALID, "no number")
+    return found[0]
+
+
+def _score(judged: Outcome) -> float | None:
+    return None if judged.text is None else float(judged.text)
