@@ -117,7 +117,22 @@ def _as_before(before: pa.Field, now: pa.Field) -> pa.Field:
         pa.nulls(1, now.type).cast(before.type)
     except pa.ArrowException:
         return before.with_type(now.type)
-    return before
+    return before if _has_all_fields(before.type, now.type) else before.with_type(now.type)
+
+
+def _has_all_fields(before: pa.DataType, now: pa.DataType) -> bool:
+    """Whether a nested type has all the fields that another has: a cast drops others."""
+    if pa.types.is_struct(now):
+        return pa.types.is_struct(before) and all(
+            (at := before.get_field_index(field.name)) >= 0
+            and _has_all_fields(before.field(at).type, field.type)
+            for field in now
+        )
+    if pa.types.is_list(now) or pa.types.is_large_list(now):
+        return not hasattr(before, "value_type") or _has_all_fields(
+            before.value_type, now.value_type
+        )
+    return True
 
 
 def _metadata(source: pa.Schema, fields: list[pa.Field]) -> dict[bytes, bytes]:
