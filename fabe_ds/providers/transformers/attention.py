@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache
 
+from fabe_ds.providers.transformers.grammar import Matcher
+
 ATTENTION = "fabe_ds"
 
 
@@ -19,11 +21,13 @@ NOT_NUMBERS = -1  # instead of a token, where its scores are not
 
 
 class Prompt(NamedTuple):
-    """Token ids to go on from. `number` comes back with the answer; `seed` is the row's own."""
+    """Token ids to go on from. `number` comes back with the answer; `seed` is the row's own.
+    `grammar` is what the answer must follow, at its beginning."""
 
     number: int
     ids: list[int]
     seed: int = 0
+    grammar: Matcher | None = None
 
 
 class Answer(NamedTuple):
@@ -55,13 +59,14 @@ class DecodingRules:
 
 
 class _Row:
-    __slots__ = ("generator", "ids", "last", "new", "prompt")
+    __slots__ = ("generator", "ids", "last", "matcher", "new", "prompt")
 
     def __init__(self, prompt: Prompt, plan: DecodingRules, device: Any) -> None:
         self.prompt = prompt
         self.new: list[int] = []
         self.last = -1  # the newest token, not yet taken in
         self.ids = torch.tensor(prompt.ids, device=device) if plan.each else None
+        self.matcher = prompt.grammar.fresh() if prompt.grammar is not None else None
         self.generator = None
         if plan.samples:
             self.generator = torch.Generator(device)

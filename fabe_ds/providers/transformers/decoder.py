@@ -28,6 +28,8 @@ from fabe_ds.providers.transformers.attention import (
     _Block,
     _Row,
 )
+from fabe_ds.providers.transformers.choosing import Scores, Way
+from fabe_ds.providers.transformers.grammar import constrained
 
 BLOCK = 16  # rows, on a CPU: fewer are less padding, more are fewer and larger products
 ALIKE = 0.7  # a block's shortest row takes at least this much of what its longest takes
@@ -167,6 +169,15 @@ class Decoder:
 
     def _prefill(self, block: _Block, first: int, rows: list[_Row]) -> torch.Tensor:
         """Scores of each row's first new token, [rows, vocabulary]."""
+        behind = [[len(row.prompt.ids) - 1] for row in rows]
+        return torch.stack(
+            [scores[0] for scores in self._scores_behind(block, first, rows, behind)]
+        )
+
+    def _scores_behind(
+        self, block: _Block, first: int, rows: list[_Row], behind: list[list[int]]
+    ) -> list[torch.Tensor]:
+        """Scores of what follows some tokens of each row's prompt, [tokens, vocabulary] a row."""
         shared = len(self._shared)
         parts = [row.prompt.ids[shared:] for row in rows]
         width = max(map(len, parts))
@@ -179,9 +190,35 @@ class Decoder:
         self.work.padding += ids.numel() - int(lengths.sum())
         self._attended.blocks, self._attended.first = [block], first
         positions = torch.arange(shared, shared + width, device=self.device)[None]
-        wanted, places = (lengths - 1).unique(return_inverse=True)
-        logits = self._forward(ids.to(self.device), positions, wanted.to(self.device))
-        return logits[torch.arange(len(parts)), places]
+        wanted = sorted({token - shared for tokens in behind for token in tokens})
+        keep = torch.tensor(wanted, device=self.device)
+        logits = self._forward(ids.to(self.device), positions, keep)
+        places = {token: place for place, token in enumerate(wanted)}
+        return [
+            logits[number, [places[token - shared] for token in tokens]]
+            for number, tokens in enumerate(behind)
+        ]
+
+    def scored(self, prompts: Sequence[Prompt], ways: Sequence[Way]) -> Iterator[list[Scores]]:
+        """For each prompt with the tokens of a way behind it, the scores behind the prompt and
+        behind each token of the way. Nothing is decoded."""
+        given = sorted(zip(prompts, ways, strict=True), key=lambda pair: -len(pair[0].ids))
+        self._begin(_common_prefix([prompt.ids for prompt in prompts]))
+        while given:
+            widest = len(given[0][0].ids) - len(self._shared) + len(given[0][1])
+            most = max(1, min(self.room.rows, self.room.prefill // widest))
+            alike = [len(p.ids) - len(self._shared) > ALIKE * widest for p, _ in given[:most]]
+            group, given = given[: max(1, sum(alike))], given[max(1, sum(alike)) :]
+            whole = [Prompt(p.number, [*p.ids, *way]) for p, way in group]
+            rows = [_Row(prompt, self.plan, self.device) for prompt in whole]
+            length = max(map(self._length, whole))
+            block = _Block(rows, length, self.model.dtype, self.device)
+            behind = [list(range(len(p.ids) - 1, len(p.ids) + len(way))) for p, way in group]
+            scores = self._scores_behind(block, 0, rows, behind)
+            yield [
+                Scores(p.number, {way[:n]: found[n] for n in range(len(way) + 1)})
+                for (p, way), found in zip(group, scores, strict=True)
+            ]
 
     def _step(self, blocks: list[_Block]) -> None:
         """The next token of every row."""
@@ -223,6 +260,8 @@ class Decoder:
         plan = self.plan
         if plan.each or plan.samples:
             scores = scores.float()
+        if any(row.matcher is not None for row in rows):
+            scores = constrained(scores, [row.matcher for row in rows])
         if plan.each:
             for number, row in enumerate(rows):
                 assert row.ids is not None
@@ -262,6 +301,10 @@ class Decoder:
         if token == NOT_NUMBERS:
             return Answer(number, row.new, "not numbers")
         row.new.append(token)
+        if row.matcher is not None:
+            row.matcher.take(token)
+            if row.matcher.is_over:
+                return Answer(number, row.new, "stop")
         if plan.stopped is not None and (text := plan.stopped(row.new)) is not None:
             return Answer(number, row.new, "stop", text)
         if len(row.new) >= plan.most_new:

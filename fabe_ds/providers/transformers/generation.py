@@ -28,7 +28,9 @@ from fabe_ds.providers.transformers.agreement import (
 from fabe_ds.providers.transformers.amendments import LEFT, LEFT_SAMPLING
 from fabe_ds.providers.transformers.attention import ATTENTION, Answer, DecodingRules, Prompt
 from fabe_ds.providers.transformers.checkpoint import context
+from fabe_ds.providers.transformers.choosing import Choice, Rounds, Scores, Tree, Way
 from fabe_ds.providers.transformers.decoder import Decoder, Room, Work
+from fabe_ds.providers.transformers.grammar import GrammarProcessor
 from fabe_ds.providers.transformers.loaded_model import (
     _OF_ALL_IDS,
     LoadedModel,
@@ -48,6 +50,7 @@ Given = tuple[int, Answer | RecordFailed]
 """The index of a prompt, and what became of it."""
 
 """Values beside None, 0 and False that say the same as no value."""
+_GREEDY = Sampling(max_new_tokens=1)
 _EQUAL = "padding changes this model's answers: prompts of one length are answered together"
 _ALONE = "what stands beside changes this model's answers: prompts are answered one by one"
 _HOPELESS = 3  # records that fail in the model's own code before anything is answered
@@ -127,6 +130,63 @@ class Generation:
                         failure = self._failed(error)
                     del waiting[first.number]
                     yield [(first.number, failure)]
+
+    def chosen(
+        self, prompts: Sequence[Prompt], tree: Tree, temperature: float | None
+    ) -> Iterator[list[tuple[int, Choice | RecordFailed]]]:
+        """The choice for each prompt. `temperature`: of drawing; None takes the likeliest."""
+        rounds = Rounds(tree, prompts, temperature)
+        with torch.inference_mode():
+            while rounds.wanted:
+                given = list(rounds.sequences())
+                for scores in self._scored(given):
+                    yield list(filter(None, (self._choice(rounds, each) for each in scores)))
+
+    def _choice(self, rounds: Rounds, scores: Scores) -> tuple[int, Choice | RecordFailed] | None:
+        try:
+            choice = rounds.take(scores)
+        except ValueError:
+            rounds.wanted.pop(scores.number)
+            failed = self._sound(Answer(scores.number, [], "not numbers"))
+            assert isinstance(failed, RecordFailed)
+            return scores.number, failed
+        if choice is None:
+            return None
+        self._answered += 1
+        return scores.number, choice
+
+    def _scored(self, given: Sequence[tuple[Prompt, Way]]) -> Iterator[list[Scores]]:
+        """Scores behind prompts and ways; where memory is short, of fewer at once."""
+        prompts, ways = [prompt for prompt, _ in given], [way for _, way in given]
+        if not self.loaded.plain and self.own_loop and self._are_short(given):
+            yield from self._decoding(Sampling(max_new_tokens=1)).scored(prompts, ways)
+            return
+        together = self._may_go_together(self._stretch(prompts[0], _GREEDY), _GREEDY)
+        ordered = sorted(given, key=lambda pair: len(pair[0].ids) + len(pair[1]))
+        for _, group in groupby(ordered, key=lambda pair: len(pair[0].ids) + len(pair[1])):
+            alike = list(group)
+            size = 1 if together == "alone" else self._rows_at_once(alike[0][0], _GREEDY)
+            for start in range(0, len(alike), size):
+                yield self._forwarded(alike[start : start + size])
+
+    def _are_short(self, given: Sequence[tuple[Prompt, Way]]) -> bool:
+        """Whether our own loop computes all of these as the model does."""
+        return all(
+            self.limits.stretch(len(prompt.ids), len(way) + 1).kind == "short"
+            for prompt, way in given
+        )
+
+    def _forwarded(self, given: Sequence[tuple[Prompt, Way]]) -> list[Scores]:
+        """Scores of sequences of one length, by the model's own forward."""
+        model, device = self.loaded.model, self.loaded.device
+        ids = torch.tensor([[*prompt.ids, *way] for prompt, way in given], device=device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        found = []
+        for number, (prompt, way) in enumerate(given):
+            first = len(prompt.ids) - 1
+            at = {way[:n]: logits[number, first + n] for n in range(len(way) + 1)}
+            found.append(Scores(prompt.number, at))
+        return found
 
     def _sound(self, answer: Answer) -> Answer | RecordFailed:
         """The answer, or what it failed of. Raises: RunStopped where no scores were numbers yet."""
@@ -290,6 +350,10 @@ class Generation:
         if settings.get("min_new_tokens", 0) > sampling.max_new_tokens:
             settings["min_new_tokens"] = sampling.max_new_tokens
         numbers = _Numbers()
+        processors = LogitsProcessorList([numbers])
+        if any(prompt.grammar is not None for prompt in prompts):
+            matchers = [p.grammar.fresh() if p.grammar is not None else None for p in prompts]
+            processors.append(GrammarProcessor(matchers, longest))
         output = loaded.model.generate(
             input_ids=ids.to(loaded.device),
             attention_mask=mask.to(loaded.device),
@@ -300,7 +364,7 @@ class Generation:
                 do_sample=sampling.is_sampling,
                 **settings,
             ),
-            logits_processor=LogitsProcessorList([numbers]),
+            logits_processor=processors,
             **extra,
         )
         new = output[:, longest:].tolist()

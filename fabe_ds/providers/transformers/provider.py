@@ -19,10 +19,12 @@ from fabe_ds.providers.transformers.identity import CheckpointProvider
 from fabe_ds.providers.transformers.reading import AnswerReader
 from fabe_ds.providers.transformers.turns import all_ends, any_of, special_ids, split_controls
 from fabe_ds.quiet import quiet_transformers
-from fabe_ds.request import Completion, Request
+from fabe_ds.request import AnswerForm, Completion, Request, Sampling
 
 if TYPE_CHECKING:
+    from fabe_ds.providers.transformers.attention import Answer, Prompt
     from fabe_ds.providers.transformers.chat import Chat
+    from fabe_ds.providers.transformers.formed import FormedAnswers
     from fabe_ds.providers.transformers.generation import Generation
     from fabe_ds.providers.transformers.vllm import VllmGeneration
 
@@ -87,6 +89,10 @@ class TransformersProvider(CheckpointProvider):
             body["chat_template"] = endpoint.chat_template
         if request.chat and endpoint.thinks is not None:
             body["thinking"] = endpoint.thinks
+        if request.form.choices:
+            body["choices"] = list(request.form.choices)
+        elif request.form.schema is not None:
+            body["schema"] = request.form.schema
         return body
 
     def _is_cut(self, request: Request) -> bool:
@@ -310,8 +316,13 @@ class TransformersProvider(CheckpointProvider):
         """Answers as they are ready, each with its request's index."""
         from fabe_ds.providers.transformers.attention import Prompt
         from fabe_ds.providers.transformers.decoder import seed_of
+        from fabe_ds.providers.transformers.generation import Generation
 
         prompts: list[Prompt] = []
+        choosing: list[Prompt] = []
+        form = requests[0].form
+        scores = self.endpoint.engine == "transformers"  # vLLM has its own way with forms
+        grammar = self._formed.grammar(form) if scores and form.schema is not None else None
         failed: list[tuple[int, Completion | RecordFailed]] = []
         for index, request in enumerate(requests):
             try:
@@ -320,14 +331,21 @@ class TransformersProvider(CheckpointProvider):
                 failed.append((index, error))
             else:
                 seed = seed_of(request.sampling.seed, request.sample, ids)
-                prompts.append(Prompt(index, ids, seed))
+                reasons = self._reasons(request, ids)
+                if form.choices and not reasons and scores:
+                    choosing.append(Prompt(index, ids, seed))
+                else:
+                    prompts.append(Prompt(index, ids, seed, None if reasons else grammar))
         if failed:
             yield failed
+        if choosing:
+            assert isinstance(self.generation, Generation)
+            yield from self._formed.chosen(self.generation, choosing, requests[0])
         if not prompts:
             return
         ids_of = {prompt.number: prompt.ids for prompt in prompts}
         sampling = replace(requests[0].sampling, stop=self._reader.stops(requests[0]))
-        for given in self.generation.answers(prompts, sampling):
+        for given in self._generated(prompts, sampling, form):
             yield [
                 (
                     i,
@@ -337,6 +355,25 @@ class TransformersProvider(CheckpointProvider):
                 )
                 for i, a in given
             ]
+
+    def _generated(
+        self, prompts: list[Prompt], sampling: Sampling, form: AnswerForm
+    ) -> Iterator[list[tuple[int, Answer | RecordFailed]]]:
+        if self.endpoint.engine == "vllm":
+            return self.generation.answers(prompts, sampling, form)  # type: ignore[call-arg]
+        return self.generation.answers(prompts, sampling)
+
+    def _reasons(self, request: Request, ids: list[int]) -> bool:
+        """Whether the model begins with reasoning, which no form of an answer may keep from it."""
+        if self.endpoint.thinks:
+            return True
+        return bool(request.chat and self.chat.template) and self.chat.awaited(ids) is not None
+
+    @cached_property
+    def _formed(self) -> FormedAnswers:
+        from fabe_ds.providers.transformers.formed import FormedAnswers
+
+        return FormedAnswers(self.chat, self.model, self._ends(self._own_settings))
 
     @cached_property
     def _context(self) -> int | None:

@@ -13,7 +13,7 @@ from fabe_ds.errors import RecordFailed, RunStopped, first_line
 from fabe_ds.providers.base import Endpoint
 from fabe_ds.providers.transformers.attention import Answer, Prompt
 from fabe_ds.providers.transformers.stops import stop_tokens
-from fabe_ds.request import Sampling
+from fabe_ds.request import FREE, AnswerForm, Sampling
 
 
 def sampling_arguments(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[str, Any]:
@@ -29,6 +29,18 @@ def sampling_arguments(sampling: Sampling, seed: int, ends: Collection[int] = ()
     if sampling.stop:
         arguments["stop"] = list(sampling.stop)
     return arguments
+
+
+def form_arguments(form: AnswerForm) -> dict[str, Any]:
+    """What vllm.SamplingParams is told of the form of an answer."""
+    if form is FREE or (form.schema is None and not form.choices):
+        return {}
+    wanted = {"choice": list(form.choices)} if form.choices else {"json": dict(form.schema or {})}
+    from vllm import sampling_params
+
+    if hasattr(sampling_params, "StructuredOutputsParams"):
+        return {"structured_outputs": sampling_params.StructuredOutputsParams(**wanted)}
+    return {"guided_decoding": sampling_params.GuidedDecodingParams(**wanted)}
 
 
 def read_output(output: Any) -> tuple[int, Answer | RecordFailed]:
@@ -77,14 +89,16 @@ class VllmGeneration:
         return []
 
     def answers(
-        self, prompts: Sequence[Prompt], sampling: Sampling
+        self, prompts: Sequence[Prompt], sampling: Sampling, form: AnswerForm = FREE
     ) -> Iterator[list[tuple[int, Answer | RecordFailed]]]:
         ends = {*self._ends, *stop_tokens(self._tokenizer, sampling.stop)}
         for prompt in prompts:
             self._engine.add_request(
                 str(prompt.number),
                 {"prompt_token_ids": prompt.ids},
-                self._params(**sampling_arguments(sampling, prompt.seed, ends)),
+                self._params(
+                    **sampling_arguments(sampling, prompt.seed, ends), **form_arguments(form)
+                ),
             )
         while self._engine.has_unfinished_requests():
             ended = [read_output(output) for output in self._engine.step() if output.finished]
