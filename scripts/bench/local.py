@@ -59,7 +59,7 @@ def timed(work: Callable[[], Figures]) -> Figures:
 
 def ours(folder: str, count: int, dtype: str, rows: int, repeated: bool = False) -> Figures:
     """The provider as `fabe-ds run` has it; with `repeated`, through the engine that asks once."""
-    from fabe_ds.engine.coalesce import Intake
+    from fabe_ds.engine.coalesce import Coalescer
     from fabe_ds.engine.local import LocalEngine
     from fabe_ds.providers import Endpoint, Request, Sampling
     from fabe_ds.providers.transformers.hf import HFProvider
@@ -77,8 +77,8 @@ def ours(folder: str, count: int, dtype: str, rows: int, repeated: bool = False)
     work.__init__()
     with tempfile.TemporaryDirectory() as cache:
         kept = RecordCache(Path(cache))
-        intake = Intake(provider, kept, lambda _, completion: completion.text, Stats())
-        engine = LocalEngine(provider, intake, 32 * rows)
+        coalescer = Coalescer(provider, kept, lambda _, completion: completion.text, Stats())
+        engine = LocalEngine(provider, coalescer, 32 * rows)
         figures = timed(lambda: {"answers": len(list(engine.outcomes(asked)))})
         kept.close()
     padding = work.padding / (work.prompt + work.padding)

@@ -48,10 +48,6 @@ class Tree:
         inner = {way[:length] for way in self.branches for length in range(len(way))}
         return sorted((way for way in self.branches if way not in inner), key=len)
 
-    def along(self, way: Way) -> list[Way]:
-        """The branching nodes on a way, its own end included."""
-        return [node for length in range(len(way) + 1) if (node := way[:length]) in self.branches]
-
     def chances(self, node: Way, scores: torch.Tensor) -> dict[int, float]:
         """The logarithm of each branch's probability among those of a node."""
         tokens = self.branches[node]
@@ -120,7 +116,11 @@ class Rounds:
         """
         number, tree = scores.number, self._tree
         known = self._known[number]
-        known |= {node: tree.chances(node, found) for node, found in scores.at.items()}
+        known |= {
+            node: tree.chances(node, found)
+            for node, found in scores.at.items()
+            if node in tree.branches
+        }
         if any(math.isnan(chance) for node in known.values() for chance in node.values()):
             raise ValueError("scores are not numbers")
         totals, missing = tree.totals(known)

@@ -58,6 +58,8 @@ class FormedAnswers:
         self, generation: Generation, prompts: list[Prompt], request: Request
     ) -> Iterator[list[tuple[int, Completion | RecordFailed]]]:
         """A choice for each prompt, by the model's scores."""
+        from fabe_ds.providers.transformers.scoring import Scoring
+
         tokenizer, sampling = self._chat.tokenizer, request.sampling
         tokens: dict[str, list[int]] = {
             choice: tokenizer(choice, add_special_tokens=False)["input_ids"]
@@ -73,5 +75,5 @@ class FormedAnswers:
             count, scores = len(tokens[found.choice]), json.dumps(found.logprobs)
             return Completion(found.choice, "stop", lengths[number], count, logprobs=scores)
 
-        for given in generation.chosen(prompts, tree, temperature):
+        for given in Scoring(generation).chosen(prompts, tree, temperature):
             yield [(number, completion(number, found)) for number, found in given]

@@ -28,7 +28,6 @@ from fabe_ds.providers.transformers.agreement import (
 from fabe_ds.providers.transformers.amendments import LEFT, LEFT_SAMPLING
 from fabe_ds.providers.transformers.attention import ATTENTION, Answer, DecodingRules, Prompt
 from fabe_ds.providers.transformers.checkpoint import context
-from fabe_ds.providers.transformers.choosing import Choice, Rounds, Scores, Tree, Way
 from fabe_ds.providers.transformers.decoder import Decoder, Room, Work
 from fabe_ds.providers.transformers.grammar import GrammarProcessor
 from fabe_ds.providers.transformers.loaded_model import (
@@ -50,7 +49,6 @@ Given = tuple[int, Answer | RecordFailed]
 """The index of a prompt, and what became of it."""
 
 """Values beside None, 0 and False that say the same as no value."""
-_GREEDY = Sampling(max_new_tokens=1)
 _EQUAL = "padding changes this model's answers: prompts of one length are answered together"
 _ALONE = "what stands beside changes this model's answers: prompts are answered one by one"
 _HOPELESS = 3  # records that fail in the model's own code before anything is answered
@@ -108,14 +106,14 @@ class Generation:
                     for answers in self._run([first] if alone else [*waiting.values()], sampling):
                         for answer in answers:
                             del waiting[answer.number]
-                        yield [(answer.number, self._sound(answer)) for answer in answers]
+                        yield [(answer.number, self.sound(answer)) for answer in answers]
                 except RunStopped:
                     raise
                 except Exception as error:  # models' own code raises what it likes
                     first = next(iter(waiting.values()))
                     if _out_of_memory(error):
-                        self._free_memory()
-                        rows = self._rows_at_once(first, sampling)
+                        self.free_memory()
+                        rows = self.rows_at_once(first, sampling)
                         if rows > 1:
                             log.warning("out of memory with %d records at once; trying half", rows)
                             self.room = replace(self.room, rows=rows // 2)
@@ -124,71 +122,14 @@ class Generation:
                     elif not alone and len(waiting) > 1:
                         log.warning("decoding went wrong (%s); trying one by one", _said(error))
                         alone = True
-                        self._free_memory()
+                        self.free_memory()
                         continue
                     else:
-                        failure = self._failed(error)
+                        failure = self.failed(error)
                     del waiting[first.number]
                     yield [(first.number, failure)]
 
-    def chosen(
-        self, prompts: Sequence[Prompt], tree: Tree, temperature: float | None
-    ) -> Iterator[list[tuple[int, Choice | RecordFailed]]]:
-        """The choice for each prompt. `temperature`: of drawing; None takes the likeliest."""
-        rounds = Rounds(tree, prompts, temperature)
-        with torch.inference_mode():
-            while rounds.wanted:
-                given = list(rounds.sequences())
-                for scores in self._scored(given):
-                    yield list(filter(None, (self._choice(rounds, each) for each in scores)))
-
-    def _choice(self, rounds: Rounds, scores: Scores) -> tuple[int, Choice | RecordFailed] | None:
-        try:
-            choice = rounds.take(scores)
-        except ValueError:
-            rounds.wanted.pop(scores.number)
-            failed = self._sound(Answer(scores.number, [], "not numbers"))
-            assert isinstance(failed, RecordFailed)
-            return scores.number, failed
-        if choice is None:
-            return None
-        self._answered += 1
-        return scores.number, choice
-
-    def _scored(self, given: Sequence[tuple[Prompt, Way]]) -> Iterator[list[Scores]]:
-        """Scores behind prompts and ways; where memory is short, of fewer at once."""
-        prompts, ways = [prompt for prompt, _ in given], [way for _, way in given]
-        if not self.loaded.plain and self.own_loop and self._are_short(given):
-            yield from self._decoding(Sampling(max_new_tokens=1)).scored(prompts, ways)
-            return
-        together = self._may_go_together(self._stretch(prompts[0], _GREEDY), _GREEDY)
-        ordered = sorted(given, key=lambda pair: len(pair[0].ids) + len(pair[1]))
-        for _, group in groupby(ordered, key=lambda pair: len(pair[0].ids) + len(pair[1])):
-            alike = list(group)
-            size = 1 if together == "alone" else self._rows_at_once(alike[0][0], _GREEDY)
-            for start in range(0, len(alike), size):
-                yield self._forwarded(alike[start : start + size])
-
-    def _are_short(self, given: Sequence[tuple[Prompt, Way]]) -> bool:
-        """Whether our own loop computes all of these as the model does."""
-        return all(
-            self.limits.stretch(len(prompt.ids), len(way) + 1).kind == "short"
-            for prompt, way in given
-        )
-
-    def _forwarded(self, given: Sequence[tuple[Prompt, Way]]) -> list[Scores]:
-        """Scores of sequences of one length, by the model's own forward."""
-        model, device = self.loaded.model, self.loaded.device
-        ids = torch.tensor([[*prompt.ids, *way] for prompt, way in given], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        found = []
-        for number, (prompt, way) in enumerate(given):
-            first = len(prompt.ids) - 1
-            at = {way[:n]: logits[number, first + n] for n in range(len(way) + 1)}
-            found.append(Scores(prompt.number, at))
-        return found
-
-    def _sound(self, answer: Answer) -> Answer | RecordFailed:
+    def sound(self, answer: Answer) -> Answer | RecordFailed:
         """The answer, or what it failed of. Raises: RunStopped where no scores were numbers yet."""
         if answer.reason != "not numbers":
             self._answered += 1
@@ -201,25 +142,25 @@ class Generation:
             "scores", "the model's scores are not numbers; --dtype float32 may help"
         )
 
-    def _failed(self, error: Exception) -> RecordFailed:
+    def failed(self, error: Exception) -> RecordFailed:
         self._broken += 1
         if not self._answered and self._broken >= _HOPELESS:
             raise RunStopped(f"the model fails at whatever it is asked: {_said(error)}")
         return RecordFailed("model", f"the model failed: {_said(error)}")
 
-    def _rows_at_once(self, longest: Prompt, sampling: Sampling) -> int:
+    def rows_at_once(self, longest: Prompt, sampling: Sampling) -> int:
         fitting = self.room.tokens // (len(longest.ids) + sampling.max_new_tokens)
         return max(1, min(self.room.rows, fitting))
 
     def _run(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[list[Answer]]:
-        stretches = {p.number: self._stretch(p, sampling) for p in prompts}
+        stretches = {p.number: self.stretch(p, sampling) for p in prompts}
         settings = self.loaded.settings(sampling)
         left = [name for name in settings if name in (*LEFT, *LEFT_SAMPLING)]
         loops = not left and self.own_loop
         if loops:
             short = [p for p in prompts if stretches[p.number].kind == "short"]
             if short:
-                yield from self._decoding(sampling).run(short)
+                yield from self.decoding(sampling).run(short)
             prompts = [p for p in prompts if stretches[p.number].kind != "short"]
             if not prompts:
                 return
@@ -244,7 +185,7 @@ class Generation:
             if loops and self.own_loop:
                 self.loaded.model.set_attn_implementation(ATTENTION)
 
-    def _stretch(self, prompt: Prompt, sampling: Sampling) -> Stretch:
+    def stretch(self, prompt: Prompt, sampling: Sampling) -> Stretch:
         return self.limits.stretch(len(prompt.ids), sampling.max_new_tokens)
 
     def _tell(self, records: int, why: str) -> None:
@@ -267,7 +208,7 @@ class Generation:
         ]
         return [*left, *self._notes]
 
-    def _decoding(self, sampling: Sampling) -> Decoder:
+    def decoding(self, sampling: Sampling) -> Decoder:
         loaded = self.loaded
         plan = DecodingRules(
             sampling.max_new_tokens,
@@ -282,7 +223,7 @@ class Generation:
         self._decoder.plan, self._decoder.room = plan, self.room
         return self._decoder
 
-    def _free_memory(self) -> None:
+    def free_memory(self) -> None:
         if self._decoder is not None:
             self._decoder.release()
         gc.collect()
@@ -294,20 +235,20 @@ class Generation:
     def _generated(
         self, prompts: list[Prompt], sampling: Sampling, stretch: Stretch
     ) -> Iterator[list[Answer]]:
-        together = self._may_go_together(stretch, sampling)
+        together = self.may_go_together(stretch, sampling)
         start = 0
         while start < len(prompts):
             first = prompts[start]
             # generate() has one random state for all rows; a row of its own has its own seed.
             alone = sampling.is_sampling or together == "alone"
-            size = 1 if alone else self._rows_at_once(first, sampling)
+            size = 1 if alone else self.rows_at_once(first, sampling)
             batch = prompts[start : start + size]
             if together == "equal":
                 batch = [p for p in batch if len(p.ids) == len(first.ids)]
             yield self.generate(batch, sampling)
             start += len(batch)
 
-    def _may_go_together(self, stretch: Stretch, sampling: Sampling) -> Together:
+    def may_go_together(self, stretch: Stretch, sampling: Sampling) -> Together:
         if self.room.rows == 1 or sampling.is_sampling:
             return "alone"
         if stretch.kind == "apart":
