@@ -648,3 +648,71 @@ def test_what_does_not_go_together_is_said_in_one_line(box, name):
     assert ended.code == 2
     assert said in ended.err
     assert len(ended.err.splitlines()) == 1
+
+
+# Real models.
+
+
+@pytest.mark.slow
+def test_a_real_server_holds_to_a_schema_and_tells_probabilities(box, llama_server):
+    """llama.cpp."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "lines": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
+        "required": ["name", "lines"],
+        "additionalProperties": False,
+    }
+    box.write("schema.json", json.dumps(schema))
+    box.lines("d.jsonl", [{"code": f"def f{i}(a):\n  return a+{i}"} for i in range(6)])
+    how = ("--provider", "openai", "--model", "smollm2", "--base-url", llama_server)
+    run = ("run", "--input", "d.jsonl", "--instruction", "Describe it as JSON.", *how)
+    fields = ("--output-field", "name", "--output-field", "lines", "--max-reasks", 0)
+    ended = box.fabe(*run, "--response-format", "schema.json", *fields)
+    assert ended.code == 0, ended
+    for row in box.read("outputs/d.jsonl"):
+        assert isinstance(row["name"], str)
+        assert 0 <= row["lines"] <= 99
+    choices = ("--choices", "math,text", "--output-field", "kind", "--confidence-field", "sure")
+    ended = box.fabe(*run, *choices, "--max-reasks", 0)
+    assert ended.code == 0, ended
+    for row in box.read("outputs/d.jsonl"):
+        assert row["kind"] in ("math", "text")
+        assert 0 < row["sure"] <= 1
+
+
+@pytest.mark.slow
+def test_a_local_model_labels_extracts_and_answers_anew(box, smollm):
+    box.lines("d.jsonl", [{"code": f"def f{i}(a):\n  return a+{i}"} for i in range(4)])
+    box.write(
+        "schema.json",
+        json.dumps({**SCHEMA, "properties": {"size": {"enum": [1, 2]}}, "required": ["size"]}),
+    )
+    run = ("run", "--provider", "hf", "--model", smollm, "--instruction", "Look at this.")
+    choices = ("--choices", "math,text", "--output-field", "kind", "--confidence-field", "sure")
+    ended = box.fabe(*run, "--input", "d.jsonl", *choices)
+    assert ended.code == 0, ended
+    rows = box.read("outputs/d.jsonl")
+    assert all(row["kind"] in ("math", "text") and 0.5 <= row["sure"] <= 1 for row in rows)
+    ended = box.fabe(
+        *run, "--input", "d.jsonl", "--response-format", "schema.json", "--output-field", "size"
+    )
+    assert ended.code == 0, ended
+    assert all(row["size"] in (1, 2) for row in box.read("outputs/d.jsonl"))
+    box.write("chat.json", CHAT)
+    turns = (
+        "--field",
+        "conversations[from=gpt].value",
+        "--context",
+        "turns",
+        "--output-field",
+        "new",
+    )
+    ended = box.fabe(
+        *run, "--input", "chat.json", *turns, "--max-new-tokens", 8, "--on-truncated", "keep"
+    )
+    assert ended.code == 0, ended
+    answered = json.loads((box.path / "outputs/chat.json").read_text())
+    assert [("new" in turn) for turn in answered["conversations"]] == [False, True, False, True]
