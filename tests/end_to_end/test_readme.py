@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import datasets
 import pytest
 import yaml
 
+from fabe_ds.json_schema import least
 from tests.support.hub import Hub
-from tests.support.server import ModelServer, openai_run
+from tests.support.server import Call, ModelServer, completion, openai_run
 
 REPO = Path(__file__).parents[2]
 TEXT = (REPO / "README.md").read_text()
@@ -33,12 +35,27 @@ def folder(box):
     )
     rows = [{"question": f"why {i}?", "answer": "so"} for i in range(3)]
     datasets.Dataset.from_list(rows).to_parquet(str(box.path / "data.parquet"))
+    box.lines("reviews.jsonl", [{"id": i, "text": f"I like it {i}"} for i in range(3)])
+    products = [{"id": i, "description": f"A red pen for {i} euros"} for i in range(3)]
+    datasets.Dataset.from_list(products).to_parquet(str(box.path / "products.parquet"))
+    turns = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]
+    box.lines("chats.jsonl", [{"conversations": turns}])
+    box.lines("shots.jsonl", [{"input": "x = 1  # zwei", "output": "x = 1  # two"}])
+    (schema,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
+    box.write("product.json", schema)
     return box
+
+
+async def formed(call: Call):
+    """The least answer that has the form which was asked for."""
+    if (wanted := call.body.get("response_format")) is None:
+        return None
+    return completion(call, json.dumps(least(wanted["json_schema"]["schema"])))
 
 
 @pytest.mark.parametrize("block", SHELL, ids=range(len(SHELL)))
 def test_the_shell_blocks(folder, block):
-    with ModelServer() as server:
+    with ModelServer(formed) as server:
         server.models = ["qwen3:latest"]
         command = block.replace(LOCAL, server.url).replace("fabe-ds", str(FABE))
         ended = subprocess.run(
