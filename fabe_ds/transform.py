@@ -20,12 +20,13 @@ from fabe_ds.answers import by_record, flat_table, tolerant
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.sections import ModelSettings
-from fabe_ds.config.settings import JUDGE_FILE, TransformConfig, setting
+from fabe_ds.config.settings import TransformConfig, setting
 from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import Row, without
 from fabe_ds.formats.json.load import SCHEMA
+from fabe_ds.identity import SYSTEM_TEMPLATE, digest_of, jobs_of, spec_of
 from fabe_ds.judging import Judge
 from fabe_ds.network import without_secrets
 from fabe_ds.prompts.acceptance import acceptance, asking_again
@@ -42,7 +43,7 @@ from fabe_ds.providers import (
 )
 from fabe_ds.request import LEAVE, Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
-from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
+from fabe_ds.version import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -51,8 +52,6 @@ log = logging.getLogger(__name__)
 
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
-_NO_PART_OF_JOBS = ("where", "on_existing", "on_failure")
-"""Settings that say which values are asked for, and nothing of what is made of them."""
 
 
 def transform_fn(**options: Any) -> Transform:
@@ -161,45 +160,15 @@ class Transform:
 
     def spec(self) -> str:
         """All that can change what comes out, as canonical JSON."""
-        values = {
-            name: getattr(self.config, name)
-            for name, declared in TransformConfig.model_fields.items()
-            if (affects := setting(name, "affects_output"))
-            and not (
-                affects == "when set"
-                and getattr(self.config, name) == declared.get_default(call_default_factory=True)
-            )
-        }
-        values["instruction"] = self.texts.instruction[0]
-        if self.texts.system is not None:
-            values["system_prompt"] = self.texts.system[0]
-            values["system_template"] = True
-        if self.texts.judge is not None:
-            values["pick"] = f"{JUDGE_FILE}{self.texts.judge[0]}"
-        checks = self.config.validate_with  # several came later than one
-        values["validate_with"] = checks if len(checks) > 1 else next(iter(checks), None)
-        if self._chat_template is not None:
-            values["chat_template"] = self._chat_template
-        values["strip_fences"] = values["auto_extract_code"] = self.config.strips_fences
-        values["identity"] = self.provider.identity()
-        return _canonical(values)
+        return spec_of(self.config, self.texts, self._chat_template, self.provider)
 
     def digest(self) -> str:
         """Names what this transform makes of a record."""
-        return _named(TRANSFORM_VERSION, self.spec())
+        return digest_of(self.spec())
 
     def jobs(self) -> list[str]:
-        """Names what is asked for: values that this job wrote in place are known by it, whatever
-        later versions make of an answer. The first name is this version's, another may be that
-        under which earlier ones knew it."""
-        values = json.loads(self.spec())
-        for name in _NO_PART_OF_JOBS:
-            values.pop(name, None)
-        former = self.provider.former_identity()
-        specs = [values]
-        if former is not None:
-            specs.append({**values, "identity": former})
-        return [_named(JOB_VERSION, _canonical(each)) for each in specs]
+        """Names what is asked for, whatever is made of an answer (`identity.jobs_of`)."""
+        return jobs_of(self.spec(), self.provider)
 
     def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
         if self._runtime is not None:
@@ -407,14 +376,6 @@ class Transform:
         return self.config.sampling.is_sampling
 
 
-def _canonical(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, ensure_ascii=False)
-
-
-def _named(version: int, spec: str) -> str:
-    return hashlib.sha256(f"{version}\0{spec}".encode()).hexdigest()[:32]
-
-
 def _is_batch(batch: Mapping[str, Any], column: str) -> bool:
     """Whether these are columns, and not the values of one record."""
     if type(batch).__name__ == "LazyRow":  # of datasets
@@ -436,7 +397,12 @@ def _rebuild(spec: str, version: int) -> Transform:
     name = hashlib.sha256(spec.encode()).hexdigest()[:16]
     values = json.loads(spec)
     values.pop("identity")
+    is_template = values.pop(SYSTEM_TEMPLATE, False)
     values = {**json.loads(os.environ.get(_RUNTIME + name, "{}")), **values}
     if _KEY + name in os.environ:
         values["api_key"] = os.environ[_KEY + name]
-    return Transform(validated(TransformConfig, values, {}))
+    config = validated(TransformConfig, values, {})
+    texts = texts_of(config)
+    if is_template:
+        texts = texts._replace(system=(config.system_prompt or "", "system prompt"))
+    return Transform(config, texts=texts)

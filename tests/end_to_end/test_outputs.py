@@ -619,6 +619,30 @@ def test_a_map_takes_the_same(server, tmp_path):
     assert list(streamed) == after.to_list()
 
 
+def test_worker_processes_have_the_same_templates(server, tmp_path):
+    import fabe_ds
+
+    (tmp_path / "system.j2").write_text("You know {{ record.lang }}.")
+    (tmp_path / "judge.j2").write_text("Rate {{ answer }}")
+    transform = fabe_ds.transform_fn(
+        provider="openai",
+        model="m",
+        base_url=server.url,
+        instruction="Up",
+        system_prompt=str(tmp_path / "system.j2"),
+        examples=[{"input": "a", "output": "b"}],
+        choices=["X", "Y"],
+        output_field="label",
+        cache_dir=tmp_path / "cache",
+    )
+    rows = [{"code": "x", "lang": "C"}, {"code": "y", "lang": "D"}]
+    after = datasets.Dataset.from_list(rows).map(transform, batched=True, num_proc=2)
+    assert after["label"] == ["X", "Y"]
+    said = {call.body["messages"][0]["content"] for call in server.calls}
+    assert said == {"You know C.", "You know D."}
+    assert {len(call.body["messages"]) for call in server.calls} == {4}
+
+
 WRONG = {
     "two outputs, one answer": (
         ["--output-field", "a", "--output-field", "b"],

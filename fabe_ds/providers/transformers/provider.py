@@ -17,6 +17,7 @@ from fabe_ds.providers.transformers.checkpoint import Checkpoint
 from fabe_ds.providers.transformers.devices import cpu_has_bf16, device_of
 from fabe_ds.providers.transformers.identity import CheckpointProvider
 from fabe_ds.providers.transformers.reading import AnswerReader
+from fabe_ds.providers.transformers.room import PromptRoom
 from fabe_ds.providers.transformers.turns import all_ends, any_of, special_ids, split_controls
 from fabe_ds.quiet import quiet_transformers
 from fabe_ds.request import AnswerForm, Completion, Request, Sampling
@@ -96,17 +97,13 @@ class TransformersProvider(CheckpointProvider):
         return body
 
     def _is_cut(self, request: Request) -> bool:
-        """Whether a prompt is longer than the model takes. A token is a byte at least, so most
-        prompts are known to fit without counting."""
-        room = self._context
-        if not room or len(request.plain.encode()) + 512 + request.sampling.max_new_tokens <= room:
-            return False
-        return self._over(self.prompt_ids(request), request) > 0
+        """Whether a prompt is longer than the model takes."""
+        return self._room.is_over(self.chat, request)
 
     # Loading.
 
     def preflight(self) -> None:
-        self._check_room()
+        self._room.check()
         _ = self.generation
         for found in {self.checkpoint, self.base}:
             self._digests.keep(found.weights[0], "loaded", self._identity)
@@ -376,41 +373,11 @@ class TransformersProvider(CheckpointProvider):
         return FormedAnswers(self.chat, self.model, self._ends(self._own_settings))
 
     @cached_property
-    def _context(self) -> int | None:
-        """The most tokens that a prompt and its answer may have together."""
-        return checkpoints.context(self.config.get_text_config())
-
-    def _check_room(self) -> None:
-        """Raises: UsageError where an answer alone may fill the model's context."""
-        room, new = self._context, self.endpoint.max_new_tokens
-        if room and new is not None and new >= room:
-            raise UsageError(
-                f"--max-new-tokens {new}: the context of {self.endpoint.model} is {room} tokens, "
-                "prompt and answer together; take fewer"
-            )
-
-    def _over(self, ids: list[int], request: Request) -> int:
-        """By how many tokens a prompt is too long."""
-        room = self._context
-        return len(ids) + request.sampling.max_new_tokens - room if room else 0
+    def _room(self) -> PromptRoom:
+        return PromptRoom(self.endpoint, checkpoints.context(self.config.get_text_config()))
 
     def _fitting(self, request: Request) -> list[int]:
-        ids = self.prompt_ids(request)
-        if not ids:
-            raise RecordFailed("prompt", "the prompt has no tokens")
-        if self._over(ids, request) <= 0:
-            return ids
-        room, new = self._context or 0, request.sampling.max_new_tokens
-        why = (
-            f"the prompt has {len(ids)} tokens, which with {new} new ones (--max-new-tokens) is "
-            f"more than the model's {room}"
-        )
-        if self.endpoint.on_long_prompt == "truncate-left":
-            cut = self.chat.fitting(request, room - new)
-            if cut is not None:
-                return cut
-            why += ", and cutting the value does not help"
-        raise RecordFailed("context", why)
+        return self._room.fitting(self.chat, request)
 
     @cached_property
     def _reader(self) -> AnswerReader:
