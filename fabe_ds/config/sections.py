@@ -160,7 +160,8 @@ class AnswerSettings(Section):
     validate_with: Annotated[list[str], BeforeValidator(as_list)] = setting_field(
         "Prompt",
         "Check of an answer; repeatable: python-syntax, json, json-schema:FILE, regex:PATTERN, "
-        "max-length-ratio:N, min-length-ratio:N, keeps:urls,placeholders,numbers,code.",
+        "max-length-ratio:N, min-length-ratio:N, keeps:urls,placeholders,numbers,code, "
+        "same-language.",
         [],
         flag="validate",
         affects_output=True,

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line, reason
-from fabe_ds.prompts.comparisons import LENGTHS, keeping_check, length_check
+from fabe_ds.prompts.comparisons import (
+    LENGTHS,
+    SAME_LANGUAGE,
+    keeping_check,
+    language_check,
+    length_check,
+)
 from fabe_ds.text import as_path
 
 if TYPE_CHECKING:
@@ -41,8 +47,8 @@ class BuiltCheck(NamedTuple):
 
 def build_check(spec: str) -> BuiltCheck:
     """The check that `--validate` names: python-syntax, json, json-schema:FILE, regex:PATTERN,
-    max-length-ratio:N, min-length-ratio:N, keeps:KINDS, or an entry point of the group
-    fabe_ds.validators.
+    max-length-ratio:N, min-length-ratio:N, keeps:KINDS, same-language, or an entry point of the
+    group fabe_ds.validators.
 
     Such a one is a function of the answer, which may also take `original` and `record` by these
     names. It gives None or True for a good answer, what is wrong as a text, or False.
@@ -60,14 +66,16 @@ def build_check(spec: str) -> BuiltCheck:
         return BuiltCheck(_of_text(_regex(argument)))
     if name in LENGTHS:
         return BuiltCheck(length_check(name, argument))
+    if spec == SAME_LANGUAGE:
+        return BuiltCheck(language_check())
     if name == "keeps":
         return BuiltCheck(keeping_check(argument))
     for entry in entry_points(group=GROUP, name=name):
         return _other(f"--validate {name}: {entry.value}", entry)
     raise UsageError(
         f"--validate {spec}: no such check; known: python-syntax, json, json-schema:FILE, "
-        "regex:PATTERN, max-length-ratio:N, min-length-ratio:N, keeps:KINDS, and entry points of "
-        "fabe_ds.validators"
+        "regex:PATTERN, max-length-ratio:N, min-length-ratio:N, keeps:KINDS, "
+        "same-language, and entry points of fabe_ds.validators"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,10 @@ from typing import Any
 from fabe_ds.errors import UsageError
 
 LENGTHS = ("max-length-ratio", "min-length-ratio")
+SAME_LANGUAGE = "same-language"
 _SHOWN = 5
+_FEW_LETTERS, _SURE = 20, 0.95
+"""A language is told of texts with at least so many letters, and with at least this probability."""
 
 _url = re.compile(r"(?:https?|ftp)://[^\s<>\"'`\])}]+")
 _number = re.compile(r"\d+(?:[.,\u00a0\u202f']\d+)*")
@@ -69,6 +73,35 @@ def keeping_check(argument: str) -> Compare:
             return None
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         return f"lacking what the original holds: {', '.join(missing[:_SHOWN])}{more}"
+
+    return check
+
+
+def language_check() -> Compare:
+    """The check that an answer is in the original's language, as far as py3langid is sure of both.
+
+    Raises: UsageError where it is not installed.
+    """
+    try:
+        from py3langid import rank
+    except ImportError:
+        raise UsageError(
+            "--validate same-language needs py3langid: pip install 'fabe-ds[language]'"
+        ) from None
+
+    def language(text: str) -> str | None:
+        if sum(map(str.isalpha, text)) < _FEW_LETTERS:
+            return None
+        ranked = rank(text)
+        name, best = ranked[0]
+        certainty = 1 / sum(math.exp(max(score - best, -700.0)) for _, score in ranked)
+        return str(name) if certainty >= _SURE else None
+
+    def check(text: str, original: str, record: Mapping[str, Any] | None) -> str | None:
+        before, now = language(original), language(text)
+        if before is None or now is None or before == now:
+            return None
+        return f"in another language ({now}) than the original ({before})"
 
     return check
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ import pytest
 
 from tests.end_to_end.test_all_formats import CODES, KINDS, Kind, asking, rows_of, value
 from tests.support.server import Call, completion, error
+from tests.support.zoo import JSON, LINES
 
 SCHEMA = {
     "type": "object",
@@ -247,6 +249,29 @@ def test_every_byte_but_the_output_field_stays(box, server, name):
     assert ended.code == 0, ended
     assert (box.path / "outputs/d.json").read_bytes().decode() == after
     assert path.read_bytes().decode() == before
+
+
+@pytest.mark.parametrize("name", sorted({**JSON, **LINES}))
+def test_no_byte_of_the_zoo_changes_but_for_what_is_added(box, name):
+    """What was added is found again by its own text, and taken out."""
+    suffix = "json" if name in JSON else "jsonl"
+    text = JSON[name] if name in JSON else LINES[name]
+    before = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    box.write(f"d.{suffix}", before)
+    run = ("run", "--input", f"d.{suffix}", "--provider", "echo", "--model", "m")
+    ended = box.fabe(*run, "--output-field", "answer", "--choices", "aye,nay")
+    if "no record has it" in ended.err:
+        return
+    assert ended.code == 0, ended
+    after = (box.path / f"outputs/d.{suffix}").read_bytes()
+    member = rb',[ \t\r\n]*"answer"[ \t\r\n]*:[ \t\r\n]*"aye"'
+    assert re.sub(member, b"", after) == before
+    count = int(ended.out.partition(" rewritten")[0].split()[-1])
+    assert len(re.findall(member, after)) == count
+    again = box.fabe(*run, "--output-field", "answer", "--choices", "nay,aye")
+    assert again.code == 0
+    after = (box.path / f"outputs/d.{suffix}").read_bytes()
+    assert re.sub(member.replace(b"aye", b"nay"), b"", after) == before
 
 
 DOTTED = {
@@ -581,6 +606,21 @@ def test_what_the_original_holds_is_kept(box, server, name):
     assert ended.code == 0, ended
     assert box.read("outputs/d.jsonl")[0]["new"] == original
     assert server.calls[1].prompt.count(lost) == 1
+
+
+def test_another_language_is_asked_again(box, server):
+    english = "This is a short text about the weather of the coming days."
+    german = "Das ist ein kurzer Text über das Wetter der nächsten Tage."
+
+    async def translating(call: Call):
+        return completion(call, english if "another language" in call.prompt else german)
+
+    server.behaviour = translating
+    box.lines("d.jsonl", [{"code": english}, {"code": "x = 1"}])
+    run = asking(server, "d.jsonl", "--validate", "same-language", "--output-field", "new")
+    assert box.fabe(*run).code == 0
+    assert [row["new"] for row in box.read("outputs/d.jsonl")] == [english, german]
+    assert any("(de) than the original (en)" in prompt for prompt in server.prompts)
 
 
 # In Python.

@@ -172,11 +172,13 @@ def room_for(record: str, path: FieldPath) -> str | None:
 
 def with_value(record: str, path: FieldPath, value: str) -> str:
     """The record's text with a value, which is JSON, at a path: in the place of what is there, or
-    as a new member of the innermost object that is there."""
+    as a new member of the innermost object that is there. Unchanged where there is no room."""
     start, end, left = _way(record, path)
     if not left:
         return record[:start] + value + record[end:]
     is_object = record.startswith("{", start)
+    if not is_object and not record.startswith("null", start):
+        return record
     for key in reversed(left[1:] if is_object else left):
         value = f"{{{dumped(key, record)}: {value}}}"
     if not is_object:  # a null becomes an object
