@@ -14,9 +14,11 @@ import functools
 import ipaddress
 import logging
 import os
+import re
 import socket
 import ssl
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,8 @@ BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 FOLDERS = ("SSL_CERT_DIR",)
 """Variables that name certificates; those that are set are trusted, and no others."""
 _SHOWN_QUERY = ("api-version",)
+_FROM_ENVIRONMENT = "env:"
+_header_name = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,25 @@ def without_secrets(url: str) -> str:
         before, separator, after = url.partition("?")[0].rpartition("@")
         scheme, slashes, _ = before.partition("://")
         return f"{scheme}{slashes}{after}" if separator and slashes else after
+
+
+def headers_of(given: Mapping[str, str]) -> dict[str, str]:
+    """Headers as they are sent; a value `env:NAME` is that of an environment variable.
+
+    Raises: UsageError. Values are never in it.
+    """
+    headers = {}
+    for name, text in given.items():
+        value = text
+        if text.startswith(_FROM_ENVIRONMENT):
+            variable = text.removeprefix(_FROM_ENVIRONMENT)
+            if variable not in os.environ:
+                raise UsageError(f"--header {name}={text}: {variable} is not in the environment")
+            value = os.environ[variable].strip()
+        if not _header_name.fullmatch(name) or not value.isprintable() or not value.isascii():
+            raise UsageError(f"--header {name}: not a header")
+        headers[name] = value
+    return headers
 
 
 def clean_key(key: str | None, source: str) -> str | None:

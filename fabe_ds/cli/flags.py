@@ -71,7 +71,8 @@ def run_signature() -> inspect.Signature:
     parameters = [inspect.Parameter("config", keyword, default=None, annotation=file)]
     for name in sorted(RunConfig.model_fields, key=_place):
         declared = RunConfig.model_fields[name]
-        kind = _flag_type(declared.annotation)
+        words = setting(name, "words")
+        kind = str if words else _flag_type(declared.annotation)
         spelled = flag(name)
         names = [f"{spelled}/--no-{spelled[2:]}"] if kind is bool else [spelled]
         option = typer.Option(
@@ -79,7 +80,7 @@ def run_signature() -> inspect.Signature:
             help=_help(name, declared),
             rich_help_panel=setting(name, "panel"),
             show_default=False,
-            metavar=_choices(declared.annotation),
+            metavar="|".join(["NUMBER", *words]) if words else _choices(declared.annotation),
             autocompletion=_completion(name, declared.annotation),
         )
         listed = list[str] if kind is list else kind

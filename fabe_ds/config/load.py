@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from fabe_ds.config.params import params_of
 from fabe_ds.config.settings import JUDGE_FILE, SCHEMA_FILE, VERY_NEAR, RunConfig, flag, setting
 from fabe_ds.config.yaml_file import read_yaml
 from fabe_ds.errors import UsageError, reason
@@ -112,6 +113,14 @@ def signature_of(model: type[BaseModel], *first: inspect.Parameter) -> inspect.S
 
 def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str]) -> C:
     """The configuration of these values; `named` is how each was given, for the error."""
+    values = dict(values)
+    temperature = values.get("temperature")
+    if isinstance(temperature, str) and temperature.strip().lower() == "none":  # the server's own
+        del values["temperature"]
+        try:
+            values["params"] = {**params_of(values.get("params")), "temperature": None}
+        except ValueError as error:
+            raise UsageError(f"{named.get('params', 'params')}: {error}") from None
     try:
         return model(**{n: v if n in _PATHS else _as_text(v) for n, v in values.items()})
     except UnicodeDecodeError:
@@ -127,7 +136,7 @@ def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str
                 f"--device {first['input']}: write cpu, cuda, cuda:0, cuda:0,1, mps or auto"
             ) from None
         message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-        given = "" if name == "api_key" else f" {_short(first['input'])}"
+        given = "" if name in ("api_key", "headers") else f" {_short(first['input'])}"
         raise UsageError(f"{named.get(name, name)}{given}: {message}") from None
 
 

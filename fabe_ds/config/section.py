@@ -26,15 +26,18 @@ def setting_field(
     flag: str | None = None,
     affects_output: bool | Literal["when set"] = False,
     environment: str | None = None,
+    words: tuple[str, ...] = (),
     **limits: Any,
 ) -> Any:
     """A setting. `affects_output`: it can change what comes out, so it is part of the fingerprint;
-    "when set", only where it is not the default: fingerprints from before there was it hold."""
+    "when set", only where it is not the default: fingerprints from before there was it hold.
+    `words`: what a flag of a number takes beside numbers."""
     extra: Any = {
         "panel": panel,
         "flag": flag,
         "affects_output": affects_output,
         "environment": environment,
+        "words": words,
         "order": next(_order),
     }
     return Field(default, description=text, json_schema_extra=extra, **limits)

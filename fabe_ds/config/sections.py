@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from fabe_ds.config.files import as_list, choices_of, examples_of, schema_of
+from fabe_ds.config.params import headers_of, merged, object_of, params_of
 from fabe_ds.config.section import IO, Section, setting_field
 from fabe_ds.request import Sampling
 
@@ -192,6 +193,26 @@ class ModelSettings(Section):
         flag="provider-option",
         affects_output="when set",
     )
+    params: Annotated[dict[str, Any], BeforeValidator(params_of)] = setting_field(
+        "Model",
+        "Parameter of each request, name=value; repeatable. Dots go inside (options.num_ctx=8192), "
+        "values are JSON or text, null takes a parameter out. Of a local model: a generation "
+        "setting, or chat_template_kwargs.NAME.",
+        {},
+        flag="param",
+        affects_output="when set",
+    )
+    extra_body: Annotated[dict[str, Any] | None, BeforeValidator(object_of)] = setting_field(
+        "Model", "The same as one JSON object.", affects_output="when set"
+    )
+    headers: Annotated[dict[str, str], BeforeValidator(headers_of)] = setting_field(
+        "Model",
+        "Header of each request, name=value; repeatable. A value env:NAME is read from the "
+        "environment.",
+        {},
+        flag="header",
+        repr=False,
+    )
     base_model: str | None = setting_field(
         "Model",
         "Model that an adapter (LoRA) given as --model goes on; by default, the one it names.",
@@ -257,6 +278,11 @@ class ModelSettings(Section):
     )
 
     @property
+    def given_params(self) -> dict[str, Any]:
+        """The parameters that the user names."""
+        return merged(self.extra_body or {}, self.params)
+
+    @property
     def devices(self) -> list[str]:
         """The devices, each of which gets a process of its own where there are several."""
         kind, _, numbers = self.device.partition(":")
@@ -277,7 +303,13 @@ class SamplingSettings(Section):
         gt=0,
     )
     temperature: float = setting_field(
-        "Model", "Sampling temperature.", 0.0, affects_output=True, environment="TEMPERATURE", ge=0
+        "Model",
+        "Sampling temperature; none sends none, and leaves it to the server.",
+        0.0,
+        affects_output=True,
+        environment="TEMPERATURE",
+        words=("none",),
+        ge=0,
     )
     top_p: float | None = setting_field(
         "Model", "Nucleus sampling.", affects_output=True, gt=0, le=1

@@ -97,7 +97,7 @@ class BatchEngine:
             "custom_id": entry.key.hex(),
             "method": "POST",
             "url": self._endpoint(self.provider.path(entry.request)),
-            "body": self.provider.sent(self.provider.body(entry.request), self._learned),
+            "body": self.provider.sent(self.provider.asked(entry.request), self._learned),
         }
         return json.dumps(line).encode() + b"\n"
 

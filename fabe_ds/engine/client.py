@@ -121,7 +121,7 @@ class HttpClient:
     async def post(self, request: Request) -> Reply:
         """One try."""
         url = self.provider.address.url(self.provider.path(request))
-        sent = self.provider.sent(self.provider.body(request), self._learned)
+        sent = self.provider.sent(self.provider.asked(request), self._learned)
         started = time.monotonic()
         try:
             data = json.dumps(sent).encode()
@@ -198,7 +198,8 @@ class HttpClient:
             name = refused_parameter(sent, error.parameter, error.codes, error.message)
         if name is None:
             return verdict
-        lesson = self.provider.instead(name, sent, error.message)
+        asked_for = name in self.provider.endpoint.given_params  # then it is for the user to say
+        lesson = None if asked_for else self.provider.instead(name, sent, error.message)
         if lesson is not None and name not in self._learned.values():
             return replace(verdict, action="retry", lesson=dict([lesson]))
         message = f"the server does not take the parameter {name} ({verdict.message})"

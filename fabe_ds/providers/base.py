@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ValidationError
 
+from fabe_ds.config.params import merged, without_nulls
 from fabe_ds.config.sections import ModelSettings
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.request import Completion, Request
@@ -104,13 +105,18 @@ class Provider(ABC):
     def body(self, request: Request) -> dict[str, Any]:
         """The request as it is sent: all that can change the answer."""
 
+    def asked(self, request: Request) -> dict[str, Any]:
+        """The body with the parameters that the user names in it."""
+        given = self.endpoint.given_params
+        return without_nulls(merged(self.body(request), given)) if given else self.body(request)
+
     def identity(self) -> str:
         """Who answers: an endpoint's address, a local model's digest. Part of the cache key."""
         return self.endpoint.model
 
     def key(self, request: Request) -> bytes:
         """The cache key: SHA-256 over who is asked, what is sent, and which sample it is."""
-        return self._key_of(self.identity(), self.body(request), request.sample)
+        return self._key_of(self.identity(), self.asked(request), request.sample)
 
     def _key_of(self, identity: str, body: Mapping[str, Any], sample: int) -> bytes:
         sent = [self.name, identity, body, sample]
@@ -147,13 +153,17 @@ class Provider(ABC):
 
     def shown(self, request: Request) -> str:
         """The request as a dry run shows it."""
-        return json.dumps(self.body(request), ensure_ascii=False, indent=2)
+        return json.dumps(self.asked(request), ensure_ascii=False, indent=2)
 
 
 class LocalProvider(Provider):
     """A model in this process."""
 
     is_local = True
+
+    def asked(self, request: Request) -> dict[str, Any]:
+        given = self.endpoint.given_params
+        return {**self.body(request), "params": given} if given else self.body(request)
 
     def vouched(self) -> bool:
         """Whether it is known that the model can be loaded as it is, so that what is stored of its

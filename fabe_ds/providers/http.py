@@ -38,6 +38,7 @@ class HttpProvider(Provider):
         self.models: list[str] = []
         """What the server said that it has, where it was asked."""
         self._api_key = network.clean_key(api_key, self.key_variable or "--api-key")
+        self._headers = network.headers_of(endpoint.headers)
         try:
             self.address = network.Address.parse(self.base_url)
         except ValueError as error:
@@ -102,8 +103,8 @@ class HttpProvider(Provider):
     def headers(self) -> dict[str, str]:
         """What says who asks. A user and password in the address go first, and the key stays."""
         if basic := self.address.basic():
-            return {"Authorization": basic}
-        return self.key_headers(self._api_key) if self._api_key else {}
+            return {"Authorization": basic, **self._headers}
+        return {**(self.key_headers(self._api_key) if self._api_key else {}), **self._headers}
 
     def key_headers(self, key: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {key}"}

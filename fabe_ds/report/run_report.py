@@ -122,6 +122,9 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     here = Path.cwd()
     settings["validate_with"] = [in_folder(c, SCHEMA_FILE, here) for c in config.validate_with]
     settings["pick"] = in_folder(config.pick, JUDGE_FILE, here)
+    # Of headers, only where they come from.
+    found = {name: text for name, text in config.headers.items() if text.startswith("env:")}
+    settings["headers"] = found
     if config.base_url:
         settings["base_url"] = without_secrets(config.base_url)
     for name, value in settings.items():

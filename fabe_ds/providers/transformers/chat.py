@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +39,7 @@ class Chat:
     """Writes prompts for one tokenizer. `thinking`: whether the model is to reason; None leaves it
     to the model. `template`: one that takes the place of the model's own. `instruction`: the
     user's own words of every prompt, whose control tokens are meant as such; None takes all but a
-    record's value for them."""
+    record's value for them. `variables`: more of what the template is given."""
 
     def __init__(
         self,
@@ -48,12 +48,13 @@ class Chat:
         template: str | None = None,
         thinking: bool | None = None,
         instruction: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self._name, self._instruction = tokenizer, name, instruction
         if template is not None:
             tokenizer.chat_template = template
         self.template = _default(tokenizer.chat_template)
-        self._parameters = self._switched(thinking)
+        self._parameters = {**self._switched(thinking), **(variables or {})}
         self.notes: list[str] = []
 
     def _switched(self, thinking: bool | None) -> dict[str, Any]:

@@ -28,6 +28,10 @@ _LOOP = ("repetition_penalty", "no_repeat_ngram_size")
 _LOOP_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
+KNOWN_SETTINGS = (*_LOOP, *LEFT, *_LOOP_SAMPLING, *LEFT_SAMPLING)
+"""Generation settings that are honoured."""
+
+
 _OF_ALL_IDS = (*_LOOP, "min_length", "encoder_repetition_penalty")
 """Settings that count what stands before the answer, padding too."""
 

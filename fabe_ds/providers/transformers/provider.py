@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
+"""The parameter that holds variables of the chat template, as vLLM's server calls it."""
+
 
 class TransformersProvider(CheckpointProvider):
     """What hf and modelscope share: all but how a model's name becomes a folder."""
@@ -39,12 +42,12 @@ class TransformersProvider(CheckpointProvider):
 
     def former_key(self, request: Request) -> tuple[bytes, float] | None:
         former = self.former_identity()
-        if former is None or self._amended:
+        if former is None or self._amended or self.endpoint.given_params:
             return None
         if self._control_pattern.search(request.prompt):
             return None  # with transformers before 5.20, it became a control token
         body = self.body(request)
-        if "cut" in body or "control" in body:
+        if not body.keys().isdisjoint(("cut", "control", "choices", "schema")):
             return None
         return self._key_of(former, body, request.sample), self._changed
 
@@ -133,7 +136,8 @@ class TransformersProvider(CheckpointProvider):
         """Those of the model's own settings that hold for a request."""
         from fabe_ds.providers.transformers.loaded_model import held
 
-        sampling, own = request.sampling, held(self._own_settings, request.sampling.is_sampling)
+        settings = {**self._own_settings, **self._given_settings}
+        sampling, own = request.sampling, held(settings, request.sampling.is_sampling)
         if sampling.top_p is not None:
             own.pop("top_p", None)
         if sampling.temperature:
@@ -148,6 +152,24 @@ class TransformersProvider(CheckpointProvider):
     def _own_settings(self) -> dict[str, Any]:
         """The generation settings that came with the model's folder."""
         return amendments.own_settings(self.base)
+
+    @cached_property
+    def _given_settings(self) -> dict[str, Any]:
+        """The generation settings that the user names, which go over the model's own.
+
+        Raises: UsageError where there is no such setting.
+        """
+        from fabe_ds.providers.transformers.loaded_model import KNOWN_SETTINGS
+
+        given = dict(self.endpoint.given_params)
+        given.pop(CHAT_TEMPLATE_KWARGS, None)
+        for name in given if self.endpoint.engine == "transformers" else ():
+            if name not in KNOWN_SETTINGS:
+                raise UsageError(
+                    f"--param {name}: no setting of a local model's; it has "
+                    f"{', '.join(KNOWN_SETTINGS)} and {CHAT_TEMPLATE_KWARGS}.NAME"
+                )
+        return given
 
     @property
     def _passed_over(self) -> list[str]:
@@ -176,7 +198,9 @@ class TransformersProvider(CheckpointProvider):
         name, endpoint = self.endpoint.model, self.endpoint
         with quiet_transformers():
             tokenizer = loading.load_tokenizer(self._source_of(self._speaking), name)
-        return Chat(tokenizer, name, endpoint.chat_template, endpoint.thinks, endpoint.instruction)
+        more = endpoint.given_params.get(CHAT_TEMPLATE_KWARGS) or {}
+        words = endpoint.instruction
+        return Chat(tokenizer, name, endpoint.chat_template, endpoint.thinks, words, more)
 
     @property
     def tokenizer(self) -> Any:
@@ -276,14 +300,14 @@ class TransformersProvider(CheckpointProvider):
         if self.endpoint.engine == "vllm":
             from fabe_ds.providers.transformers.vllm import VllmGeneration
 
-            return VllmGeneration(
-                self.path, self.endpoint, self.tokenizer, self._ends(self._own_settings)
-            )
+            ends = self._ends(self._own_settings)
+            given = self._given_settings
+            return VllmGeneration(self.path, self.endpoint, self.tokenizer, ends, given)
         from fabe_ds.providers.transformers.generation import Generation
         from fabe_ds.providers.transformers.loaded_model import LoadedModel
 
         model = self.model
-        own = self._loaded_settings
+        own = {**self._loaded_settings, **self._given_settings}
         return Generation(
             LoadedModel(
                 model,

@@ -73,11 +73,18 @@ class VllmGeneration:
     """Answers prompts; vLLM plans its batches itself."""
 
     def __init__(
-        self, path: Path, endpoint: Endpoint, tokenizer: Any, ends: Collection[int]
+        self,
+        path: Path,
+        endpoint: Endpoint,
+        tokenizer: Any,
+        ends: Collection[int],
+        given: Mapping[str, Any] | None = None,
     ) -> None:
+        """`given`: more arguments of vllm.SamplingParams."""
         from vllm import LLM, SamplingParams
 
         self._params, self._tokenizer, self._ends = SamplingParams, tokenizer, ends
+        self._given = dict(given or {})
         try:
             self._engine = LLM(**engine_arguments(path, endpoint)).llm_engine
         except (ValueError, RuntimeError, OSError) as error:
@@ -97,7 +104,11 @@ class VllmGeneration:
                 str(prompt.number),
                 {"prompt_token_ids": prompt.ids},
                 self._params(
-                    **sampling_arguments(sampling, prompt.seed, ends), **form_arguments(form)
+                    **{
+                        **sampling_arguments(sampling, prompt.seed, ends),
+                        **form_arguments(form),
+                        **self._given,
+                    }
                 ),
             )
         while self._engine.has_unfinished_requests():
