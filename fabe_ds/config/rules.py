@@ -212,7 +212,7 @@ def remark(config: RunConfig, provider: ProviderFacts) -> None:
 
 def _say_system_prompt(config: RunConfig, provider: ProviderFacts) -> None:
     """Says that the system prompt is the one for code, where it may be none of the user's."""
-    if "system_prompt" in config.model_fields_set or not provider.cached:
+    if "system_prompt" in config.model_fields_set or not provider.cached or config.context:
         return
     names = [name.rpartition(".")[2] for name in config.targets.names]
     if not all(_CODE.search(name) for name in names):

@@ -112,6 +112,8 @@ class Asking:
         before = self._examples[field]
         if self._turns:
             turns = turns_before(self._values_of(record), self._paths[field], nth)
+            if not turns:  # what opens a chat answers nothing
+                return LEAVE
             system, before, prompt = self._opened(turns, before, text, record, field)
         else:
             prompt = self._instructions[field].prompt(text, record)

@@ -26,9 +26,10 @@ _CONTENT_KEYS = ("content", "value", "text")
 
 
 def turns_before(record: Any, path: FieldPath, nth: int) -> list[Turn]:
-    """The turns before the nth text of a field. A role that is no model's is the user's.
+    """The turns before the nth text of a field; none where it opens the chat. A role that is no
+    model's is the user's.
 
-    Raises: RecordFailed where there are none.
+    Raises: RecordFailed where the text stands in no list.
     """
     ways = found_in(record, path)
     way = ways[nth] if nth < len(ways) else ()
@@ -38,9 +39,7 @@ def turns_before(record: Any, path: FieldPath, nth: int) -> list[Turn]:
     turns: Sequence[Any] = inside(record, way[:at])
     found = [_turn(turn, key_of(path)) for turn in turns[: int(way[at]) % len(turns)]]
     said = [turn for turn in found if turn is not None]
-    if not any(role != "system" for role, _ in said):
-        raise RecordFailed("prompt", "no turn stands before it, so there is nothing to answer")
-    return said
+    return said if any(role != "system" for role, _ in said) else []
 
 
 def _is_item(record: Any, way: Sequence[str]) -> bool:

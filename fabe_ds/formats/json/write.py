@@ -111,7 +111,8 @@ def rows_with_answers(records: Records, answers: Answers) -> Iterator[EditedReco
         found = [row[at : at + len(_EDIT)] for at in range(width, len(row), len(_EDIT))]
         places, broken = _places(found[:fields]), _is_broken(row)
         changes, placed = changing.of(row[_RAW], places, given) if not broken else ([], [])
-        gained = {} if len(before) == len(places) else _gained(targets, given)
+        is_done = bool(places) and len(before) == len(places)
+        gained = {} if is_done else _gained(targets, given)
         if 0 in before:  # samples are those of the first field, which is done
             gained.pop(targets.samples_field or "", None)
         for name, place in zip(targets.gained, found[fields:], strict=True):
