@@ -19,7 +19,7 @@ _CODE = re.compile(r"code|source|script|func|program|solution|snippet|impl|sql|p
 """Names of fields that hold code."""
 _OF_PUSHES = ("public", "revision", "push_config_name", "force", "push_failures")
 _OF_RAY = ("ray_address", "workers", "gpus_per_worker")
-_OF_LOCAL_MODELS = ("base_model", "chat_template", "thinking")
+_OF_LOCAL_MODELS = ("base_model", "chat_template")
 
 
 class ProviderFacts(Protocol):
@@ -202,6 +202,7 @@ def refuse_caps(config: TransformConfig, other: str) -> None:
 def remark(config: RunConfig, provider: ProviderFacts) -> None:
     """Says which settings have no effect, and what a person may not have meant."""
     _say_system_prompt(config, provider)
+    _say_short(config)
     if config.runner != "ray":
         _say_idle(config, _OF_RAY, "--runner ray")
     if config.push_to_hub is None:
@@ -220,6 +221,17 @@ def _say_system_prompt(config: RunConfig, provider: ProviderFacts) -> None:
             "the system prompt is the default, for code (%r); --system-prompt gives another, or '' "
             "for none",
             config.system_prompt,
+        )
+
+
+def _say_short(config: RunConfig) -> None:
+    """Says that a model which reasons needs more tokens than the default."""
+    if config.thinking not in (None, "off") and "max_new_tokens" not in config.model_fields_set:
+        log.warning(
+            "--thinking %s with --max-new-tokens %d (the default): answers will be cut while the "
+            "model reasons; give it more, as in --max-new-tokens 4096",
+            config.thinking,
+            config.max_new_tokens,
         )
 
 

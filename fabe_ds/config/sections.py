@@ -223,11 +223,17 @@ class ModelSettings(Section):
         "Chat template for a local model, instead of its own: a Jinja2 file.",
         affects_output="when set",
     )
-    thinking: Literal["on", "off"] | None = setting_field(
+    thinking: Literal["on", "off", "low", "medium", "high"] | None = setting_field(
         "Model",
-        "Whether a local model reasons first, where its chat template has a switch for it.  "
-        "[default: as the template has it]",
+        "Whether, or how hard, a model reasons first: told in the server's own way, or through the "
+        "chat template of a local model.  [default: the model's own]",
         affects_output="when set",
+    )
+    dialect: str | None = setting_field(
+        "Model",
+        "How the server is told to think, where it is not known by its address or by what it says "
+        "of itself: openai, vllm, sglang, llamacpp, ollama, dashscope, siliconflow, deepseek, "
+        "zhipu, moonshot, volcengine or openrouter.",
     )
     api_key: SecretStr | None = setting_field(
         "Model", "Key for the server; better, OPENAI_API_KEY."

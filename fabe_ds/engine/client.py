@@ -17,6 +17,7 @@ from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.server_errors import ServerError, read_error
 from fabe_ds.engine.verdict import Verdict, classify_error, classify_payload
 from fabe_ds.errors import MalformedResponse, RecordFailed
+from fabe_ds.providers.dialects import DIALECT
 from fabe_ds.providers.finish import End, end_of
 from fabe_ds.providers.forms import FORMAT, IN_PROMPT, OLLAMA_FORMAT, refused_form
 from fabe_ds.providers.http import STREAM, HttpProvider, refused_parameter, stream_parts
@@ -91,6 +92,9 @@ class HttpClient:
         """
         self.provider.refuse_open_key()
         self.provider.preflight()
+        if found := self.provider.detected:  # for processes that do not look themselves
+            self._learned[DIALECT] = found
+            self._remember(DIALECT, found)
 
     def answered(self) -> None:
         """A completion came: the key, the model and the parameters are good."""

@@ -44,7 +44,7 @@ class Endpoint(ModelSettings):
     @property
     def thinks(self) -> bool | None:
         """Whether the model is to reason first; None leaves it to its chat template."""
-        return None if self.thinking is None else self.thinking == "on"
+        return None if self.thinking is None else self.thinking != "off"
 
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
@@ -153,7 +153,12 @@ class Provider(ABC):
 
     def shown(self, request: Request) -> str:
         """The request as a dry run shows it."""
-        return json.dumps(self.asked(request), ensure_ascii=False, indent=2)
+        return written(self.asked(request))
+
+
+def written(body: Mapping[str, Any]) -> str:
+    """A body as a dry run shows it."""
+    return json.dumps(body, ensure_ascii=False, indent=2)
 
 
 class LocalProvider(Provider):

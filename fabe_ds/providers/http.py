@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fabe_ds import network
+from fabe_ds.config.params import merged
 from fabe_ds.errors import MalformedResponse, RunStopped, UsageError
-from fabe_ds.providers.base import Endpoint, Provider
+from fabe_ds.providers.base import Endpoint, Provider, written
+from fabe_ds.providers.dialects import DIALECT, DIALECTS, THINKING, dialect_of_host, in_dialect
 from fabe_ds.providers.forms import IN_PROMPT
 from fabe_ds.request import Completion, Request
 
@@ -35,6 +37,11 @@ class HttpProvider(Provider):
     def __init__(self, endpoint: Endpoint, api_key: str | None = None) -> None:
         """Raises: UsageError where the base URL is no address, or the key no key."""
         super().__init__(endpoint)
+        self.detected: str | None = None
+        """The dialect that the server was found to speak, where it was asked."""
+        if endpoint.dialect is not None and endpoint.dialect not in DIALECTS:
+            known = ", ".join(DIALECTS)
+            raise UsageError(f"--dialect {endpoint.dialect}: no such dialect; there are {known}")
         self.models: list[str] = []
         """What the server said that it has, where it was asked."""
         self._api_key = network.clean_key(api_key, self.key_variable or "--api-key")
@@ -77,7 +84,22 @@ class HttpProvider(Provider):
         `learned`: the names of parameters, each with the name that the server has for it, or ""
         where it takes none.
         """
-        return _renamed(body, learned)
+        renamed = _renamed(body, learned)
+        level = renamed.pop(THINKING, None)
+        if level is None:
+            return renamed
+        name = self.dialect(learned)
+        if name is None:
+            raise RunStopped(
+                f"{self.address}: it is not known how this server is told to think; give its "
+                f"--dialect ({', '.join(DIALECTS)}), or its own parameter with --param"
+            )
+        return merged(in_dialect(name, str(level)), renamed)
+
+    def dialect(self, learned: Mapping[str, str]) -> str | None:
+        """How the server is told to think, as far as it is known."""
+        host = dialect_of_host(self.address.host)
+        return self.endpoint.dialect or host or learned.get(DIALECT) or self.detected
 
     def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
         """What to learn where the server refuses the parameter `name` of a body, with this
@@ -127,7 +149,11 @@ class HttpProvider(Provider):
         return RunStopped(f"{self.address}: {hint}")
 
     def shown(self, request: Request) -> str:
-        return f"POST {self.address.shown(self.path(request))}\n{super().shown(request)}"
+        body = self.asked(request)
+        if (level := body.pop(THINKING, None)) is not None:
+            name = self.dialect({})
+            body |= in_dialect(name, level) if name else {"(thinking)": level}
+        return f"POST {self.address.shown(self.path(request))}\n{written(body)}"
 
 
 def _renamed(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:

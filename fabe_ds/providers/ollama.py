@@ -71,6 +71,8 @@ class OllamaProvider(HttpProvider):
         if sampling.stop:
             options["stop"] = list(sampling.stop)
         body: dict[str, Any] = {"model": self.endpoint.model, "stream": False, "options": options}
+        if (level := self.endpoint.thinking) is not None:
+            body["think"] = {"on": True, "off": False}.get(level, level)
         if request.form.schema is not None:
             body["format"] = request.form.schema
         if request.form.logprobs:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers.base import token_count
+from fabe_ds.providers.dialects import THINKING, dialect_of_owner
 from fabe_ds.providers.forms import (
     FORMAT,
     LOGPROBS,
@@ -69,6 +70,8 @@ class OpenAIProvider(HttpProvider):
             body["seed"] = sampling.seed + request.sample
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if self.endpoint.thinking is not None:
+            body[THINKING] = self.endpoint.thinking
         if request.form.schema is not None:
             schema = {"name": "answer", "strict": True, "schema": request.form.schema}
             body[FORMAT] = {"type": "json_schema", "json_schema": schema}
@@ -176,7 +179,10 @@ class OpenAIProvider(HttpProvider):
                 "--api-key or OPENAI_API_KEY"
             )
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            self.models = [str(model["id"]) for model in answer.json()["data"]]
+            listed = answer.json()["data"]
+            self.models = [str(model["id"]) for model in listed]
+            owners = (dialect_of_owner(str(model.get("owned_by"))) for model in listed)
+            self.detected = next(filter(None, owners), None)
 
 
 def _lacks_scope(text: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from json.encoder import encode_basestring, encode_basestring_ascii
 from operator import itemgetter
@@ -186,12 +187,15 @@ def with_value(record: str, path: FieldPath, value: str) -> str:
     return _with_texts(record, start, end, {str(left[0]): value})
 
 
+_member = lru_cache(64)(lambda key: Field((key,), None))
+
+
 def _way(record: str, path: FieldPath) -> tuple[int, int, FieldPath]:
     """The innermost value on the way of a path that is there, and the steps that are left."""
     start, end, left = 0, len(record), path
     while left:
         step = left[0]
-        found = None if isinstance(step, Items) else Field((step,), None).locate(record, start)[1]
+        found = None if isinstance(step, Items) else _member(step).locate(record, start)[1]
         if not isinstance(found, Target):
             break
         start, left = found.start, left[1:]

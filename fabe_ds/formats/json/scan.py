@@ -76,9 +76,8 @@ class Field:
         self._usual = (": ", self._joint(" ", ": "))  # as most files are spaced
         self._quoted = encode_basestring(key)
         # A key with no other spelling than its own, but for \\u escapes.
-        self._plain = (
-            len(path) == 1 and self._quoted == f'"{key}"' and "/" not in key and not beside
-        )
+        self._plain = len(path) == 1 and self._quoted == f'"{key}"' and "/" not in key
+        self._none_beside = (None,) * len(self._beside)
         self._colon = re.compile(re.escape(self._quoted) + r"([ \t\n\r]*:[ \t\n\r]*)\"").match
 
     def locate(self, text: str, pos: int) -> tuple[int, Located]:
@@ -95,19 +94,22 @@ class Field:
             value = record.get(self._key, self)
             if value is self:
                 return end, None
+            alone = not self._beside or record.keys().isdisjoint(self._beside)
             # Where the quoted key stands just once, that place is the member: to stand deeper,
             # the key would have to be spelled with an escape here. Half the time of the walk.
             key = text.find(self._quoted, pos, end)
-            if text.find(self._quoted, key + 1, end) < 0 and text.find("\\u", pos, end) < 0:
+            quoted, none = self._quoted, self._none_beside
+            if alone and text.find(quoted, key + 1, end) < 0 and text.find("\\u", pos, end) < 0:
                 match = self._colon(text, key)
                 if match is not None and text[key - 1] != "\\":
                     start, colon = match.end() - 1, match[1]
                     stop = scanstring(text, start + 1, True)[1]
                     if self.backup is None or self.backup in record:
-                        return end, Target(start, stop, value, "")
+                        return end, Target(start, stop, value, "", none)
                     if text[key - 2 : key] == ", " and self._usual[0] == colon:
-                        return end, Target(start, stop, value, self._usual[1])
-                    return end, Target(start, stop, value, self._joint_at(text, key, stop, colon))
+                        return end, Target(start, stop, value, self._usual[1], none)
+                    joint = self._joint_at(text, key, stop, colon)
+                    return end, Target(start, stop, value, joint, none)
         found = self._targets(text, pos, self.path)
         if self.several:
             return end, found

@@ -32,6 +32,7 @@ _THINKING = {  # variables by which templates switch reasoning, and what turns i
     "thinking": (True, False),
     "reasoning_effort": ("medium", "none"),
 }
+_EFFORT = "reasoning_effort"
 _PROBE = "What is seven and five?"
 
 
@@ -46,7 +47,7 @@ class Chat:
         tokenizer: Any,
         name: str,
         template: str | None = None,
-        thinking: bool | None = None,
+        thinking: bool | str | None = None,
         instruction: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
@@ -57,14 +58,25 @@ class Chat:
         self._parameters = {**self._switched(thinking), **(variables or {})}
         self.notes: list[str] = []
 
-    def _switched(self, thinking: bool | None) -> dict[str, Any]:
+    def _switched(self, thinking: bool | str | None) -> dict[str, Any]:
+        """The variables of the template that switch reasoning on or off, or say how much of it.
+
+        Raises: UsageError where it has none.
+        """
         if thinking is None:
             return {}
-        said = "on" if thinking else "off"
         asked = _variables(self.template or "")
-        for variable, (on, off) in _THINKING.items():
-            if variable in asked:
-                return {variable: on if thinking else off}
+        switches = {name: values for name, values in _THINKING.items() if name in asked}
+        if isinstance(thinking, str):
+            if _EFFORT not in switches:
+                raise UsageError(
+                    f"--thinking {thinking}: the chat template of {self._name} knows no {_EFFORT}"
+                )
+            others = {name: on for name, (on, _) in switches.items()}
+            return {**others, _EFFORT: thinking}
+        for variable, (on, off) in switches.items():
+            return {variable: on if thinking else off}
+        said = "on" if thinking else "off"
         raise UsageError(
             f"--thinking {said}: the chat template of {self._name} has no switch for it"
         )

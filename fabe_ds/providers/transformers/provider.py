@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.errors import RecordFailed, UsageError
+from fabe_ds.providers.dialects import EFFORTS
 from fabe_ds.providers.transformers import amendments
 from fabe_ds.providers.transformers import checkpoint as checkpoints
 from fabe_ds.providers.transformers.amendments import PASSED_OVER
@@ -92,7 +93,8 @@ class TransformersProvider(CheckpointProvider):
         if request.chat and endpoint.chat_template is not None:
             body["chat_template"] = endpoint.chat_template
         if request.chat and endpoint.thinks is not None:
-            body["thinking"] = endpoint.thinks
+            level = endpoint.thinking
+            body["thinking"] = level if level in EFFORTS else endpoint.thinks
         if request.form.choices:
             body["choices"] = list(request.form.choices)
         elif request.form.schema is not None:
@@ -199,8 +201,9 @@ class TransformersProvider(CheckpointProvider):
         with quiet_transformers():
             tokenizer = loading.load_tokenizer(self._source_of(self._speaking), name)
         more = endpoint.given_params.get(CHAT_TEMPLATE_KWARGS) or {}
-        words = endpoint.instruction
-        return Chat(tokenizer, name, endpoint.chat_template, endpoint.thinks, words, more)
+        words, level = endpoint.instruction, endpoint.thinking
+        thinks: bool | str | None = level if level in EFFORTS else endpoint.thinks
+        return Chat(tokenizer, name, endpoint.chat_template, thinks, words, more)
 
     @property
     def tokenizer(self) -> Any:

@@ -480,6 +480,3 @@ def test_thinking_is_switched_by_the_templates_own_variable(box):
     ended = box.fabe(*dry, "--model", none, "--thinking", "off")
     assert ended.code == 2
     assert "has no switch" in ended.err
-    ended = box.fabe(*dry[:-2], "openai", "--model", "m", "--thinking", "off")
-    assert ended.code == 2
-    assert "--thinking" in ended.err

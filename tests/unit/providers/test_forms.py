@@ -45,8 +45,8 @@ SCHEMA = {
 }
 
 
-def provider(path, **options) -> HFProvider:
-    return HFProvider(Endpoint(str(path), dtype="float32", batch_size=6, **options))
+def provider(path, rows: int = 6, **options) -> HFProvider:
+    return HFProvider(Endpoint(str(path), dtype="float32", batch_size=rows, **options))
 
 
 def asked(texts, form: AnswerForm, tokens: int = 120, **sampling) -> list[Request]:
@@ -164,7 +164,7 @@ def test_the_form_is_part_of_the_key_only_where_there_is_one(tiny):
 
 @pytest.mark.slow
 def test_a_real_model_follows_the_schema_for_all_of_48_records(smollm_folder):
-    model = provider(smollm_folder)
+    model = provider(smollm_folder, 48)
     codes = [str(function["code"]) for function in functions(48, longest=500)]
     answers = model.complete(asked(codes, AnswerForm(SCHEMA)))
     for answer in answers:
