@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -41,7 +42,18 @@ class ValuedFlags(TyperCommand):
                         f"fabe-ds: {name} is given {given[name]} times; the last one holds",
                         file=sys.stderr,
                     )
-        return super().parse_args(ctx, list(_without_values(args, names)))
+        return super().parse_args(ctx, list(_without_values(_worded(args), names)))
+
+
+def _worded(args: list[str]) -> list[str]:
+    """The arguments with a word behind --stream, which was a switch before it took one."""
+    worded: list[str] = []
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
+        if arg == "--stream" and following.lower() not in _TRUE | _FALSE | {"auto"}:
+            worded.append("--stream=on")
+        else:
+            worded.append("--stream=off" if arg == "--no-stream" else arg)
+    return worded
 
 
 def _without_values(args: list[str], names: set[str]) -> Iterator[str]:

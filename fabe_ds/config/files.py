@@ -20,6 +20,14 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
 
 
+def on_or_off(value: Any) -> Any:
+    """The word of a setting that was true or false before it had words; false was auto's way."""
+    words = {True: "on", False: "auto", "true": "on", "false": "off", "1": "on", "0": "off"}
+    if isinstance(value, str):
+        value = value.lower()
+    return words.get(value, value) if isinstance(value, bool | str) else value
+
+
 def _text_of(name: str) -> str:
     """Raises: ValueError."""
     try:

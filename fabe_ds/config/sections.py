@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
-from fabe_ds.config.files import as_list, choices_of, examples_of, schema_of
+from fabe_ds.config.files import as_list, choices_of, examples_of, on_or_off, schema_of
 from fabe_ds.config.params import headers_of, merged, object_of, params_of
 from fabe_ds.config.section import IO, Section, setting_field
 from fabe_ds.request import Sampling
@@ -379,10 +379,11 @@ class PolicySettings(Section):
     give_up_after: float = setting_field(
         "Execution", "Seconds without a server after which the run stops.", 600.0, gt=0
     )
-    stream: bool = setting_field(
+    stream: Annotated[Literal["auto", "on", "off"], BeforeValidator(on_or_off)] = setting_field(
         "Execution",
-        "Let the server stream its answers; keeps proxies from cutting long ones.",
-        False,
+        "Let the server stream its answers, which keeps proxies from cutting long ones; auto does "
+        "where a server asks for it, or a proxy has cut an answer. By itself, --stream is on.",
+        "auto",
     )
     on_error: Literal["raise", "keep"] = setting_field(
         "Execution",

@@ -60,8 +60,14 @@ class HttpClient:
             self.proven = bool(self._learned.pop("answered", ""))
         self._answered_before = self.proven
         self._answered_at: float | None = None  # on the monotonic clock: the latest answer
-        if policy.stream:
+        if policy.stream == "on":
             self._learned[STREAM] = "true"
+        elif policy.stream == "off":
+            self._learned.pop(STREAM, None)
+        # Of a stream, each silence may be so long, and not the whole answer.
+        self._silence = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=policy.timeout
+        )
         self._session: aiohttp.ClientSession
 
     async def open(self) -> None:
@@ -129,7 +135,10 @@ class HttpClient:
         started = time.monotonic()
         try:
             data = json.dumps(sent).encode()
-            async with self._session.post(url, data=data, allow_redirects=False) as response:
+            timeout = self._silence if sent.get(STREAM) else self._session.timeout
+            async with self._session.post(
+                url, data=data, allow_redirects=False, timeout=timeout
+            ) as response:
                 data = await _read(response)
                 status, headers = response.status, response.headers
         except _TooLarge:
@@ -140,6 +149,8 @@ class HttpClient:
         if status != 200:
             said = read_error(data)
             verdict = classify_error(status, said, headers, time.monotonic() - started)
+            if verdict.proxy_cut and self._policy.stream == "auto" and not sent.get(STREAM):
+                return Reply(replace(verdict, lesson={STREAM: "true"}), headers)
             return Reply(self._with_lesson(verdict, status, said, sent), headers)
         return Reply(self._answer(data, headers, sent), headers)
 
@@ -202,7 +213,9 @@ class HttpClient:
             name = refused_parameter(sent, error.parameter, error.codes, error.message)
         if name is None:
             return verdict
-        asked_for = name in self.provider.endpoint.given_params  # then it is for the user to say
+        # What the user asked for is for the user to change.
+        asked_for = name in self.provider.endpoint.given_params
+        asked_for = asked_for or (name == STREAM and self._policy.stream != "auto")
         lesson = None if asked_for else self.provider.instead(name, sent, error.message)
         if lesson is not None and name not in self._learned.values():
             return replace(verdict, action="retry", lesson=dict([lesson]))

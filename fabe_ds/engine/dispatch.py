@@ -200,7 +200,10 @@ class Pass:
             self._capacity.outage.reset()
         if verdict.lesson is not None:
             self._client.learn(verdict.lesson, verdict.message)
-            self._todo.appendleft(task)
+            if verdict.proxy_cut:  # the model ran for nothing, which counts
+                self._retry(task, verdict)
+            else:
+                self._todo.appendleft(task)
         elif verdict.doubtful and verdict.kind == "key":
             self._forbidden.append((task, verdict))
             if len(self._forbidden) >= FORBIDDEN:

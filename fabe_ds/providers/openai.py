@@ -25,6 +25,7 @@ from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
 
+_STREAM_OPTIONS = "stream_options"  # without them, a stream tells no tokens
 _LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
 _AZURE = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 
@@ -87,6 +88,8 @@ class OpenAIProvider(HttpProvider):
         stream = learned.get(STREAM, "false")
         if stream:  # some gateways stream where nothing is said
             renamed[STREAM] = stream == "true"
+        if stream == "true" and learned.get(_STREAM_OPTIONS, "asked") and STREAM in renamed:
+            renamed.setdefault(_STREAM_OPTIONS, {"include_usage": True})
         return renamed
 
     def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
@@ -96,7 +99,7 @@ class OpenAIProvider(HttpProvider):
             return _NEW_LIMIT, _LIMIT
         if name == "temperature" and sent.get(name) == 0.0:
             return name, ""
-        if name == LOGPROBS:
+        if name in (LOGPROBS, _STREAM_OPTIONS):
             return name, ""
         if name == FORMAT:
             return schema_lesson(sent[FORMAT], message)

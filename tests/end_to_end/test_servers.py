@@ -437,6 +437,60 @@ def test_a_proxy_that_cuts_answers_is_not_a_server_that_is_gone(box, status):
     assert "fewer --max-new-tokens, or --stream" in failures[0]["message"]
 
 
+def test_a_stream_is_asked_for_where_a_proxy_cuts_silent_answers(box):
+    """A6: learned from the first answer that is cut, and remembered."""
+
+    async def behave(call: Call) -> web.StreamResponse | None:
+        if call.body["stream"]:
+            assert call.body["stream_options"] == {"include_usage": True}
+            return await plain(events(delta(content=answer_to(call.prompt)), delta("stop")))(call)
+        await asyncio.sleep(1.2)
+        return await plain("<html>Time-out</html>", 524, "text/html")(call)
+
+    with ModelServer(behave) as server:
+        records(box, 3)
+        ended = box.fabe(*command(server, "--concurrency", 1))
+        assert ended.code == 0, ended
+        assert ended.err.count("it wants to stream") == 1
+        assert len(server.calls) == 4
+        box.lines("data.jsonl", [{"code": "more"}])
+        assert box.fabe(*command(server)).code == 0
+        assert len(server.calls) == 5
+        box.lines("data.jsonl", [{"code": "off"}])
+        assert box.fabe(*command(server, "--stream", "off", "--retry", 0)).code == 1
+
+
+def test_the_usage_of_a_stream_is_asked_for_where_the_server_tells_it(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        if "stream_options" in call.body:
+            return error(400, "Unrecognized request argument supplied: stream_options")
+        return await plain(events(delta(content=answer_to(call.prompt)), delta("stop")))(call)
+
+    with ModelServer(behave) as server:
+        records(box, 3)
+        assert box.fabe(*command(server, "--stream", "--concurrency", 1)).code == 0
+        assert len(server.calls) == 4
+
+
+def test_a_long_stream_is_no_timeout_but_a_silence_is(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(call.request)
+        for part in ("a", "b", "c", "d"):
+            await response.write(events(delta(content=part)).encode())
+            await asyncio.sleep(0.6 if "slow" not in call.prompt else 2.5)
+        await response.write(events(delta("stop")).encode())
+        return response
+
+    with ModelServer(behave) as server:
+        box.lines("data.jsonl", [{"code": "x"}, {"code": "slow"}])
+        ended = box.fabe(*command(server, "--stream", "on", "--timeout", 1.5, "--retry", 0))
+        assert ended.code == 1
+        assert box.read("outputs/data.jsonl")[0]["code"] == "abcd"
+        (failure,) = box.read("outputs.failures.jsonl")
+        assert failure["failure"] == "timeout"
+
+
 def test_stream_keeps_the_answers_and_the_cache(box):
     async def behave(call: Call) -> web.StreamResponse | None:
         assert call.body["stream"] is True
