@@ -73,6 +73,12 @@ class Address:
         whole = self.parts._replace(netloc=self._host_and_port, path=self.parts.path + path)
         return urlunsplit(whole)
 
+    def elsewhere(self) -> Address:
+        """The same server's address with /v1 behind it; without, where it ends so."""
+        path = self.parts.path
+        path = path.removesuffix("/v1") if path.endswith("/v1") else f"{path}/v1"
+        return Address(self.parts._replace(path=path))
+
     def basic(self) -> str | None:
         """The Authorization header for the user and password in the address, if they are there."""
         user, separator, password = self.parts.netloc.rpartition("@")[0].partition(":")

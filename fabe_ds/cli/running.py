@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import os
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,8 @@ def settings_of(config: Path | None, flags: dict[str, Any]) -> RunConfig:
         {name: value for name, value in flags.items() if value not in (None, [])}, config
     )
     log_to_stderr(settings.log_level)
+    if config is not None and flags.get("base_url") is None:
+        settings = _at_the_environments_address(settings)
     if settings.input_path != STANDARD:
         return settings
     if sys.stdin.isatty():
@@ -44,6 +47,17 @@ def settings_of(config: Path | None, flags: dict[str, Any]) -> RunConfig:
         folder = Path(tempfile.mkdtemp(prefix="fabe-ds-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return stored_input(settings, sys.stdin.buffer, folder)
+
+
+def _at_the_environments_address(settings: RunConfig) -> RunConfig:
+    """The settings without a file's base URL, where the environment names another: a variable goes
+    over a file."""
+    from fabe_ds.providers import HttpProvider, provider_class
+
+    kind = provider_class(settings.provider)
+    names = kind.base_url_variables if issubclass(kind, HttpProvider) else ()
+    is_named = any(os.environ.get(name, "").strip() for name in names)
+    return settings.model_copy(update={"base_url": None}) if is_named else settings
 
 
 def run_and_report(settings: RunConfig) -> None:

@@ -155,7 +155,10 @@ class OllamaProvider(HttpProvider):
             )
             raise self.unreachable(error, hint) from None
         except (requests.exceptions.RequestException, ValueError, KeyError, TypeError):
-            raise RunStopped(f"{where}: answers, but not as an Ollama server does") from None
+            hint = ""
+            if where.parts.path.endswith("/v1"):
+                hint = f"; --base-url {where.elsewhere()}, or --provider openai"
+            raise RunStopped(f"{where}: answers, but not as an Ollama server does{hint}") from None
         wanted = self.endpoint.model
         known = {name.lower().removesuffix(":latest") for name in models}
         if wanted.lower().removesuffix(":latest") not in known:

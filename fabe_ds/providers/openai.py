@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
@@ -25,6 +25,11 @@ from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
 
+if TYPE_CHECKING:
+    import requests
+
+_NOT_THERE = (200, 404, 405)
+"""Statuses of a list of models that is asked for where it is not; LM Studio answers 200."""
 _STREAM_OPTIONS = "stream_options"  # without them, a stream tells no tokens
 _LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
 _AZURE = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
@@ -181,11 +186,31 @@ class OpenAIProvider(HttpProvider):
                 f"{self.address}: the key is not accepted ({answer.status_code}); give it with "
                 "--api-key or OPENAI_API_KEY"
             )
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            listed = answer.json()["data"]
-            self.models = [str(model["id"]) for model in listed]
-            owners = (dialect_of_owner(str(model.get("owned_by"))) for model in listed)
-            self.detected = next(filter(None, owners), None)
+        listed = _listed(answer)
+        if listed is None and answer.status_code in _NOT_THERE:
+            self._look_elsewhere()
+        self.models = [str(model["id"]) for model in listed or ()]
+        owners = (dialect_of_owner(str(model.get("owned_by"))) for model in listed or ())
+        self.detected = next(filter(None, owners), None)
+
+    def _look_elsewhere(self) -> None:
+        """Raises: RunStopped where the server answers with /v1 behind its address, or without."""
+        import requests
+
+        other = self.address.elsewhere()
+        with contextlib.suppress(requests.exceptions.RequestException):
+            found = network.get(other.url("/models"), self.headers(), PREFLIGHT_SECONDS)
+            if _listed(found) is not None:
+                raise RunStopped(f"{self.address}: the server is at {other}; --base-url {other}")
+
+
+def _listed(answer: requests.Response) -> list[Mapping[str, Any]] | None:
+    """The models that an answer lists; None where it is no list of models."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        models = answer.json()["data"]
+        if isinstance(models, list) and all(isinstance(model["id"], str) for model in models):
+            return models
+    return None
 
 
 def _lacks_scope(text: str) -> bool:

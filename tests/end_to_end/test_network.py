@@ -357,3 +357,31 @@ def test_no_key_is_no_key(key):
 def test_a_wrong_character_is_named():
     with pytest.raises(UsageError, match=r"--api-key: .*\(’\)"):
         network.clean_key("sk’1", "--api-key")
+
+
+@pytest.mark.parametrize("given", ["", "/v1", "/v1/v1"])
+def test_an_address_beside_the_servers_is_named(box, server, given):
+    box.lines("data.jsonl", [{"code": "x"}])
+    run = [*openai_run(server)[:-1], f"{server.root}{given}"]
+    ended = box.fabe(*run)
+    if given == "/v1":
+        assert ended.code == 0
+        return
+    assert ended.code == 1
+    assert f"--base-url {server.url}\n" in ended.err
+    assert server.calls == []
+
+
+def test_the_environment_goes_over_a_file_and_a_flag_over_both(box, server):
+    box.lines("data.jsonl", [{"code": "x"}])
+    box.write("how.yaml", f"base_url: {server.root}/file/v1\n")
+    run = openai_run(server)[:-2]
+    dry = box.fabe(*run, "--config", "how.yaml", "--dry-run")
+    assert "/file/v1/chat/completions" in dry.out
+    environment = {"OPENAI_BASE_URL": f"{server.root}/environment/v1"}
+    dry = box.fabe(*run, "--config", "how.yaml", "--dry-run", **environment)
+    assert "/environment/v1/chat/completions" in dry.out
+    dry = box.fabe(
+        *run, "--config", "how.yaml", "--base-url", server.url, "--dry-run", **environment
+    )
+    assert f"{server.url}/chat/completions" in dry.out
