@@ -110,7 +110,7 @@ class Transform:
         self.config = config
         self._open_cache = open_cache
         self.texts = texts or texts_of(config)
-        self._asking = Asking(config, self.texts)
+        self._asking = Asking(config, self.texts, self._provider_class.takes_forms)
         self._runtime: Runtime | None = None
         self._judge: Judge | None = None
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time

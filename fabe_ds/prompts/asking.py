@@ -10,6 +10,7 @@ from fabe_ds.errors import RecordFailed
 from fabe_ds.prompts.conversation import Turn, turns_before
 from fabe_ds.prompts.form import form_of
 from fabe_ds.prompts.template import Condition, Instruction, load_instruction, parsed_record
+from fabe_ds.providers.forms import schema_words
 from fabe_ds.request import FREE, LEAVE, Item, Request
 
 JUDGED = ("answer",)
@@ -47,8 +48,11 @@ def texts_of(config: TransformConfig) -> Texts:
 class Asking:
     """Makes a request of each text that is to be asked about."""
 
-    def __init__(self, config: TransformConfig, texts: Texts) -> None:
-        """Raises: UsageError, TemplateError."""
+    def __init__(self, config: TransformConfig, texts: Texts, takes_forms: bool = True) -> None:
+        """`takes_forms`: the provider makes use of `Request.form`; else the prompt tells of it.
+
+        Raises: UsageError, TemplateError.
+        """
         self._paths = config.targets.paths
         variables = config.template_vars
 
@@ -68,6 +72,9 @@ class Asking:
         self._turns = config.context == "turns"
         self._system, self._sampling = config.system_prompt or None, config.sampling
         self._chat, self._form = config.use_chat_template, form_of(config)
+        self._words = ""
+        if self._form.schema is not None and not takes_forms:
+            self._words = f"\n\n{schema_words(self._form.schema)}"
         self._language = variables.get("language", "python")
         self._examples = [
             self._example_turns(instruction, config.examples or [])
@@ -122,7 +129,7 @@ class Asking:
                 system = self._systems[field].words(text, record) or None
         return Request(
             text,
-            prompt,
+            f"{prompt}{self._words}",
             system,
             self._sampling,
             self._chat,

@@ -71,6 +71,9 @@ class Provider(ABC):
     has_batches: ClassVar[bool] = False
     """Whether its servers take batches of requests (--batch-api)."""
 
+    takes_forms: ClassVar[bool] = False
+    """Whether `body` makes use of `Request.form`, a schema or choices; else the prompt tells it."""
+
     Options: ClassVar[type[BaseModel] | None] = None
     """A pydantic model of the provider's own options (--provider-option NAME=VALUE), if it has
     any. They reach the cache key by way of `body`, where they change it."""

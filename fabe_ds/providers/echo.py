@@ -37,6 +37,7 @@ class EchoProvider(LocalProvider):
     name = "echo"
     cached: ClassVar[bool] = False
     asks: ClassVar[bool] = False
+    takes_forms = True
 
     def body(self, request: Request) -> dict[str, Any]:
         return {"model": self.endpoint.model, "text": request.text, "language": request.language}

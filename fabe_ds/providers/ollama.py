@@ -34,6 +34,7 @@ class OllamaProvider(HttpProvider):
     """
 
     name = "ollama"
+    takes_forms = True
     needs = "an Ollama server (--base-url, default http://localhost:11434)"
     default_base_url: ClassVar[str] = "http://localhost:11434"
     base_url_variables = ("OLLAMA_HOST",)

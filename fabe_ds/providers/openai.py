@@ -44,6 +44,7 @@ class OpenAIProvider(HttpProvider):
 
     name = "openai"
     has_batches = True
+    takes_forms = True
     needs = "an OpenAI-compatible server (--base-url); a key from --api-key or OPENAI_API_KEY"
     default_base_url: ClassVar[str] = "https://api.openai.com/v1"
     base_url_variables = ("OPENAI_BASE_URL", "OPENAI_API_BASE")

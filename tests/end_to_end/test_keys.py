@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from fabe_ds.prompts.form import choice_schema
 from fabe_ds.providers import Endpoint, Request, Sampling
 from fabe_ds.providers.echo import EchoProvider
 from fabe_ds.providers.ollama import OllamaProvider
 from fabe_ds.providers.openai import OpenAIProvider
 from fabe_ds.providers.transformers.hf import HFProvider
 from fabe_ds.providers.transformers.modelscope import ModelScopeProvider
+from fabe_ds.request import AnswerForm
 
 OLD = Path(__file__).parents[1] / "support" / "data" / "cache-0.1.0"
 """A cache folder that version 0.1.0 made, the records, and what its runs wrote."""
@@ -26,6 +28,8 @@ def asked(sampling=GREEDY, **more):
     return Request("x", "Do\n\nx", sampling=sampling, **given)
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+CHOICE = AnswerForm(choice_schema(["a", "b"]), ("a", "b"), logprobs=True)
 PINNED = {
     "openai": (
         OpenAIProvider(Endpoint("m", "http://h/v1")),
@@ -71,6 +75,46 @@ PINNED = {
         OllamaProvider(Endpoint("m")),
         asked(chat=False, system_prompt=None),
         "f6fc722ceda22892af64501219cbca4f8527e2b3cff809a56d59498ceb4c0ff5",
+    ),
+    "openai, of a schema": (
+        OpenAIProvider(Endpoint("m", "http://h/v1")),
+        asked(form=AnswerForm(SCHEMA)),
+        "8278a6107ab2dc3aee49ff80ed5346eeeb29313b7bc4186c236a5cd7a09a2c13",
+    ),
+    "openai, a choice with its probability": (
+        OpenAIProvider(Endpoint("m", "http://h/v1")),
+        asked(form=CHOICE),
+        "dbc47b748e28f6389f724e3ea87b559bc0640c3e73f9ff5c35b59ebf9bfb3389",
+    ),
+    "openai, behind turns": (
+        OpenAIProvider(Endpoint("m", "http://h/v1")),
+        asked(before=(("user", "u"), ("assistant", "a"))),
+        "32ed2081333fcdf6170e0c1000100ca51b8ae1f7d243ebee9c56ad3fed356571",
+    ),
+    "openai, parameters of the user": (
+        OpenAIProvider(Endpoint("m", "http://h/v1", params={"top_k": 5})),
+        asked(),
+        "3f7024f3e4f203e9bec29e3b38094c2f67cb5bc0d82a774ff23d9d2a8905f626",
+    ),
+    "openai, told to think": (
+        OpenAIProvider(Endpoint("m", "http://h/v1", thinking="off")),
+        asked(),
+        "010be677327d4c089fec572d381e8eb2e8fef96ae5db6e2b9907127796fb7abc",
+    ),
+    "ollama, of a schema": (
+        OllamaProvider(Endpoint("m")),
+        asked(form=AnswerForm(SCHEMA)),
+        "537c8c2b02fcdd976b6d80abc99582c4d950891a11209858da338b86162546c6",
+    ),
+    "ollama, a choice with its probability": (
+        OllamaProvider(Endpoint("m")),
+        asked(form=CHOICE),
+        "beb1ffaaeb221b8c1b594d878ca4fcdfaf950477da54e0cc35094b85148ea20f",
+    ),
+    "ollama, told to think": (
+        OllamaProvider(Endpoint("m", thinking="low")),
+        asked(),
+        "d52cc6b5fd40da73a91f895be6d5847380292ada32a2f2b86de73c7963e3e192",
     ),
     "echo": (
         EchoProvider(Endpoint("m")),

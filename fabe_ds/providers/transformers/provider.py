@@ -39,6 +39,8 @@ CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
 class TransformersProvider(CheckpointProvider):
     """What hf and modelscope share: all but how a model's name becomes a folder."""
 
+    takes_forms = True
+
     # Identity.
 
     def former_key(self, request: Request) -> tuple[bytes, float] | None:
