@@ -748,35 +748,18 @@ def test_a_real_server_holds_to_a_schema_and_tells_probabilities(box, llama_serv
 
 
 @pytest.mark.slow
-def test_a_local_model_labels_extracts_and_answers_anew(box, smollm):
-    box.lines("d.jsonl", [{"code": f"def f{i}(a):\n  return a+{i}"} for i in range(4)])
-    box.write(
-        "schema.json",
-        json.dumps({**SCHEMA, "properties": {"size": {"enum": [1, 2]}}, "required": ["size"]}),
-    )
+def test_a_local_model_labels_and_answers_anew(box, smollm):
     run = ("run", "--provider", "hf", "--model", smollm, "--instruction", "Look at this.")
+    box.lines("d.jsonl", [{"code": f"def f{i}(a):\n  return a+{i}"} for i in range(4)])
     choices = ("--choices", "math,text", "--output-field", "kind", "--confidence-field", "sure")
     ended = box.fabe(*run, "--input", "d.jsonl", *choices)
     assert ended.code == 0, ended
     rows = box.read("outputs/d.jsonl")
     assert all(row["kind"] in ("math", "text") and 0.5 <= row["sure"] <= 1 for row in rows)
-    ended = box.fabe(
-        *run, "--input", "d.jsonl", "--response-format", "schema.json", "--output-field", "size"
-    )
-    assert ended.code == 0, ended
-    assert all(row["size"] in (1, 2) for row in box.read("outputs/d.jsonl"))
     box.write("chat.json", CHAT)
-    turns = (
-        "--field",
-        "conversations[from=gpt].value",
-        "--context",
-        "turns",
-        "--output-field",
-        "new",
-    )
-    ended = box.fabe(
-        *run, "--input", "chat.json", *turns, "--max-new-tokens", 8, "--on-truncated", "keep"
-    )
+    turns = ("--field", "conversations[from=gpt].value", "--context", "turns")
+    more = ("--output-field", "new", "--max-new-tokens", 8, "--on-truncated", "keep")
+    ended = box.fabe(*run, "--input", "chat.json", *turns, *more)
     assert ended.code == 0, ended
     answered = json.loads((box.path / "outputs/chat.json").read_text())
     assert [("new" in turn) for turn in answered["conversations"]] == [False, True, False, True]

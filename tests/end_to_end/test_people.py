@@ -134,7 +134,7 @@ def test_yaml_takes_what_flags_take(box, text):
         ("field: a\nfield: b\n", "c.yaml:2:1: 'field' is there twice"),
         ("also-field: a\nalso_fields: b\n", "also_fields is there twice, under two names"),
         ("stopp: a\n", "unknown setting 'stopp'; did you mean 'stop'?"),
-        ("extra_body: {}\n", "unknown setting 'extra_body'\n"),
+        ("more_body: {}\n", "unknown setting 'more_body'\n"),
         ("template-var: goal\n", "write name: value, or name=value"),
         ("temperature: !!float x\n", "c.yaml: could not convert string to float"),
         ("timeout: 2020-13-45\n", "c.yaml: month must be in 1..12"),

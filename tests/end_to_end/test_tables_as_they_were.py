@@ -334,7 +334,7 @@ def test_what_is_no_table_is_one_line(box, name, data):
 @pytest.mark.parametrize("command", [["run"], ["run", "--dry-run"], ["preview"]])
 def test_a_column_that_is_not_there(box, command):
     box.write("d.csv", "a.b,code\n1,x\n")
-    for field, said in (("no", "no column 'no'; there are a.b, code"), ("a.b", "write a\\.b")):
-        ended = box.fabe(*command, "--input", "d.csv", "--field", field)
-        assert ended.code == 2
-        assert said in ended.err
+    ended = box.fabe(*command, "--input", "d.csv", "--field", "no")
+    assert ended.code == 2
+    assert "no column 'no'; there are a.b, code" in ended.err
+    assert box.fabe(*command, "--input", "d.csv", "--field", "a.b").code == 0
