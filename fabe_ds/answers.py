@@ -109,6 +109,13 @@ def values_of(answers: Sequence[Answer], targets: Targets) -> list[str | None]:
     return [answer and answer.completion for answer in best]
 
 
+def samples_of(answers: Sequence[Answer], targets: Targets) -> list[Any]:
+    """What `--samples-field` holds of a record: all answers to its first field; of a field that it
+    may have several times, a list for each place."""
+    places = [[answer.completion for answer in s] for s in by_place(answers, targets.samples)]
+    return places if targets.has_several else next(iter(places), [])
+
+
 def changes_of(samples: Sequence[Answer], targets: Targets, added: Sequence[Added]) -> list[Change]:
     """What becomes of one place of a record: the new values of the field, or of what is `added`
     because of it. Empty where all stays as it is."""

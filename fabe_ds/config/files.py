@@ -38,10 +38,14 @@ def _text_of(name: str) -> str:
         raise ValueError(f"cannot be read: {reason(error)}") from None
 
 
-def choices_of(value: str | list[str] | None) -> list[str] | None:
+def choices_of(value: Any) -> list[str] | None:
     """The choices of a text (a,b,c), of the lines of a file, or of a list. Raises: ValueError."""
     if value is None:
         return None
+    if isinstance(value, list | tuple):
+        if any(isinstance(choice, bool) or choice is None for choice in value):
+            raise ValueError("put yes, no, on, off and null in quotes")
+        value = [str(choice) for choice in value]
     if isinstance(value, str):
         lines = _text_of(value).splitlines() if os.path.isfile(value) else value.split(",")  # noqa: PTH113
         value = [line.strip() for line in lines]

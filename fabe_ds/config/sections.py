@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr
 
 from fabe_ds.config.files import as_list, choices_of, examples_of, on_or_off, schema_of
 from fabe_ds.config.params import headers_of, merged, object_of, params_of
@@ -18,7 +18,8 @@ class TargetSettings(Section):
 
     field: str = setting_field(
         IO,
-        "Field to rewrite; a dotted path reaches inside (meta.code, messages.0.content).",
+        "Field to ask about; a dotted path reaches inside (meta.code, messages.0.content), * is "
+        "every item of a list, and turns[from=gpt] those items whose key has the value.",
         "code",
         affects_output=True,
     )
@@ -153,7 +154,7 @@ class AnswerSettings(Section):
         "server where it can, and checked.",
         affects_output="when set",
     )
-    choices: Annotated[str | list[str] | None, AfterValidator(choices_of)] = setting_field(
+    choices: Annotated[str | list[str] | None, BeforeValidator(choices_of)] = setting_field(
         "Prompt",
         "The answers that there are: a,b,c, or a file of one a line. The value is one of them.",
         affects_output="when set",

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from fabe_ds.answers import STATUS, Answer, Change, by_place, changes_of, status, values_of
+from fabe_ds.answers import (
+    STATUS,
+    Answer,
+    Change,
+    by_place,
+    changes_of,
+    samples_of,
+    status,
+    values_of,
+)
 from fabe_ds.errors import UsageError
 from fabe_ds.fields import (
     Added,
@@ -133,7 +142,8 @@ def new_columns(targets: Targets, schema: pa.Schema) -> dict[str, pa.DataType]:
             else:
                 new[each.name] = _kept_type(each.name, existing.get(each.name), kind)
     if targets.samples_field:
-        new[targets.samples_field] = pa.list_(text)
+        each = pa.list_(text)
+        new[targets.samples_field] = pa.list_(each) if targets.has_several else each
     if targets.status_field:
         new[targets.status_field] = pa.struct(list(STATUS.items()))
     return new
@@ -200,9 +210,7 @@ def rewritten(
         changed = _changed(columns, targets, answers, types)
     gained: dict[str, list[Any]] = {}
     if targets.samples_field:
-        gained[targets.samples_field] = [
-            [answer.completion for answer in given[: targets.samples]] for given in answers
-        ]
+        gained[targets.samples_field] = [samples_of(given, targets) for given in answers]
     if targets.status_field:
         gained[targets.status_field] = [status(given, targets.model) for given in answers]
     for name, values in gained.items():

@@ -424,6 +424,21 @@ def test_turns_of_a_table(box, server):
     assert after[0]["messages"][1] == {"role": "assistant", "content": "b", "new": "A"}
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+def test_all_answers_to_each_turn_are_kept(box, server, name):
+    rows = [json.loads(CHAT), {"id": 2, "conversations": []}]
+    if name == "d.jsonl":
+        box.lines(name, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), box.path / name)
+    run = asking(server, name, "--field", "conversations[from=gpt].value", "--output-field", "new")
+    ended = box.fabe(*run, "--samples", 2, "--temperature", 1, "--pick", "first-valid")
+    assert ended.code == 0, ended
+    rows = rows_of(box.path / "outputs" / name)
+    assert rows[0]["samples"] == [["B", "B"], ["D", "D"]]
+    assert not rows[1]["samples"]
+
+
 def test_turns_in_place_are_asked_about_once(box, server):
     box.write("d.json", CHAT)
     run = asking(server, "d.json", "--field", "conversations[from=gpt].value", "--inplace")
@@ -689,6 +704,7 @@ WRONG = {
         "--response-format",
     ),
     "the field itself": (["--output-field", "code"], "--output-field code"),
+    "a choice that YAML reads as another": (["--config", "c.yaml"], "in quotes"),
     "one choice": (["--choices", "a"], "two choices"),
     "no schema": (["--response-format", "none.json"], "--response-format"),
     "confidence of nothing": (["--confidence-field", "c"], "--choices"),
@@ -706,6 +722,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_go_together_is_said_in_one_line(box, name):
     more, said = WRONG[name]
+    box.write("c.yaml", "choices: [yes, no]\n")
     box.lines("d.jsonl", [{"code": "x"}])
     command = ("run", "--input", "d.jsonl", "--provider", "openai", "--model", "m")
     ended = box.fabe(*command, "--instruction", "Up", *more)

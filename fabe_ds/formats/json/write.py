@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from fabe_ds.answers import Answer, Answers, by_place, changes_of, status
+from fabe_ds.answers import Answer, Answers, by_place, changes_of, samples_of, status
 from fabe_ds.errors import ExportError, UsageError
 from fabe_ds.fields import FieldPath, Targets
 from fabe_ds.files import Replacing
@@ -218,7 +218,7 @@ def _record_of(
 def _gained(targets: Targets, answers: Sequence[Answer]) -> dict[str, Any]:
     gained: dict[str, Any] = {}
     if targets.samples_field:
-        gained[targets.samples_field] = [each.completion for each in answers[: targets.samples]]
+        gained[targets.samples_field] = samples_of(answers, targets)
     if targets.status_field:
         gained[targets.status_field] = status(answers, targets.model)
     return gained
