@@ -256,13 +256,13 @@ class Targets:
             outputs = outputs[field : field + 1]
         found = [
             Added(
-                name,
+                str(path[0]) if len(path) == 1 else name,
                 "key" if name in self.keyed else "answer",
-                path := parse_path(name),
+                path,
                 beside=len(path) == 1 and in_object,
                 key=path if name in self.keyed else (),
             )
-            for name in outputs
+            for name, path in ((name, parse_path(name)) for name in outputs)
         ]
         suffix = f"_{key_of(own)}" if field else ""
         if self.reasoning_field:

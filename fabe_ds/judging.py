@@ -64,12 +64,9 @@ class Judge:
         with contextlib.closing(outcomes):  # type: ignore[type-var]
             while group := list(islice(outcomes, WINDOW)):
                 asked = [self._item(passed.popleft(), outcome) for outcome in group]
-                given = self._runtime.outcomes(asked)
-                yield from (
-                    outcome._replace(score=_score(judged))
-                    for outcome, judged in zip(group, given, strict=True)
-                )
+                given = list(self._runtime.outcomes(asked))
                 self._tell(stats)
+                yield from map(_judged, group, given)
 
     def _item(self, item: Item, outcome: Outcome) -> Item:
         if not isinstance(item, Request) or outcome.text is None:
@@ -109,5 +106,11 @@ def _accept(request: Request, completion: Completion) -> str:
     return found[0]
 
 
-def _score(judged: Outcome) -> float | None:
-    return None if judged.text is None else float(judged.text)
+def _judged(outcome: Outcome, judged: Outcome) -> Outcome:
+    """The outcome with its score; an answer that the judge could not score is not good."""
+    if judged.text is not None:
+        return outcome._replace(score=float(judged.text))
+    if outcome.text is None:
+        return outcome
+    message = f"the judge gave no score: {judged.message or judged.kind}"
+    return outcome._replace(text=None, kind="judge", message=message)

@@ -24,7 +24,7 @@ from fabe_ds.config.settings import TransformConfig, setting
 from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.formats import columns as by_column
-from fabe_ds.formats.base import Row, without
+from fabe_ds.formats.base import BROKEN, Row, without
 from fabe_ds.formats.json.load import SCHEMA
 from fabe_ds.identity import SYSTEM_TEMPLATE, digest_of, jobs_of, spec_of
 from fabe_ds.judging import Judge
@@ -295,7 +295,8 @@ class Transform:
                 if error is None and chosen:
                     yield asking.item(texts[0], record, keep=whole)
                 else:
-                    yield RecordFailed(failure, error or "") if chosen else LEAVE
+                    row = Row(texts, record, error, None, chosen, failure)
+                    yield from self._items_of(row)
             return
         counted = repeat(None) if numbers is None else map(iter, numbers)
         for row, number in zip(rows, counted, strict=False):
@@ -310,10 +311,13 @@ class Transform:
             field = place if row.fields is None else row.fields[place]
             if not row.chosen:
                 yield LEAVE
-            elif row.error is not None:  # what is no record fails once, however many fields
+            elif row.error is not None and row.failure == BROKEN:
+                # What is no record fails once, however many fields.
                 yield RecordFailed(row.failure, row.error) if place == 0 else None
             else:
-                yield self._asking.item(text, row.record, field, seen[field], self._keeps_record)
+                item = self._asking.item(text, row.record, field, seen[field], self._keeps_record)
+                fails = row.error is not None and isinstance(item, Request)
+                yield RecordFailed(row.failure, row.error or "") if fails else item
             seen[field] += 1
 
     @property

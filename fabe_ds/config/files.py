@@ -71,7 +71,9 @@ def schema_of(value: Any) -> Any:
         value = _parsed(value)
     if hasattr(value, "model_json_schema"):
         value = value.model_json_schema()
-    if isinstance(value, dict):
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("neither a JSON schema nor a model of pydantic")
+    if value is not None:
         _check_schema(value)
     return value
 
@@ -114,6 +116,8 @@ def examples_of(value: Any) -> Any:
         value = [_example(line, f"line {number}: ") for number, line in lines if line.strip()]
     if value is None:
         return None
+    if not value:
+        raise ValueError("there are no examples in it")
     for number, example in enumerate(value):
         if not isinstance(example, dict) or any(
             not isinstance(example.get(key), str) for key in _KEYS

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fabe_ds.config.settings import RunConfig, TransformConfig, flag
 from fabe_ds.errors import UsageError
-from fabe_ds.fields import FieldPath, Items, is_in_list, is_several
+from fabe_ds.fields import FieldPath, Items, is_in_list, is_several, parse_path
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
         raise UsageError("--instruction is required: a text or a template file")
     if provider.asks and not config.model:
         raise UsageError("--model is required (or MODEL_PATH in the environment)")
+    _check_names(config)
     _check_fields(config)
     _check_outputs(config)
     _check_form(config)
@@ -68,15 +69,19 @@ def _check_fields(config: TransformConfig) -> None:
         paths = targets.paths
     except ValueError as error:
         raise UsageError(f"--field: {error}") from None
+    for name, path in zip(targets.names, paths, strict=True):
+        if isinstance(path[0], Items):
+            raise UsageError(f"--field {name}: a path begins with a key")
     for name, path in zip(config.also_fields, paths[1:], strict=True):
         others = (other for other in paths if other is not path)
         if any(_is_inside(path, other) for other in others):
             raise UsageError(f"--also-field {name}: another field is the same, or inside it")
-    if targets.backup:
+    if targets.backup and not targets.outputs:
         pairs = zip(paths, targets.backup_keys, strict=True)
         keys = {(path[:-1], kept) for path, kept in pairs}
-        for places in (keys, set(targets.backup_columns)):
-            if len(places) < len(paths):
+        columns = [name for name in targets.backup_columns if name is not None]
+        for places, count in ((keys, len(paths)), (set(columns), len(columns))):
+            if len(places) < count:
                 raise UsageError(
                     f"--backup-field {config.backup_field}: two fields would be kept there; "
                     "give another"
@@ -100,6 +105,26 @@ def _check_fields(config: TransformConfig) -> None:
         if name in taken:
             raise UsageError(f"{spelled} {name}: another field has that name; give another")
         taken.add(name)
+
+
+def _check_names(config: TransformConfig) -> None:
+    """Raises: UsageError where the name of an output field is no path, or leads to many places."""
+    beside = [("--reasoning-field", config.reasoning_field)]
+    beside.append(("--confidence-field", config.confidence_field))
+    outputs = [("--output-field", name) for name in config.output_fields]
+    paths: list[FieldPath] = []
+    for spelled, name in (*outputs, *beside):
+        if name is None or (name == "" and spelled != "--output-field"):
+            continue
+        try:
+            path = parse_path(name)
+        except ValueError as error:
+            raise UsageError(f"{spelled} {name}: {error}") from None
+        if is_several(path):
+            raise UsageError(f"{spelled} {name}: * and [...] are no place for an answer")
+        if any(_is_inside(path, other) or _is_inside(other, path) for other in paths):
+            raise UsageError(f"{spelled} {name}: another output is the same, or inside it")
+        paths.append(path)
 
 
 def _check_outputs(config: TransformConfig) -> None:
@@ -148,6 +173,8 @@ def _check_form(config: TransformConfig) -> None:
         raise UsageError("--confidence-field tells the probability of a choice; give --choices")
     if config.pick != "first" and config.samples == 1:
         raise UsageError(f"--pick {config.pick}: there is one answer; give --samples")
+    if config.pick.startswith("judge:"):
+        refuse_caps(config, "--pick judge")
     if config.judge_model and not config.pick.startswith("judge:"):
         raise UsageError("--judge-model goes with --pick judge:FILE")
 

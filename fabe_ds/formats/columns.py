@@ -320,7 +320,8 @@ class _Changes:
         key = self._targets.backup_keys[place.field]
         values = self._column(place.column)
         steps = (*place.steps[:-1], key or "")
-        if key and inside(values[place.row], steps) is None:
+        is_object = isinstance(inside(values[place.row], place.steps[:-1]), Mapping)
+        if key and is_object and inside(values[place.row], steps) is None:
             old = inside(values[place.row], place.steps)
             values[place.row] = with_inside(values[place.row], steps, old)
 
@@ -353,7 +354,7 @@ def existing_outputs(columns: Columns, targets: Targets) -> Iterator[list[int]]:
             else:
                 head, *inner = map(str, first.path)
                 value = inside(columns[head][row], inner) if head in columns else None
-            if value is not None:
+            if value not in (None, ""):
                 there.append(number)
         yield there
 

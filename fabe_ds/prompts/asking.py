@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fabe_ds.config.settings import JUDGE_FILE, TransformConfig
-from fabe_ds.errors import RecordFailed
+from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.prompts.conversation import Turn, turns_before
 from fabe_ds.prompts.form import form_of
 from fabe_ds.prompts.template import Condition, Instruction, load_instruction, parsed_record
@@ -37,10 +37,13 @@ def texts_of(config: TransformConfig) -> Texts:
     """The templates that a configuration names, read from their files. Raises: UsageError."""
     system = load_instruction(config.system_prompt or "", "--system-prompt")
     judge = config.pick.removeprefix(JUDGE_FILE) if config.pick.startswith(JUDGE_FILE) else None
+    loaded = load_instruction(judge, "--pick") if judge is not None else None
+    if loaded is not None and JUDGED[0] not in loaded[0]:
+        raise UsageError(f"--pick judge:{judge}: no such file, or a template without {JUDGED[0]}")
     return Texts(
         load_instruction(config.instruction or ""),
         system if system[1] != "system-prompt" else None,
-        load_instruction(judge, "--pick") if judge is not None else None,
+        loaded,
         config.system_prompt or "",
     )
 

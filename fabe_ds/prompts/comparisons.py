@@ -113,7 +113,7 @@ def length_check(name: str, argument: str) -> Compare:
         limit = float(argument)
     except ValueError:
         limit = -1.0
-    if not limit > 0:
+    if not 0 < limit < math.inf:
         raise UsageError(f"--validate {name}:{argument}: a number above 0, as in {name}:2")
 
     def check(text: str, original: str, record: Mapping[str, Any] | None) -> str | None:

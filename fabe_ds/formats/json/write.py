@@ -180,6 +180,11 @@ class _Changing:
         return found if isinstance(found, list) else [found] if found else []
 
 
+def _is_value(raw: str, place: tuple[int, int] | None) -> bool:
+    """Whether a literal is there and is not null, which a failure may have left."""
+    return place is not None and raw[place[0] : place[1]] != "null"
+
+
 def existing_outputs(records: Records, targets: Targets) -> Iterator[list[int]]:
     """For each record, which of its texts have their first output already."""
     looking = []
@@ -195,11 +200,12 @@ def existing_outputs(records: Records, targets: Targets) -> Iterator[list[int]]:
         for field, is_beside in zip(looking, beside, strict=True):
             found = None if _is_broken_skip(skip) else field.locate(raw, 0)[1]
             if not is_beside:
-                there.append(found is not None)
+                place = (found.start, found.end) if isinstance(found, Target) else None
+                there.append(_is_value(raw, place))
             elif isinstance(found, list):
-                there += (target.beside[0] is not None for target in found)
+                there += (_is_value(raw, target.beside[0]) for target in found)
             else:
-                there.append(found is not None and found.beside[0] is not None)
+                there.append(found is not None and _is_value(raw, found.beside[0]))
         yield [place for place, is_there in enumerate(there) if is_there]
 
 
