@@ -226,15 +226,10 @@ def answer_table(
     return pa.table([lists], schema=schema_of(targets))
 
 
-def answers_in(flat: pa.Table) -> Iterator[Answer]:
-    """The rows of `flat_table` as answers."""
-    columns = (column.to_pylist() for column in flat.columns)
-    return (Answer(*row) for row in zip(*columns, strict=True))
-
-
 def by_record(flat: pa.Table, lengths: Iterable[int]) -> Iterator[list[Answer]]:
     """The rows of `flat_table` as answers, so many to each record."""
-    rows = answers_in(flat)
+    columns = (column.to_pylist() for column in flat.columns)
+    rows = (Answer(*row) for row in zip(*columns, strict=True))
     return (list(islice(rows, length)) for length in lengths)
 
 

@@ -13,6 +13,7 @@ from fabe_ds.engine.runtime import Runtime
 from fabe_ds.errors import RecordFailed
 from fabe_ds.prompts.acceptance import INVALID, asking_again
 from fabe_ds.prompts.answer import clean_answer
+from fabe_ds.prompts.asking import JUDGED
 from fabe_ds.prompts.template import Instruction
 from fabe_ds.providers import Provider
 from fabe_ds.request import Completion, Item, Outcome, Request, Sampling, Stats
@@ -20,8 +21,6 @@ from fabe_ds.store.completions import Completions
 
 WINDOW = 256
 """Answers that are judged together."""
-ANSWER = "answer"
-"""The name that a judge's template knows an answer by."""
 _number = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -36,14 +35,10 @@ class Judge:
         instructions: list[Instruction],
     ) -> None:
         """`instructions`: the judge's template, made ready for each field."""
-        self._instructions, self._config = instructions, config
+        self._instructions = instructions
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
         self._runtime = Runtime(config, provider, open_cache, _accept, asking_again(config))
         self._told = Stats()
-
-    @property
-    def needs_record(self) -> bool:
-        return any(instruction.needs_record for instruction in self._instructions)
 
     def scored(
         self,
@@ -73,7 +68,7 @@ class Judge:
             return None
         instruction = self._instructions[0]
         try:
-            prompt = instruction.prompt(item.text, item.record, **{ANSWER: outcome.text})
+            prompt = instruction.prompt(item.text, item.record, **{JUDGED: outcome.text})
         except RecordFailed as error:
             return error
         return Request(item.text, prompt, None, self._sampling, item.chat, item.language)

@@ -232,16 +232,14 @@ class Transform:
         """Who gives answers a score, where the run picks the best of several so."""
         if self.texts.judge is None:
             return None
-        runtime = self.runtime
+        _ = self.runtime  # which takes care of a forked child, too
         with self._opening[1]:
             if self._judge is None:
-                config = self.config
-                provider = self.provider
+                config, provider = self.config, self.provider
                 if config.judge_model not in (None, config.model):
                     provider = self._build_provider(config.judge_model)
                 self._judge = Judge(config, provider, self._open_cache, self._asking.judging)
                 weakref.finalize(self, self._judge.close)
-        assert runtime is self._runtime
         return self._judge
 
     def answers(self, items: Iterable[Item]) -> Iterator[Outcome]:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fabe_ds.config.params import object_of
 from fabe_ds.errors import first_line, reason
 
 _KEYS = ("input", "output")
@@ -22,10 +23,10 @@ def as_list(value: Any) -> Any:
 
 def on_or_off(value: Any) -> Any:
     """The word of a setting that was true or false before it had words; false was auto's way."""
-    words = {True: "on", False: "auto", "true": "on", "false": "off", "1": "on", "0": "off"}
-    if isinstance(value, str):
-        value = value.lower()
-    return words.get(value, value) if isinstance(value, bool | str) else value
+    if isinstance(value, bool):
+        return "on" if value else "auto"
+    words = {"true": "on", "false": "off", "1": "on", "0": "off"}
+    return words.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
 def _text_of(name: str) -> str:
@@ -79,12 +80,7 @@ def schema_of(value: Any) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError("a JSON schema is an object")  # noqa: TRY004 - pydantic's own kind
+    value = object_of(text, otherwise="a JSON schema is an object")
     # As OpenAI's API takes it, with the schema inside.
     inner = value.get("json_schema", value)
     if "type" in value and value["type"] == "json_schema" and isinstance(inner, dict):

@@ -10,20 +10,13 @@ from typing import Any
 def params_of(value: Any) -> Any:
     """Parameters as a mapping, nested where a name has dots (`options.num_ctx`); also out of texts
     `name=value`, whose values are JSON, or else text. Raises: ValueError."""
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list | tuple):
-        pairs = [str(text).partition("=") for text in value]
-        for name, equals, _ in pairs:
-            if not equals or not name.strip():
-                raise ValueError(f"write name=value, not {name!r}")
-        value = [(name.strip(), _value(text)) for name, _, text in pairs]
-    elif isinstance(value, Mapping):
-        value = list(value.items())
+    pairs = _pairs(value)
+    if pairs is not None:
+        given = [(name, _value(text)) for name, text in pairs]
+    else:
+        given = list(value.items()) if isinstance(value, Mapping) else value
     nested: dict[str, Any] = {}
-    for name, inner in value:
+    for name, inner in given:
         *outer, last = str(name).split(".")
         if not all((*outer, last)):
             raise ValueError(f"{name!r} has an empty step")
@@ -33,8 +26,30 @@ def params_of(value: Any) -> Any:
     return nested
 
 
-def object_of(value: Any) -> Any:
-    """The JSON object of a text. Raises: ValueError."""
+def headers_of(value: Any) -> Any:
+    """Headers as a mapping, also out of texts `name=value`. Raises: ValueError."""
+    pairs = _pairs(value)
+    return value if pairs is None else {name: text.strip() for name, text in pairs}
+
+
+def _pairs(value: Any) -> list[tuple[str, str]] | None:
+    """The names and values of texts `name=value`, of one or several or none; None where it is given
+    as something else. Raises: ValueError."""
+    if value is None:
+        return []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return None
+    pairs = [str(text).partition("=") for text in texts]
+    for name, equals, _ in pairs:
+        if not equals or not name.strip():
+            raise ValueError(f"write name=value, not {name!r}")
+    return [(name.strip(), text) for name, _, text in pairs]
+
+
+def object_of(value: Any, otherwise: str = "write a JSON object") -> Any:
+    """The JSON object of a text; what is no text stays. `otherwise` is said of other JSON. Raises:
+    ValueError."""
     if not isinstance(value, str):
         return value
     try:
@@ -42,20 +57,8 @@ def object_of(value: Any) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError("write a JSON object")  # noqa: TRY004 - pydantic's own kind
+        raise ValueError(otherwise)  # noqa: TRY004 - pydantic's own kind
     return found
-
-
-def headers_of(value: Any) -> Any:
-    """Headers as a mapping, also out of texts `name=value`. Raises: ValueError."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list | tuple):
-        pairs = [str(text).partition("=") for text in value]
-        if any(not equals or not name.strip() for name, equals, _ in pairs):
-            raise ValueError("write name=value")
-        return {name.strip(): text.strip() for name, _, text in pairs}
-    return {} if value is None else value
 
 
 def _value(text: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,12 +66,16 @@ class Work:
 
     def items_by_record(self) -> Iterator[list[Item]]:
         """What each record asks for."""
-        targets = self.transform.targets
         for table in self.tables():
-            items = iter(self.transform.items(asking_rows(self.kind, table, self.transform)))
-            places = counts_of(self.kind, table) or [len(targets.names)] * len(table)
-            for count in places:
-                yield list(islice(items, count * targets.samples))
+            yield from self.items_in(table)
+
+    def items_in(self, table: pa.Table) -> Iterator[list[Item]]:
+        """What each record of one of the tables asks for."""
+        targets = self.transform.targets
+        items = self.transform.items(asking_rows(self.kind, table, self.transform))
+        places = counts_of(self.kind, table)
+        for count in repeat(len(targets.names), len(table)) if places is None else places:
+            yield list(islice(items, count * targets.samples))
 
 
 class Executor(Protocol):

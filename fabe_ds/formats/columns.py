@@ -57,12 +57,17 @@ def rows_of(columns: Columns, targets: Targets, whole: bool) -> Iterator[Row]:
     yield from map(Row, zip(*values, strict=True), records)
 
 
+def in_columns(path: FieldPath, columns: Collection[str]) -> tuple[str, Sequence[Step]] | None:
+    """The column that a path begins with, and the steps inside it; None where there is none."""
+    return next(((key, left) for key, left in joined_keys(path) if key in columns), None)
+
+
 def column_of(name: str, path: FieldPath, columns: Collection[str]) -> tuple[str, Sequence[Step]]:
-    """The column that a path begins with, and the steps inside it. Raises: UsageError."""
-    for key, left in joined_keys(path):
-        if key in columns:
-            return key, left
-    raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}")
+    """The same of a field called `name`. Raises: UsageError where there is no such column."""
+    found = in_columns(path, columns)
+    if found is None:
+        raise UsageError(f"--field {name}: the dataset has no column {path[0]!r}")
+    return found
 
 
 def _inside(value: Any, steps: Sequence[Step]) -> Any:

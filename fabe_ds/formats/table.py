@@ -9,7 +9,6 @@ import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 
 from fabe_ds.answers import Answers
 from fabe_ds.errors import FabeError, InputError, UsageError, first_line, reason
-from fabe_ds.fields import FieldPath, Step, Targets, joined_keys
+from fabe_ds.fields import Targets
 from fabe_ds.files import Replacing, finish_replacing
 from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import OURS, Format, Records, Row, Source, Tick, states_of
@@ -151,18 +150,13 @@ class TableFormat(Format):
         names: list[str] = records.dataset.column_names
         if whole:
             return [name for name in names if not name.startswith(OURS)]
-        return list(dict.fromkeys(self._heads(names)))
-
-    def _heads(self, names: Collection[str]) -> Iterator[str]:
-        """The column that each field stands in, as far as there is such a one."""
-        for path in self.targets.paths:
-            yield from (key for key, _ in islice(_in_columns(path, names), 1))
+        return _heads(self.targets, names)
 
     def rows(self, table: pa.Table, whole: bool) -> Iterator[Row]:
         return by_column.rows_of(table.to_pydict(), self.targets, whole)
 
     def where(self, row: Mapping[str, Any], field: int = 0) -> dict[str, Any]:
-        return {column: row[column] for column in self._heads(row)}
+        return {column: row[column] for column in _heads(self.targets, row)}
 
     def held(self, records: Records) -> dict[str, str]:
         there = set(records.dataset.column_names)
@@ -172,11 +166,12 @@ class TableFormat(Format):
         """Raises: UsageError where the table lacks a field."""
         existing = [name for name in records.dataset.column_names if not name.startswith(OURS)]
         for name, path in zip(self.targets.names, self.targets.paths, strict=True):
-            column, inner = next(_in_columns(path, existing), (None, ()))
-            if column is None:
+            found = by_column.in_columns(path, existing)
+            if found is None:
                 raise UsageError(
                     f"--field {name}: no column {path[0]!r}; there are {listed(existing)}"
                 )
+            column, inner = found
             kind = getattr(records.dataset.features[column], "dtype", None)
             if not inner and kind not in ("string", "large_string", "string_view"):
                 raise UsageError(f"--field {name}: the column is {kind or 'nested'}, not text")
@@ -231,9 +226,10 @@ class TableFormat(Format):
         raise UsageError(f"--inplace: {self.name} is never replaced; give an --output")
 
 
-def _in_columns(path: FieldPath, columns: Collection[str]) -> Iterator[tuple[str, Sequence[Step]]]:
-    """The columns that a path may begin with, each with the steps inside it."""
-    return ((key, left) for key, left in joined_keys(path) if key in columns)
+def _heads(targets: Targets, columns: Collection[str]) -> list[str]:
+    """The columns that fields stand in, each once, as far as there are such."""
+    found = (by_column.in_columns(path, columns) for path in targets.paths)
+    return list(dict.fromkeys(head for head, _ in filter(None, found)))
 
 
 def with_answers(records: Records, answers: Answers, place: Path) -> tuple[Dataset, set[str]]:
@@ -246,12 +242,11 @@ def with_answers(records: Records, answers: Answers, place: Path) -> tuple[Datas
     # A field that an earlier run in place has added to a CSV file is text there.
     as_text = {n for n in new if getattr(source.features.get(n), "dtype", None) == "string"}
     new |= dict.fromkeys(as_text, pa.string())
-    found = (by_column.column_of(*pair, source.column_names)[0] for pair in _named(targets))
-    heads = set() if targets.outputs else set(found).difference(new)
+    asked = _heads(targets, source.column_names)
+    heads = set() if targets.outputs else set(asked).difference(new)
     kept = datasets.Features({n: source.features[n] for n in source.column_names if n in heads})
     features = kept | datasets.Features.from_arrow_schema(pa.schema(list(new.items())))
     changed = datasets.Features(features).arrow_schema
-    asked = {by_column.column_of(*pair, source.column_names)[0] for pair in _named(targets)}
     needed = [n for n in source.column_names if n in {*asked, *targets.backup_columns, *new}]
     done = iter(records.done) if records.done is not None else None
     given = answers.records(ROWS)
@@ -267,9 +262,8 @@ def with_answers(records: Records, answers: Answers, place: Path) -> tuple[Datas
     names = [*source.column_names, *(name for name in new if name not in source.column_names)]
     if not len(source):
         features = datasets.Features({**source.features, **features})
-        return datasets.Dataset.from_dict({name: [] for name in names}, features), set(
-            changed.names
-        )
+        empty = datasets.Dataset.from_dict({name: [] for name in names}, features)
+        return empty, set(changed.names)
     # Mapped, not read: the columns that stay are never copied.
     beside = datasets.Dataset.from_file(str(place))
     others = source.remove_columns([n for n in source.column_names if n in features])
@@ -279,11 +273,6 @@ def with_answers(records: Records, answers: Answers, place: Path) -> tuple[Datas
     indices = whole._indices
     dataset = datasets.Dataset(whole.data, info=info, split=source.split, indices_table=indices)
     return dataset, set(changed.names)
-
-
-def _named(targets: Targets) -> Iterator[tuple[str, FieldPath]]:
-    """The fields that are asked about, each with its path."""
-    return zip(targets.names, targets.paths, strict=True)
 
 
 def _as_json(value: Any) -> str | None:

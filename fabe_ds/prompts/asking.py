@@ -13,8 +13,8 @@ from fabe_ds.prompts.template import Condition, Instruction, load_instruction, p
 from fabe_ds.providers.forms import schema_words
 from fabe_ds.request import FREE, LEAVE, Item, Request
 
-JUDGED = ("answer",)
-"""What a judge's template is given beside the text."""
+JUDGED = "answer"
+"""The name that a judge's template knows an answer by."""
 Record = str | Mapping[str, Any] | None
 
 
@@ -38,8 +38,8 @@ def texts_of(config: TransformConfig) -> Texts:
     system = load_instruction(config.system_prompt or "", "--system-prompt")
     judge = config.pick.removeprefix(JUDGE_FILE) if config.pick.startswith(JUDGE_FILE) else None
     loaded = load_instruction(judge, "--pick") if judge is not None else None
-    if loaded is not None and JUDGED[0] not in loaded[0]:
-        raise UsageError(f"--pick judge:{judge}: no such file, or a template without {JUDGED[0]}")
+    if loaded is not None and JUDGED not in loaded[0]:
+        raise UsageError(f"--pick judge:{judge}: no such file, or a template without {JUDGED}")
     return Texts(
         load_instruction(config.instruction or ""),
         system if system[1] != "system-prompt" else None,
@@ -66,7 +66,7 @@ class Asking:
 
         self._instructions = made(texts.instruction)
         self._systems = made(texts.system)
-        self.judging = made(texts.judge, JUDGED)
+        self.judging = made(texts.judge, (JUDGED,))
         self._conditions = (
             [Condition(config.where, variables, path) for path in self._paths]
             if config.where
@@ -150,10 +150,11 @@ class Asking:
         said = [self._instructions[field].words(text, record)]
         said += [content for role, content in turns if role == "system"]
         others = [turn for turn in turns if turn[0] != "system"]
+        system = "\n\n".join(filter(None, said)) or None
         role, prompt = others[-1]
         if role != "user":
-            return "\n\n".join(filter(None, said)) or None, (*examples, *others), ""
-        return "\n\n".join(filter(None, said)) or None, (*examples, *others[:-1]), prompt
+            return system, (*examples, *others), ""
+        return system, (*examples, *others[:-1]), prompt
 
     def _values_of(self, record: Record) -> Any:
         """The values of a record, read once for all its turns."""

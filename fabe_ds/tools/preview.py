@@ -6,8 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import chain, islice
 
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
@@ -56,16 +55,10 @@ def preview(config: RunConfig, count: int) -> Preview:
     counts = count_all(job, records)
     rules.remark(config, transform.provider)
     requests = (
-        (number, item)
-        for number, items in enumerate(items_by_record(job, records))
-        for item in items
-        if isinstance(item, Request)
+        [(number, item) for item in items if isinstance(item, Request)]
+        for number, items in enumerate(items_by_record(job, records), 1)
     )
-    asked = [
-        (number + 1, item)
-        for _, group in islice(groupby(requests, itemgetter(0)), count)
-        for number, item in group
-    ]
+    asked = list(chain.from_iterable(islice(filter(None, requests), count)))
     outcomes: list[Outcome] = []
     stopped = None
     try:

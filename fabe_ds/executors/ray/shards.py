@@ -8,7 +8,6 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +15,11 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from fabe_ds.errors import RunStopped
-from fabe_ds.executors.base import Work, asking_rows, counts_of
+from fabe_ds.executors.base import Work
 from fabe_ds.files import is_locked
 from fabe_ds.formats.base import OURS
 from fabe_ds.providers import Request
+from fabe_ds.request import Item
 from fabe_ds.store.layout import Layout
 
 ROW = f"{OURS}row"
@@ -66,18 +66,15 @@ def with_sample_numbers(work: Work) -> Iterator[pa.Table]:
     """The records with how many equal requests stand before each of theirs: sampled, each has its
     own answer, as one process would number them."""
     seen: Counter[bytes] = Counter()
-    transform = work.transform
+    provider = work.transform.provider
+
+    def number_of(item: Item) -> int:
+        key = provider.key(item) if isinstance(item, Request) else b""
+        seen[key] += 1
+        return seen[key] - 1
+
     for table in work.tables():
-        numbers = []
-        for item in transform.items(asking_rows(work.kind, table, transform)):
-            key = transform.provider.key(item) if isinstance(item, Request) else b""
-            numbers.append(seen[key])
-            seen[key] += 1
-        places, samples = counts_of(work.kind, table), transform.targets.samples
-        if places is None:
-            places = [len(transform.targets.names)] * len(table)
-        given = iter(numbers)
-        lists = [list(islice(given, count * samples)) for count in places]
+        lists = [list(map(number_of, items)) for items in work.items_in(table)]
         yield table.append_column(SAMPLE, pa.array(lists, pa.list_(pa.int64())))
 
 

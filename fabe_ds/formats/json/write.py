@@ -187,19 +187,16 @@ def _is_value(raw: str, place: tuple[int, int] | None) -> bool:
 
 def existing_outputs(records: Records, targets: Targets) -> Iterator[list[int]]:
     """For each record, which of its texts have their first output already."""
-    looking = []
-    for number, path in enumerate(targets.paths):
-        first = targets.added(number)[0]
-        if first.beside:
-            looking.append(probing(path, [str(first.path[0])]))
-        else:
-            looking.append(Field(first.path, None))
-    beside = [targets.added(number)[0].beside for number in range(len(looking))]
+    firsts = [targets.added(number)[0] for number in range(len(targets.names))]
+    looking = [
+        (probing(path, [str(first.path[0])]) if first.beside else Field(first.path, None))
+        for path, first in zip(targets.paths, firsts, strict=True)
+    ]
     for raw, skip in _tuples(records.dataset, ("raw", "skip")):
         there: list[bool] = []
-        for field, is_beside in zip(looking, beside, strict=True):
+        for field, first in zip(looking, firsts, strict=True):
             found = None if _is_broken_skip(skip) else field.locate(raw, 0)[1]
-            if not is_beside:
+            if not first.beside:
                 place = (found.start, found.end) if isinstance(found, Target) else None
                 there.append(_is_value(raw, place))
             elif isinstance(found, list):

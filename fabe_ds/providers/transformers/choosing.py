@@ -50,22 +50,22 @@ class Tree:
 
     def chances(self, node: Way, scores: torch.Tensor) -> dict[int, float]:
         """The logarithm of each branch's probability among those of a node."""
-        tokens = self.branches[node]
+        # A model that has no end token cannot end where a longer choice goes on.
+        tokens = [token for token in self.branches[node] if token != _END or self._ends]
         picked = [
             torch.logsumexp(scores[self._ends].float(), 0) if token == _END else scores[token]
             for token in tokens
-            if token != _END or self._ends
         ]
         logs = torch.log_softmax(torch.stack([score.float() for score in picked]), 0)
-        return dict(zip(tokens, logs.tolist(), strict=False))
+        return dict(zip(tokens, logs.tolist(), strict=True))
 
     def totals(
         self, known: Mapping[Way, Mapping[int, float]]
-    ) -> tuple[dict[str, float], list[Way]]:
+    ) -> tuple[dict[str, float], dict[str, list[Way]]]:
         """The logarithm of each choice's probability as far as nodes are known, which is a bound
-        where they are not; and the unknown nodes on the way of the choice that is ahead."""
+        where they are not; and the unknown nodes on the way of each choice."""
         totals: dict[str, float] = {}
-        open_: dict[str, list[Way]] = {}
+        unknown: dict[str, list[Way]] = {}
         for choice, ids in self.tokens.items():
             total, missing = 0.0, []
             for length, token in enumerate((*ids, _END)):
@@ -76,9 +76,8 @@ class Tree:
                     total += known[node].get(token, -math.inf)
                 else:
                     missing.append(node)
-            totals[choice], open_[choice] = total, missing
-        ahead = max(totals, key=lambda choice: totals[choice])
-        return totals, open_[ahead]
+            totals[choice], unknown[choice] = total, missing
+        return totals, unknown
 
 
 class Choice(NamedTuple):
@@ -123,7 +122,9 @@ class Rounds:
         }
         if any(math.isnan(chance) for node in known.values() for chance in node.values()):
             raise ValueError("scores are not numbers")
-        totals, missing = tree.totals(known)
+        totals, unknown = tree.totals(known)
+        ahead = max(totals, key=totals.__getitem__)
+        missing = unknown[ahead]
         if self._temperature is not None:
             missing = [node for node in tree.branches if node not in known]
         if missing:
@@ -131,24 +132,14 @@ class Rounds:
             self.wanted[number] = next(w for w in tree.ways if w[: len(node)] == node)
             return None
         del self.wanted[number]
+        choice = ahead
         if self._temperature is not None:
             choice = draw(totals, self._temperature, self._prompts[number].seed)
-        else:
-            choice = max(totals, key=lambda name: totals[name])
         # The others are known as bounds only, where it was not worth while to know more.
-        exact = {
-            name: total
-            for name, total in totals.items()
-            if name == choice or not _is_open(tree.tokens[name], tree, known)
-        }
+        exact = {name: total for name, total in totals.items() if not unknown[name]}
         return Choice(number, choice, exact)
 
     def sequences(self) -> Iterator[tuple[Prompt, Way]]:
         """The prompts that are not decided, each with the way to score."""
         for number, way in self.wanted.items():
             yield self._prompts[number], way
-
-
-def _is_open(ids: Way, tree: Tree, known: Mapping[Way, Mapping[int, float]]) -> bool:
-    ways = (ids[:length] for length in range(len(ids) + 1))
-    return any(node in tree.branches and node not in known for node in ways)
