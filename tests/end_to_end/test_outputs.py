@@ -221,6 +221,42 @@ def test_a_judge_picks_the_answer_of_the_highest_score(box, server, kind):
     assert len(server.calls) == sent
 
 
+def test_what_failed_is_no_answer_to_who_skips_those_that_are_there(box, server, kind):
+    async def failing(call: Call):
+        return error(400, "no") if "x = 2" in call.prompt else None
+
+    server.behaviour = failing
+    more = ["--output-field", "ans", "--on-existing", "skip", "--on-failure", "null"]
+    run = asking(server, kind.name, *more, "--inplace", "--retry", 0)
+    assert box.fabe(*run, "--limit", 1).code == 0
+    assert box.fabe(*run).code == 1
+    sent = len(server.calls)
+    server.behaviour = None
+    assert box.fabe(*run).code == 0
+    assert len(server.calls) == sent + 1
+    rows = rows_of(box.path / kind.name)
+    assert [rows[index]["ans"] for index in ASKED] == [CODES[index].upper() for index in ASKED]
+
+
+def test_a_judge_that_gives_no_score_fails_the_record(box, server, kind):
+    box.write("judge.j2", "Rate {{ answer }}")
+
+    async def judged(call: Call):
+        if not call.prompt.startswith("Rate "):
+            return None
+        return completion(call, "7") if "X = 1" in call.prompt else error(400, "no judge")
+
+    server.behaviour = judged
+    more = ["--samples", 2, "--temperature", 1, "--pick", "judge:judge.j2", "--retry", 0]
+    ended = box.fabe(*asking(server, kind.name, *more))
+    assert ended.code == 1
+    failures = box.read("outputs.failures.jsonl")
+    assert [failure["failure"] for failure in failures] == ["judge"] * 2
+    assert "no judge" in failures[0]["message"]
+    assert box.report()["requests"] == len(server.calls)
+    assert [row["code"] or None for row in written(box, kind)][:2] == ["X = 1", "x = 2"]
+
+
 # JSON, byte for byte.
 
 LAYOUTS = {
@@ -305,6 +341,22 @@ def test_a_field_that_has_no_place_fails_that_record_alone(box, server):
     (failure,) = box.read("outputs.failures.jsonl")
     assert failure["failure"] == "no room"
     assert "m is no object" in failure["message"]
+
+
+@pytest.mark.parametrize("place", ["null", "7", '"text"', "[]", '{"q": 1}'])
+def test_what_has_no_place_keeps_what_it_has_and_who_is_not_chosen_does_not_fail(
+    box, server, place
+):
+    line = f'{{"code": "a", "ans": {place}}}\n'
+    box.write("d.jsonl", line + '{"code": "b"}\n')
+    run = asking(server, "d.jsonl", "--output-field", "ans.q.z", "--on-failure", "null")
+    ended = box.fabe(*run, "--where", "text == 'b'")
+    assert ended.code == 0, ended
+    text = (box.path / "outputs/d.jsonl").read_text()
+    assert text == line + '{"code": "b", "ans": {"q": {"z": "B"}}}\n'
+    if place != "null":
+        assert box.fabe(*run).code == 1
+        assert (box.path / "outputs/d.jsonl").read_text() == text
 
 
 def test_a_nested_field_has_its_output_beside_it(box, server):
@@ -437,6 +489,32 @@ def test_all_answers_to_each_turn_are_kept(box, server, name):
     rows = rows_of(box.path / "outputs" / name)
     assert rows[0]["samples"] == [["B", "B"], ["D", "D"]]
     assert not rows[1]["samples"]
+
+
+@pytest.mark.parametrize("more", [[], ["--output-field", "p", "--output-field", "q"]])
+def test_several_fields_that_are_there_several_times(box, server, more):
+    line = '{"a": [{"b": "x"}, {"b": "y"}], "c": {"d": [{"e": "z"}]}}\n'
+    box.write("d.jsonl", line)
+    fields = ("--field", "a.*.b", "--also-field", "c.d.*.e")
+    assert box.fabe(*asking(server, "d.jsonl", *fields, *more)).code == 0
+    after = line
+    for key, old, kept in (("b", "x", "code"), ("b", "y", "code"), ("e", "z", "e")):
+        new = f'"{key}": "{old.upper()}", "original_{kept}": "{old}"'
+        if more:
+            new = f'"{key}": "{old}", "{"p" if key == "b" else "q"}": "{old.upper()}"'
+        after = after.replace(f'"{key}": "{old}"', new)
+    assert (box.path / "outputs/d.jsonl").read_text() == after
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+def test_the_items_of_a_list_of_texts(box, server, name):
+    rows = [{"tags": ["a", "b"]}, {"tags": []}]
+    if name == "d.jsonl":
+        box.lines(name, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), box.path / name)
+    assert box.fabe(*asking(server, name, "--field", "tags.*")).code == 0
+    assert rows_of(box.path / "outputs" / name) == [{"tags": ["A", "B"]}, {"tags": []}]
 
 
 def test_turns_in_place_are_asked_about_once(box, server):
@@ -705,6 +783,20 @@ WRONG = {
     ),
     "the field itself": (["--output-field", "code"], "--output-field code"),
     "a choice that YAML reads as another": (["--config", "c.yaml"], "in quotes"),
+    "a wildcard as a place": (["--output-field", "a.*"], "no place for an answer"),
+    "a condition as a place": (["--output-field", "n[a=b]"], "no place for an answer"),
+    "no name": (["--output-field", ""], "empty step"),
+    "an empty step": (["--output-field", "a..b"], "empty step"),
+    "a wildcard for reasoning": (["--reasoning-field", "a.*"], "no place for an answer"),
+    "a field that begins with no key": (["--field", "*"], "begins with a key"),
+    "a judge who is not there": (
+        ["--samples", "2", "--temperature", "1", "--pick", "judge:none"],
+        "no such file",
+    ),
+    "a judge and a cap": (
+        ["--samples", "2", "--temperature", "1", "--pick", "judge:j.j2", "--max-requests", "5"],
+        "--pick judge",
+    ),
     "one choice": (["--choices", "a"], "two choices"),
     "no schema": (["--response-format", "none.json"], "--response-format"),
     "confidence of nothing": (["--confidence-field", "c"], "--choices"),
@@ -723,6 +815,7 @@ WRONG = {
 def test_what_does_not_go_together_is_said_in_one_line(box, name):
     more, said = WRONG[name]
     box.write("c.yaml", "choices: [yes, no]\n")
+    box.write("j.j2", "Rate {{ answer }}")
     box.lines("d.jsonl", [{"code": "x"}])
     command = ("run", "--input", "d.jsonl", "--provider", "openai", "--model", "m")
     ended = box.fabe(*command, "--instruction", "Up", *more)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fabe_ds.confidence import confidence
 from fabe_ds.providers import Completion, Endpoint, Request, Sampling
+from fabe_ds.providers.transformers.choosing import Tree
 from fabe_ds.providers.transformers.hf import HFProvider
 from fabe_ds.request import AnswerForm
 from tests.support.functions import functions
@@ -170,3 +171,9 @@ def test_a_real_model_follows_the_schema_for_all_of_48_records(smollm_folder):
     for answer in answers:
         jsonschema.validate(json.loads(answer.text), SCHEMA)
     assert model.generation.own_loop
+
+
+def test_a_model_without_an_end_takes_no_choice_that_a_longer_one_begins_with():
+    tree = Tree({"good": [1], "good enough": [1, 2], "bad": [3]}, ends=())
+    chances = tree.chances((1,), torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    assert chances == {2: 0.0}
