@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from fabe_ds.engine.rates import Bucket, duration
+from tests.conftest import wait_for
 from tests.support.server import Call, ModelServer, error, openai_run
 
 
@@ -24,6 +25,7 @@ class Moving:
         self.phases, self.latency = phases, latency
         self.started: float | None = None
         self.inside = self.refused = 0
+        self.occupied = 0.0  # seconds that places were taken, all together
 
     def admitted(self) -> int:
         self.started = self.started or time.monotonic()
@@ -39,30 +41,33 @@ class Moving:
             self.refused += 1
             return error(429, "too many at once")
         self.inside += 1
+        since = time.monotonic()
         try:
             await asyncio.sleep(self.latency)
         finally:
             self.inside -= 1
+            self.occupied += time.monotonic() - since
         return None
 
 
 @pytest.mark.slow
 def test_auto_follows_a_limit_that_moves(box):
-    moving = Moving([(8, 8), (8, 32), (8, 8)])
-    best = (8 * 8 + 8 * 32 + 8 * 8) / 0.1
+    # Of the places that the server offers, and not of answers: a busy machine is slower at both.
+    phases = [(12.0, 8), (12.0, 32), (12.0, 8)]
+    offered = sum(seconds * places for seconds, places in phases)
+    moving = Moving(phases)
     with ModelServer(moving) as server:
         box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(20_000)])
         process = box.start(*openai_run(server, "--concurrency", "auto", "--retry", 50))
-        time.sleep(2)
-        while moving.started is None or time.monotonic() - moving.started < 24:
-            time.sleep(0.1)
-        answered = len(server.calls) - moving.refused
-        refused = moving.refused / len(server.calls)
+        wait_for(lambda: moving.started is not None)
+        assert moving.started is not None
+        time.sleep(max(0.0, moving.started + sum(length for length, _ in phases) - time.monotonic()))
+        occupied, refused = moving.occupied / offered, moving.refused / len(server.calls)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
-    print(f"auto: {answered / best:.2f} of the optimum, {refused:.3f} refused")
+    print(f"auto: {occupied:.2f} of the places, {refused:.3f} refused")
     assert refused < 0.05
-    assert answered >= 0.6 * best  # measured with its figure in the README; CI may be slow
+    assert occupied >= 0.6
 
 
 WORKERS = """
