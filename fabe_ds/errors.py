@@ -50,6 +50,10 @@ class RunStopped(FabeError):
     """The whole run cannot go on (key refused, model unknown, server gone)."""
 
 
+class ServerAway(RunStopped):
+    """No server answers at an address."""
+
+
 class RecordFailed(FabeError):
     """One record failed; the others go on.
 

@@ -37,6 +37,8 @@ def spec_of(
         values[SYSTEM_TEMPLATE] = True
     if texts.judge is not None:
         values["pick"] = f"{JUDGE_FILE}{texts.judge[0]}"
+    # Under a name of the user's, it does not matter where the servers are, or how many.
+    values["base_url"] = next(iter(config.base_url), None) if not config.endpoint_name else None
     checks = config.validate_with  # several came later than one
     values["validate_with"] = checks if len(checks) > 1 else next(iter(checks), None)
     if chat_template is not None:

@@ -101,7 +101,7 @@ class Transform:
         """`texts`: those of files that are elsewhere."""
         # A misspelled name is said before what else is missing.
         self._provider_class = provider_class(config.provider)
-        config = config.model_copy(update={"base_url": self._base_url(config)})
+        config = config.model_copy(update={"base_url": self._base_urls(config)})
         rules.check_transform(config, self._provider_class)
         self.targets = config.targets
         # A wrong one is said now, not at the first answer.
@@ -118,16 +118,16 @@ class Transform:
         self._chat_template = load_chat_template(config.chat_template)
         self.provider = self._build_provider()
 
-    def _base_url(self, config: TransformConfig) -> str | None:
-        """The server's address, of the configuration or of the provider's own variables."""
+    def _base_urls(self, config: TransformConfig) -> list[str]:
+        """The servers' addresses, of the configuration or of the provider's own variables."""
         if config.base_url or not issubclass(self._provider_class, HttpProvider):
             return config.base_url
         for name in self._provider_class.base_url_variables:
             if text := os.environ.get(name, "").strip():
                 base_url = self._provider_class.base_url_of(text)
                 log.info("%s: asking %s", name, without_secrets(base_url))
-                return base_url
-        return None
+                return [base_url]
+        return []
 
     def _build_provider(self, model: str | None = None) -> Provider:
         config, devices = self.config, self.config.devices
@@ -136,6 +136,8 @@ class Transform:
         run = {
             "api_key": None,  # it goes to the provider by itself
             "model": model or config.model or "local",
+            "base_url": next(iter(config.base_url), None),
+            "more_base_urls": tuple(config.base_url[1:]),
             "device": devices[self._rank % len(devices)],
             "chat_template": self._chat_template,
             "sharers": len(devices),
@@ -184,6 +186,7 @@ class Transform:
             for field in TransformConfig.model_fields
             if setting(field, "affects_output") is not True and field != "api_key"
         }
+        values["base_url"] = self.config.base_url  # all of them
         os.environ[_RUNTIME + name] = json.dumps(values, default=str)
         if self.config.api_key is not None:
             os.environ[_KEY + name] = self.config.api_key.get_secret_value()
@@ -400,7 +403,8 @@ def _rebuild(spec: str, version: int) -> Transform:
     values = json.loads(spec)
     values.pop("identity")
     is_template = values.pop(SYSTEM_TEMPLATE, False)
-    values = {**json.loads(os.environ.get(_RUNTIME + name, "{}")), **values}
+    left = json.loads(os.environ.get(_RUNTIME + name, "{}"))
+    values = {**left, **values, **{key: left[key] for key in ("base_url",) if key in left}}
     if _KEY + name in os.environ:
         values["api_key"] = os.environ[_KEY + name]
     config = validated(TransformConfig, values, {})

@@ -104,7 +104,9 @@ def doctor(
     cache_dir: Annotated[
         Path | None, typer.Option(help="The cache folder.  \\[default: .cache]")
     ] = None,
-    base_url: Annotated[str | None, typer.Option(help="A server to look for.")] = None,
+    base_url: Annotated[
+        list[str] | None, typer.Option(help="A server to look for; repeatable.")
+    ] = None,
 ) -> None:
     """Check packages, devices, servers, keys and the cache."""
     from fabe_ds.tools.doctor import findings

@@ -36,7 +36,7 @@ def settings_of(config: Path | None, flags: dict[str, Any]) -> RunConfig:
         {name: value for name, value in flags.items() if value not in (None, [])}, config
     )
     log_to_stderr(settings.log_level)
-    if config is not None and flags.get("base_url") is None:
+    if config is not None and not flags.get("base_url"):
         settings = _at_the_environments_address(settings)
     if settings.input_path != STANDARD:
         return settings
@@ -57,7 +57,7 @@ def _at_the_environments_address(settings: RunConfig) -> RunConfig:
     kind = provider_class(settings.provider)
     names = kind.base_url_variables if issubclass(kind, HttpProvider) else ()
     is_named = any(os.environ.get(name, "").strip() for name in names)
-    return settings.model_copy(update={"base_url": None}) if is_named else settings
+    return settings.model_copy(update={"base_url": []}) if is_named else settings
 
 
 def run_and_report(settings: RunConfig) -> None:

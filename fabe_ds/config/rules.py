@@ -47,6 +47,10 @@ def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
     _check_fields(config)
     _check_outputs(config)
     _check_form(config)
+    if len(set(config.base_url)) < len(config.base_url):
+        raise UsageError("--base-url: one is given twice")
+    if config.batch_api and len(config.base_url) > 1:
+        raise UsageError("--batch-api sends to one server; give one --base-url")
     if config.batch_api and not provider.has_batches:
         raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
     sampling = config.temperature > 0 if config.do_sample is None else config.do_sample

@@ -177,6 +177,18 @@ class AnswerSettings(Section):
         return self.strip_fences and self.auto_extract_code
 
 
+class ServerSettings(Section):
+    """Where the model is asked."""
+
+    base_url: Annotated[list[str], BeforeValidator(as_list)] = setting_field(
+        "Model",
+        "Base URL of the server; repeatable, for several that have the same model: the least busy "
+        "is asked next, and one that is gone is left out until it is back.",
+        [],
+        affects_output=True,
+    )
+
+
 class ModelSettings(Section):
     """Who is asked: the provider, and the model behind it."""
 
@@ -186,7 +198,12 @@ class ModelSettings(Section):
     model: str | None = setting_field(
         "Model", "Model name, folder or .gguf file.", affects_output=True, environment="MODEL_PATH"
     )
-    base_url: str | None = setting_field("Model", "Base URL of the server.", affects_output=True)
+    endpoint_name: str | None = setting_field(
+        "Model",
+        "Name of who answers, for what is kept: under the same name, a run at other addresses asks "
+        "nothing again.  [default: the first --base-url]",
+        affects_output="when set",
+    )
     provider_options: dict[str, Any] = setting_field(
         "Model",
         "Option that the provider has of its own, name=value; repeatable.",

@@ -15,6 +15,7 @@ from fabe_ds.config.sections import (
     PolicySettings,
     PromptSettings,
     SamplingSettings,
+    ServerSettings,
     StoreSettings,
     TargetSettings,
 )
@@ -121,6 +122,7 @@ class TransformConfig(
     PolicySettings,
     SamplingSettings,
     ModelSettings,
+    ServerSettings,
     AnswerSettings,
     PromptSettings,
     TargetSettings,

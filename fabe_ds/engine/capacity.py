@@ -68,11 +68,16 @@ class Capacity:
         slots: SharedSlots | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[float, float], float] = random.uniform,
+        pace: Rates | None = None,
     ) -> None:
+        """`pace`: the user's own rates, where several endpoints share them."""
+        self.name = ""
+        """Goes before what is said of it, where there are several."""
         self.budget, self._slots, self._policy, self._clock = budget, slots, policy, clock
         self.limiter = Limiter(None if policy.concurrency == "auto" else policy.concurrency, clock)
         self.limiter.ceiling = network.allow_open_files(self.limiter.ceiling, FILES_BESIDE)
-        self._rates = Rates(policy.rpm, policy.tpm, clock, slots.workers if slots else None)
+        self._pace = pace or pace_of(policy, slots, clock)
+        self._rates = Rates(clock=clock)  # the server's own
         self.outage = Outage(clock, chance)
         self.proven = False
         """Whether the endpoint has ever answered."""
@@ -86,8 +91,9 @@ class Capacity:
         """Requests that may be in flight: one, where the server is being looked for."""
         return 1 if self.outage.down else self.limiter.limit
 
-    def gate(self, request: Request, busy: int) -> Gate:
-        """Whether this request may go now."""
+    def gate(self, request: Request, busy: int, all_busy: int | None = None) -> Gate:
+        """Whether this request may go now. `all_busy`: requests in flight to all endpoints."""
+        all_busy = busy if all_busy is None else all_busy
         # An answer frees a place, and wakes whoever waits for one.
         if busy >= self.limit:
             return Gate()
@@ -98,17 +104,21 @@ class Capacity:
                 + GO_ON,
                 by_server=True,
             )
-        if (pause := max(self._rates.pause(), self.outage.until_probe())) > 0:
+        if (pause := max(self._pause(), self.outage.until_probe())) > 0:
             return Gate(wait=pause)
         if not self.proven and busy and (left := self._head_start()) > 0:
             return Gate(wait=left)
         if lacking := self.budget.lacking(request):
             # An answer may give back some of what its request has reserved.
-            return Gate() if busy else Gate(stop=_used_up(lacking))
+            return Gate() if all_busy else Gate(stop=_used_up(lacking))
         # Last: a place is taken only for what may go.
-        if self._slots and not self._slots.hold(busy + 1):
+        if self._slots and not self._slots.hold(all_busy + 1):
             return Gate(wait=SLOT_SECONDS)
         return Gate(opens=True)
+
+    def _pause(self) -> float:
+        """Seconds for which rates hold the next request back."""
+        return max(self._rates.pause(), self._pace.pause())
 
     def _head_start(self) -> float:
         """Seconds for which the first request still goes alone."""
@@ -123,7 +133,7 @@ class Capacity:
     def sent(self, request: Request) -> None:
         """The request goes out now."""
         self.limiter.sent()
-        self._rates.sent(tokens_at_most(request))
+        self._pace.sent(tokens_at_most(request))
         self.budget.reserve(request)
         if self._first_sent_at is None:
             self._first_sent_at = self._clock()
@@ -139,12 +149,13 @@ class Capacity:
     def answered(self, request: Request, sent_at: float, completion: Completion, busy: int) -> None:
         """An answer has come to a request of the moment `sent_at`."""
         if self.outage.down and self.outage.seconds >= SAID_AFTER:  # as it was said to be gone
-            log.info("the server answers again after %s", clock_text(self.outage.seconds))
+            away = clock_text(self.outage.seconds)
+            log.info("%sthe server answers again after %s", self.name, away)
         self.outage.reset()
         self.limiter.answered(sent_at, busy)
         if completion.completion_tokens is not None:
             used = (completion.prompt_tokens or 0) + completion.completion_tokens
-            self._rates.corrected(used - tokens_at_most(request))
+            self._pace.corrected(used - tokens_at_most(request))
 
     def read(self, headers: Mapping[str, str]) -> None:
         """Takes what an answer's headers say of rates."""
@@ -184,7 +195,7 @@ class Capacity:
             )
         if rates.asked_for >= 1:
             return f"waiting {clock_text(rates.asked_for)}: {rates.reason}"
-        if rates.pause() >= 1:
+        if self._pace.pause() >= 1:
             return "waiting for --rpm or --tpm"
         if limiter.held_back:
             return (
@@ -201,13 +212,22 @@ class Capacity:
         now = self._clock()
         if self._held_since is None:
             self._held_since = now
-            log.debug("%s", state)
-        waits = waits or self.outage.down or self._rates.pause() > 0
+            log.debug("%s%s", self.name, state)
+        waits = waits or self.outage.down or self._pause() > 0
         if not self._held_said and now - self._held_since >= (
             SAID_AFTER if waits else CUT_SAID_AFTER
         ):
             self._held_said = True
-            log.info("%s", state)
+            log.info("%s%s", self.name, state)
+
+
+def pace_of(
+    policy: PolicySettings,
+    slots: SharedSlots | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Rates:
+    """The rates that the user sets."""
+    return Rates(policy.rpm, policy.tpm, clock, slots.workers if slots else None)
 
 
 def _how_unavailable(verdict: Verdict) -> str:

@@ -13,12 +13,12 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from fabe_ds.engine.capacity import GO_ON
 from fabe_ds.engine.coalesce import Pending
-from fabe_ds.engine.endpoint import Endpoint, Task
+from fabe_ds.engine.endpoint import Endpoint, Endpoints, Task
 from fabe_ds.engine.local import POLL_SECONDS
 from fabe_ds.engine.retry import decide
 from fabe_ds.engine.verdict import Verdict, in_context
@@ -40,10 +40,9 @@ FORBIDDEN = 3
 class Pass:
     """One pass over a stream of items."""
 
-    def __init__(self, endpoint: Endpoint, items: Iterator[Item]) -> None:
-        self._all, self._items = endpoint, items
-        self._client, self._capacity = endpoint.client, endpoint.capacity
-        self._coalescer, self._stats = endpoint.coalescer, endpoint.coalescer.stats
+    def __init__(self, endpoints: Endpoints, items: Iterator[Item]) -> None:
+        self._all, self._items = endpoints, items
+        self._coalescer, self._stats = endpoints.coalescer, endpoints.coalescer.stats
         self.ready: queue.SimpleQueue[list[Pending] | None] = queue.SimpleQueue()
         self.drained = threading.Event()
         self.error: BaseException | None = None
@@ -68,36 +67,40 @@ class Pass:
         """Starts what may be started, and pulls items while there is room for more."""
         if self.drained.is_set():
             return
-        capacity = self._capacity
         try:
             while not self._stopping:
-                if len(self._todo) < capacity.limit:
+                limit = self._all.limit
+                if len(self._todo) < limit:
                     self._pull()
                 busy = self._all.busy
                 if self._forbidden and not (self._todo or self._sleeping or busy):
                     self._classify_forbidden()  # nobody is left to show what it meant
-                if not self._todo or busy >= capacity.limit or not self._may_send(busy):
+                if not self._todo or busy >= limit:
                     break
-                self._start(self._todo.popleft())
+                endpoint = self._next(busy)
+                if endpoint is None:
+                    break
+                self._start(self._todo.popleft(), endpoint)
         except BaseException as error:  # the items are the caller's code: it gets its error back
             self.fatal(error)
-        self._stats.in_flight, self._stats.limit = self._all.busy, capacity.limiter.limit
-        capacity.hold(self._all.busy)
+        self._stats.in_flight, self._stats.limit = self._all.busy, self._all.width
+        for each in self._all.each:
+            each.capacity.hold(self._all.busy)
         self._deliver()
 
-    def _may_send(self, busy: int) -> bool:
-        """Whether the next request may go now; where not, what wakes us is under way."""
-        if not self._all.checked:
-            self._all.begin_check(asyncio.get_running_loop())
-            return False
-        gate = self._capacity.gate(self._todo[0].request, busy)
+    def _next(self, busy: int) -> Endpoint | None:
+        """The endpoint that the next request may go to now; where there is none, what wakes us is
+        under way."""
+        if not self._all.ready(asyncio.get_running_loop()):
+            return None
+        endpoint, gate = self._all.choose(self._todo[0].request, busy)
         if gate.stop is not None:
             self.fatal(
-                RunStopped(f"{self._all.address}: {gate.stop}" if gate.by_server else gate.stop)
+                RunStopped(f"{endpoint.address}: {gate.stop}" if gate.by_server else gate.stop)
             )
         elif gate.wait is not None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(gate.wait, self._wake)
-        return gate.opens
+        return endpoint if gate.opens else None
 
     @property
     def busy(self) -> int:
@@ -106,7 +109,7 @@ class Pass:
 
     def _pull(self) -> None:
         room = self._all.window - self._ahead
-        most = 2 * self._capacity.limiter.limit
+        most = 2 * self._all.width
         while not self._exhausted and room > 0 and len(self._todo) < most:
             chunk = list(islice(self._items, min(CHUNK, room)))
             if not chunk:
@@ -142,16 +145,21 @@ class Pass:
         self._timer = None
         self.pump()
 
-    def _start(self, task: Task) -> None:
+    def _start(self, task: Task, endpoint: Endpoint) -> None:
         self._stats.requests += 1
-        self._capacity.sent(task.request)
+        task.at = endpoint
+        endpoint.busy += 1
+        endpoint.sent += 1
+        endpoint.capacity.sent(task.request)
         running = asyncio.get_running_loop().create_task(self._send(task))
         task.running, task.sent_at = running, time.monotonic()
         self._tasks[running] = task
         running.add_done_callback(self._over)
 
     def _over(self, running: asyncio.Task[None]) -> None:
-        self._tasks.pop(running, None)
+        task = self._tasks.pop(running, None)
+        if task is not None:
+            task.at.busy -= 1
         if not running.cancelled() and (error := running.exception()) is not None:
             self.fatal(error)
         self._all.pump()
@@ -159,10 +167,11 @@ class Pass:
     # Sending.
 
     async def _send(self, task: Task) -> None:
-        result, headers = await self._client.post(task.request)
+        client, capacity = task.at.client, task.at.capacity
+        result, headers = await client.post(task.request)
         if headers is not None:
-            self._capacity.read(headers)
-        self._stats.cost = self._capacity.settle(task.request, result)
+            capacity.read(headers)
+        self._stats.cost = capacity.settle(task.request, result)
         # The twin was first; what came second is booked, and no more.
         if task.over:
             return
@@ -177,19 +186,21 @@ class Pass:
             self._answered(task, result)
         else:
             about_key = result.doubtful and result.kind == "key"
-            verdict = in_context(result, self._client.answered_ago)
+            verdict = in_context(result, client.answered_ago)
             self._forbidden_in_a_row += about_key and verdict.action == "fail"
             self._refused(task, verdict)
 
     def _answered(self, task: Task, completion: Completion) -> None:
         self._forbidden_in_a_row = 0
-        self._client.answered()
-        self._capacity.proven = True
-        self._capacity.answered(task.request, task.sent_at, completion, self._all.busy)
+        task.at.client.answered()
+        capacity = task.at.capacity
+        capacity.proven = True
+        capacity.answered(task.request, task.sent_at, completion, task.at.busy)
         self._stats.took(time.monotonic() - task.sent_at)
         if not self._unstored:
             asyncio.get_running_loop().call_soon(self._flush)
         self._unstored.append((task, completion))
+        task.at.busy += 1
         self._classify_forbidden()
 
     def _refused(self, task: Task, verdict: Verdict) -> None:
@@ -197,9 +208,9 @@ class Pass:
         log.debug("%s (%s): %s", verdict.action, verdict.kind, verdict.message)
         # A server that judges a record is there.
         if verdict.action == "fail":
-            self._capacity.outage.reset()
+            task.at.capacity.outage.reset()
         if verdict.lesson is not None:
-            self._client.learn(verdict.lesson, verdict.message)
+            task.at.client.learn(verdict.lesson, verdict.message)
             if verdict.proxy_cut:  # the model ran for nothing, which counts
                 self._retry(task, verdict)
             else:
@@ -209,9 +220,9 @@ class Pass:
             if len(self._forbidden) >= FORBIDDEN:
                 self._classify_forbidden()
         elif verdict.action == "stop":
-            models = self._client.provider.models if verdict.kind == "model" else []
+            models = task.at.client.provider.models if verdict.kind == "model" else []
             hint = f"; it has {listed(models)}" if models else ""
-            self._give_up([task], f"{verdict.message}{hint}")
+            self._give_up([task], f"{verdict.message}{hint}", task.at)
         elif verdict.action == "fail":
             self._fail(task, verdict)
             if self._forbidden_in_a_row >= SUSPICIOUS:
@@ -219,42 +230,49 @@ class Pass:
                     [],
                     f"the last {SUSPICIOUS} records were all refused, is the key still good? "
                     f"({verdict.message})",
+                    task.at,
                 )
         else:
             self._retry(task, verdict)
 
-    def _give_up(self, tasks: Iterable[Task], message: str) -> None:
-        """Ends the run, with these records unanswered."""
+    def _give_up(self, tasks: Sequence[Task], message: str, at: Endpoint) -> None:
+        """Ends the run, with these records unanswered; or goes on without that server."""
+        if not self._stopping and self._all.leave_out(at, message):
+            self._todo.extendleft(tasks)
+            return
         self._abandon(tasks)
-        self.fatal(RunStopped(f"{self._all.address}: {message}"))
+        self.fatal(RunStopped(f"{at.address}: {message}"))
 
     def _classify_forbidden(self) -> None:
         """What a 403 meant: the key, where nobody was answered; else those records."""
         held, self._forbidden = self._forbidden, []
-        ago = self._client.answered_ago
-        for task, verdict in held if ago is not None else ():
-            self._fail(task, in_context(verdict, ago))
-        if held and ago is None:
-            self._give_up([task for task, _ in held], held[0][1].message)
+        for task, verdict in held:
+            ago = task.at.client.answered_ago
+            if ago is not None:
+                self._fail(task, in_context(verdict, ago))
+            else:
+                self._give_up([task], verdict.message, task.at)
 
     def _retry(self, task: Task, verdict: Verdict) -> None:
         if self._stopping:
             self._abandon([task])
             return
-        capacity, give_up_after = self._capacity, self._all.policy.give_up_after
+        capacity, give_up_after = task.at.capacity, self._all.policy.give_up_after
         if verdict.wait is not None and verdict.wait > give_up_after:
             self._give_up(
                 [task],
                 f"the server asks to wait {verdict.wait:.0f} s, longer than --give-up-after; run "
                 f"the same command again then ({verdict.message})",
+                task.at,
             )
             return
         self._stats.refusals += verdict.busy and not verdict.loading
-        capacity.refused(verdict, task.entry, task.sent_at, self._all.busy)
+        capacity.refused(verdict, task.entry, task.sent_at, task.at.busy)
         outage = capacity.outage
-        if outage.down and outage.seconds > min(verdict.patience, give_up_after):
+        if outage.down and self._all.away_for > min(verdict.patience, give_up_after):
             how = f"{outage.how} for {outage.seconds:.0f} s"
-            self._give_up([task], f"{how} ({verdict.message}); {GO_ON}")
+            self._abandon([task])
+            self.fatal(RunStopped(f"{task.at.address}: {how} ({verdict.message}); {GO_ON}"))
         elif outage.down and verdict.unavailable:
             # A probe costs the record no try; the next asks for another.
             self._stats.retries += 1
@@ -271,14 +289,14 @@ class Pass:
 
     def _fail(self, task: Task, verdict: Verdict) -> None:
         self._coalescer.failed(task.entry, RecordFailed(verdict.kind, verdict.message))
-        self._count_failure(verdict.message)
+        self._count_failure(verdict.kind, verdict.message)
 
-    def _count_failure(self, message: str) -> None:
+    def _count_failure(self, kind: str, message: str) -> None:
         """Stops the run where nothing has gone well, and so many records have failed."""
-        self._failures += 1
+        self._failures += kind not in self._all.tolerated
         nothing_went_well = not self._stats.done and not self._stats.cached
-        many = max(SUSPICIOUS, self._capacity.limiter.limit)
-        if nothing_went_well and self._failures == many and not self._all.patient:
+        many = max(SUSPICIOUS, self._all.width)
+        if nothing_went_well and self._failures >= many and not self._all.patient:
             self.fatal(RunStopped(f"the first {many} records all failed; the last: {message}"))
 
     def _sleep(self, task: Task, seconds: float) -> None:
@@ -300,27 +318,27 @@ class Pass:
         if self.drained.is_set():
             return
         asyncio.get_running_loop().call_later(WATCH_SECONDS, self.watch)
-        state = self._stats.state = self._state()
-        self._capacity.say(state, self._stopping)
-        late = self._capacity.limiter.late()
-        room = self._capacity.limiter.limit - self._all.busy
-        if late is None or self._stopping or self._capacity.outage.down:
+        held = self._all.said(self._stopping)
+        stopping = f"stopping: {self._all.busy} answers are on their way" if self.busy else ""
+        self._stats.state = stopping if self._stopping else held
+        if self._stopping:
             return
-        now = time.monotonic()
+        late_at = {each: each.capacity.limiter.late() for each in self._all.each if each.is_up}
+        if all(late is None for late in late_at.values()):
+            return
+        room, now = self._all.width - self._all.busy, time.monotonic()
         for task in list(self._tasks.values()):
-            if room > 0 and not task.twin and not task.over and now - task.sent_at > late:
-                if self._capacity.budget.lacking(task.request):
+            late = late_at.get(task.at)
+            is_late = late is not None and now - task.sent_at > late
+            if is_late and room > 0 and not task.twin and not task.over:
+                endpoint, gate = self._all.choose(task.request, self._all.busy, task.at)
+                if not gate.opens:
                     return
                 task.twin = Task(task.entry, task.attempts)
                 task.twin.twin = task
-                self._start(task.twin)
+                self._start(task.twin, endpoint)
                 self._stats.hedged += 1
                 room -= 1
-
-    def _state(self) -> str:
-        if self._stopping:
-            return f"stopping: {self._all.busy} answers are on their way" if self.busy else ""
-        return self._capacity.state()
 
     # Handing over, and ending.
 
@@ -332,13 +350,15 @@ class Pass:
         lose stays within the limit.
         """
         rows, self._unstored = self._unstored, []
+        for task, _ in rows:
+            task.at.busy -= 1
         try:
             self._coalescer.store([(task.entry, completion) for task, completion in rows])
             for task, completion in rows:
                 if not self._coalescer.answered(task.entry, completion):
                     self._todo.appendleft(Task(task.entry))
                 elif (outcome := task.entry.outcome) is not None and outcome.kind is not None:
-                    self._count_failure(outcome.message or "")
+                    self._count_failure(outcome.kind, outcome.message or "")
         except BaseException as error:  # it runs as a callback: nobody else would hear of it
             self._abandon([task for task, _ in rows])
             self.fatal(error)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 
 from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.budget import Budget
-from fabe_ds.engine.capacity import Capacity
+from fabe_ds.engine.capacity import Capacity, pace_of
 from fabe_ds.engine.client import HttpClient
 from fabe_ds.engine.coalesce import Coalescer, Pending
 from fabe_ds.engine.dispatch import Pass
-from fabe_ds.engine.endpoint import Endpoint
+from fabe_ds.engine.endpoint import Endpoint, Endpoints
 from fabe_ds.engine.loop import LoopThread
 from fabe_ds.engine.worker_slots import SharedSlots
 from fabe_ds.providers.http import HttpProvider
@@ -24,7 +24,7 @@ the wait returns."""
 
 
 class HttpEngine:
-    """Answers items in order, keeping the endpoint busy from the first to the last.
+    """Answers items in order, keeping the endpoints busy from the first to the last.
 
     A loop in a thread of its own pulls items as places get free, so the caller's pace and batch
     size hold nothing up. Each completion is on disk before it counts.
@@ -32,20 +32,29 @@ class HttpEngine:
 
     def __init__(
         self,
-        provider: HttpProvider,
+        providers: Sequence[HttpProvider],
         coalescer: Coalescer,
         policy: PolicySettings,
         budget: Budget,
         *,
         slots: SharedSlots | None = None,
         patient: bool = False,
+        tolerated: Sequence[str] = (),
     ) -> None:
-        """`patient`: whether to go on where the first records all fail."""
+        """`providers`: one for each server. `patient`: whether to go on where the first records all
+        fail; `tolerated`: the kinds of failures that are never counted for that."""
         self._thread = LoopThread.shared()
-        client = HttpClient(provider, policy, coalescer.cache)
-        capacity = Capacity(policy, budget, slots)
-        self._endpoint = Endpoint(client, capacity, coalescer, policy, patient)
-        self._thread.call(client.open())
+        pace = pace_of(policy, slots)
+        each = [
+            Endpoint(
+                HttpClient(provider, policy, coalescer.cache),
+                Capacity(policy, budget, slots, pace=pace),
+            )
+            for provider in providers
+        ]
+        self._endpoints = Endpoints(each, coalescer, policy, patient, tolerated)
+        for endpoint in each:
+            self._thread.call(endpoint.client.open())
 
     def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order.
@@ -53,7 +62,7 @@ class HttpEngine:
         Left early (an error, Ctrl-C), it sends no more, waits for what is on its way, and keeps
         it. Raises: RunStopped, CacheError.
         """
-        run = Pass(self._endpoint, iter(items))
+        run = Pass(self._endpoints, iter(items))
         loop = self._thread.loop
         loop.call_soon_threadsafe(run.begin)
         try:
@@ -76,7 +85,8 @@ class HttpEngine:
                 run.error = None  # its traceback holds this frame, which holds the pass
 
     def close(self) -> None:
-        self._thread.finish(self._endpoint.client.close())
+        for endpoint in self._endpoints.each:
+            self._thread.finish(endpoint.client.close())
 
 
 def _waited(ready: queue.SimpleQueue[list[Pending] | None]) -> list[Pending] | None:

@@ -93,7 +93,9 @@ class Runtime:
         budget = budget_of(config.part(BudgetSettings), config.model)
         # A run keeps failed records in any case, and is better stopped.
         patient = config.on_error == "keep" and not isinstance(config, RunConfig)
-        return HttpEngine(provider, self.coalescer, policy, budget, slots=slots, patient=patient)
+        return HttpEngine(
+            provider.of_each_server(), self.coalescer, policy, budget, slots=slots, patient=patient
+        )
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
         """One outcome an item, in order. Raises: RunStopped, when `stopping` has been set."""

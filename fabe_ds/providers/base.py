@@ -26,6 +26,9 @@ class Endpoint(ModelSettings):
     run. `device` is one device, `chat_template` the text of a template."""
 
     model: str = "local"
+    base_url: str | None = None
+    more_base_urls: tuple[str, ...] = ()
+    """Other servers that have the same model."""
     sharers: int = 1
     """Processes that share this machine's processor for one run."""
     batches: int = 1
@@ -39,7 +42,7 @@ class Endpoint(ModelSettings):
     """Where digests of large files are remembered."""
 
     def __init__(self, model: str = "local", base_url: str | None = None, **more: Any) -> None:
-        super().__init__(model=model, base_url=base_url, **more)
+        super().__init__(**{"model": model, "base_url": base_url, **more})
 
     @property
     def thinks(self) -> bool | None:

@@ -6,11 +6,11 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from fabe_ds import network
 from fabe_ds.config.params import merged
-from fabe_ds.errors import MalformedResponse, RunStopped, UsageError
+from fabe_ds.errors import MalformedResponse, RunStopped, ServerAway, UsageError
 from fabe_ds.providers.base import Endpoint, Provider, written
 from fabe_ds.providers.dialects import DIALECT, DIALECTS, THINKING, dialect_of_host, in_dialect
 from fabe_ds.providers.forms import IN_PROMPT
@@ -49,7 +49,8 @@ class HttpProvider(Provider):
         try:
             self.address = network.Address.parse(self.base_url)
         except ValueError as error:
-            raise UsageError(f"--base-url {self.identity()}: {error}") from None
+            shown = without_userinfo(self.base_url)
+            raise UsageError(f"--base-url {shown}: {error}") from None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.endpoint!r})"
@@ -64,7 +65,15 @@ class HttpProvider(Provider):
         return (self.endpoint.base_url or self.default_base_url).rstrip("/")
 
     def identity(self) -> str:
-        return without_userinfo(self.base_url)
+        return self.endpoint.endpoint_name or without_userinfo(self.base_url)
+
+    def of_each_server(self) -> list[Self]:
+        """One for each server that has the model, this one first."""
+        others = []
+        for url in self.endpoint.more_base_urls:
+            endpoint = self.endpoint.model_copy(update={"base_url": url, "more_base_urls": ()})
+            others.append(type(self)(endpoint, self._api_key))
+        return [self, *others]
 
     @abstractmethod
     def path(self, request: Request) -> str:
@@ -131,29 +140,31 @@ class HttpProvider(Provider):
     def key_headers(self, key: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {key}"}
 
-    def unreachable(self, error: Exception, hint: str) -> RunStopped:
+    def unreachable(self, error: Exception, hint: str) -> ServerAway:
         """What to say where nothing answers, naming the proxy or certificates that are in use."""
         import requests
 
         if isinstance(error, requests.exceptions.ProxyError):
             proxy = network.proxy_for(self.address.base)
-            return RunStopped(
+            return ServerAway(
                 f"{self.address}: the proxy does not let us through ({proxy}); "
                 "NO_PROXY names servers to reach without one"
             )
         if isinstance(error, requests.exceptions.SSLError):
-            return RunStopped(
+            return ServerAway(
                 f"{self.address}: the server's certificate is not accepted "
                 f"({network.certificate_hint()})"
             )
-        return RunStopped(f"{self.address}: {hint}")
+        return ServerAway(f"{self.address}: {hint}")
 
     def shown(self, request: Request) -> str:
         body = self.asked(request)
         if (level := body.pop(THINKING, None)) is not None:
             name = self.dialect({})
             body |= in_dialect(name, level) if name else {"(thinking)": level}
-        return f"POST {self.address.shown(self.path(request))}\n{written(body)}"
+        others = (each.address for each in self.of_each_server()[1:])
+        addresses = "".join(f"\n  or {other.shown(self.path(request))}" for other in others)
+        return f"POST {self.address.shown(self.path(request))}{addresses}\n{written(body)}"
 
 
 def _renamed(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class OpenAIProvider(HttpProvider):
     base_url_variables = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
     key_variable = "OPENAI_API_KEY"
 
+    @property
+    def _is_openai(self) -> bool:
+        return self.base_url == self.default_base_url
+
     def path(self, request: Request) -> str:
         return "/chat/completions" if request.chat else "/completions"
 
@@ -68,7 +72,7 @@ class OpenAIProvider(HttpProvider):
             body["prompt"] = request.plain
         # OpenAI's reasoning models know the limit by its new name only, other servers by the old.
         # Where it turns out to be otherwise, `sent` renames it and the key stays.
-        newer = self.base_url == self.default_base_url and request.chat
+        newer = self._is_openai and request.chat and self.endpoint.endpoint_name is None
         body[_NEW_LIMIT if newer else _LIMIT] = sampling.max_new_tokens
         body["temperature"] = sampling.temperature if sampling.is_sampling else 0.0
         if sampling.top_p is not None and sampling.is_sampling:
@@ -91,6 +95,8 @@ class OpenAIProvider(HttpProvider):
         if is_in_prompt(body, learned):
             schema = body[FORMAT]["json_schema"]["schema"]
             renamed = with_schema_in_prompt(renamed, schema)
+        if self._is_openai and _LIMIT in renamed and "messages" in body and _LIMIT not in learned:
+            renamed[_NEW_LIMIT] = renamed.pop(_LIMIT)
         stream = learned.get(STREAM, "false")
         if stream:  # some gateways stream where nothing is said
             renamed[STREAM] = stream == "true"

@@ -125,8 +125,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     # Of headers, only where they come from.
     found = {name: text for name, text in config.headers.items() if text.startswith("env:")}
     settings["headers"] = found
-    if config.base_url:
-        settings["base_url"] = without_secrets(config.base_url)
+    urls = list(map(without_secrets, config.base_url))
+    settings["base_url"] = urls if len(urls) > 1 else next(iter(urls), None)
     for name, value in settings.items():
         if isinstance(value, Path) or (name in MAYBE_FILES and isinstance(value, str)):
             url = url_of(value) if isinstance(value, Path) else None

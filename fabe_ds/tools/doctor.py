@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 
 def findings(
-    cache_dir: Path, base_url: str | None = None, config: RunConfig | None = None
+    cache_dir: Path, base_urls: Sequence[str] = (), config: RunConfig | None = None
 ) -> Iterator[Finding]:
     """All that is looked at, as it is found. `config`: of a run that is to be."""
     yield Finding("ok", "python", sys.version.split()[0])
@@ -56,7 +56,7 @@ def findings(
     if config is not None:
         yield from _run(config)
     else:
-        yield from _servers(base_url)
+        yield from _servers(base_urls)
     for name in _KEYS:
         key = bool(os.environ.get(name))
         yield Finding("ok" if key else "none", name, "set" if key else "not set")
@@ -87,26 +87,27 @@ def _device() -> Finding:
     return Finding("ok", "device", f"cpu, {torch.get_num_threads()} threads; no GPU")
 
 
-def _servers(base_url: str | None) -> Iterator[Finding]:
+def _servers(base_urls: Sequence[str]) -> Iterator[Finding]:
     import requests
 
-    if base_url:
+    wanted: list[tuple[str, str, dict[str, str]]] = []
+    for base_url in base_urls:
         try:
             asked = OpenAIProvider(Endpoint("any", base_url), os.environ.get("OPENAI_API_KEY"))
             asked.refuse_open_key()
         except (UsageError, RunStopped) as error:
             yield Finding("bad", "--base-url", str(error))
-            return
-        wanted = {"--base-url": (asked.address.url("/models"), asked.headers())}
-    else:
-        wanted = {name: (url, {}) for name, url in _SERVERS.items()}
-    for name, (url, headers) in wanted.items():
+            continue
+        wanted.append(("--base-url", asked.address.url("/models"), asked.headers()))
+    if not base_urls:
+        wanted = [(name, url, {}) for name, url in _SERVERS.items()]
+    for name, url, headers in wanted:
         shown = network.without_secrets(url)
         try:
             status = network.get(url, headers, _SECONDS).status_code
         except (requests.RequestException, RunStopped) as error:
             why = str(error) if isinstance(error, RunStopped) else _nothing(url, error)
-            yield Finding("bad" if base_url else "none", name, why)
+            yield Finding("bad" if base_urls else "none", name, why)
         else:
             detail = f"{shown} answers {status}{_MEANING.get(status, '')}"
             yield Finding("ok" if status == 200 else "bad", name, detail)
@@ -176,7 +177,9 @@ def _run(config: RunConfig) -> Iterator[Finding]:
             yield Finding("ok", "input", f"{config.input_path}: {kind}")
         except FabeError as error:
             yield Finding("bad", "input", str(error))
-    if isinstance(provider := transform.provider, HttpProvider):
+    if not isinstance(transform.provider, HttpProvider):
+        return
+    for provider in transform.provider.of_each_server():
         try:
             provider.refuse_open_key()
             provider.preflight()

@@ -61,7 +61,9 @@ def test_auto_follows_a_limit_that_moves(box):
         process = box.start(*openai_run(server, "--concurrency", "auto", "--retry", 50))
         wait_for(lambda: moving.started is not None)
         assert moving.started is not None
-        time.sleep(max(0.0, moving.started + sum(length for length, _ in phases) - time.monotonic()))
+        time.sleep(
+            max(0.0, moving.started + sum(length for length, _ in phases) - time.monotonic())
+        )
         occupied, refused = moving.occupied / offered, moving.refused / len(server.calls)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)

@@ -222,10 +222,12 @@ def test_what_has_no_effect_is_said(box, flags, said):
         assert ended.err.count(said) == 1, ended
 
 
-def test_two_servers_are_not_silently_the_last(box, server):
+def test_a_flag_that_is_given_twice_is_not_silently_the_last(box, server):
     box.lines("d.jsonl", [{"code": "x"}])
+    ended = box.fabe(*asked(server, "d.jsonl", "--retry", 1, "--retry", 2))
+    assert "--retry is given 2 times; the last one holds" in ended.err
     ended = box.fabe(*asked(server, "d.jsonl", "--base-url", server.url))
-    assert "--base-url is given 2 times; the last one holds" in ended.err
+    assert (ended.code, ended.err) == (2, "fabe-ds: --base-url: one is given twice\n")
 
 
 @pytest.mark.parametrize(

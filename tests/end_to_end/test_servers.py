@@ -398,7 +398,7 @@ def test_ollamas_json_lines_are_read(box):
     body = "".join(json.dumps(line) + "\n" for line in lines)
     with ModelServer(plain(body, kind="application/x-ndjson")) as server:
         records(box)
-        run = [*command(server), "--provider", "ollama", "--base-url", server.root]
+        run = command(server, "--provider", "ollama", "--base-url", server.root)
         assert box.fabe(*run, "--model", "llama3").code == 0
         assert all(call.body["shift"] is False for call in server.calls)
     assert answers(box) == ["y = 1"] * 3
@@ -696,7 +696,7 @@ def test_a_prompt_that_ollama_cut_is_no_answer(box):
 
     with ModelServer(behave) as server:
         box.lines("data.jsonl", [{"code": "short"}, {"code": "word and more " * 1000}])
-        run = [*command(server), "--provider", "ollama", "--base-url", server.root]
+        run = command(server, "--provider", "ollama", "--base-url", server.root)
         assert box.fabe(*run, "--model", "llama3").code == 1
     (failure,) = box.read("outputs.failures.jsonl")
     assert (failure["record"], failure["failure"]) == (1, "context")

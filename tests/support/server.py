@@ -43,9 +43,10 @@ def answer_to(prompt: str) -> str:
 
 def openai_run(server: ModelServer, *more: Any) -> list[Any]:
     """The command line of a run over data.jsonl with the server's model."""
+    where = () if "--base-url" in more else ("--base-url", server.url)
     return [
         *("run", "--input", "data.jsonl", "--instruction", "Up", "--provider", "openai"),
-        *("--model", "m", "--base-url", server.url, *more),
+        *("--model", "m", *where, *more),
     ]
 
 

@@ -20,7 +20,7 @@ from fabe_ds.engine.capacity import Capacity
 from fabe_ds.engine.client import Reply
 from fabe_ds.engine.coalesce import Coalescer
 from fabe_ds.engine.dispatch import Pass
-from fabe_ds.engine.endpoint import Endpoint
+from fabe_ds.engine.endpoint import Endpoint, Endpoints
 from fabe_ds.engine.verdict import Verdict
 from fabe_ds.providers import Completion, Sampling
 from fabe_ds.providers import Endpoint as Where
@@ -67,8 +67,13 @@ class Client:
 class AnyWeather(RuleBasedStateMachine):
     """`asked` records, of which some are equal; what came out of the pass is in `settled`."""
 
-    @initialize(count=st.integers(1, 12), alike=st.integers(1, 4), cached=st.booleans())
-    def begin(self, count, alike, cached):
+    @initialize(
+        count=st.integers(1, 12),
+        alike=st.integers(1, 4),
+        cached=st.booleans(),
+        servers=st.integers(1, 3),
+    )
+    def begin(self, count, alike, cached, servers):
         self.loop = asyncio.new_event_loop()
         provider = OpenAIProvider(Where("m", "http://h/v1"))
         policy = PolicySettings(concurrency=LIMIT, retry=2, give_up_after=1e9)
@@ -76,12 +81,14 @@ class AnyWeather(RuleBasedStateMachine):
         self.cache = RecordCache(Path(self.folder.name)) if cached else None
         coalescer = Coalescer(provider, self.cache, lambda request, got: got.text, Stats())
         self.client = Client(provider)
-        capacity = Capacity(policy, Budget())
-        endpoint = Endpoint(self.client, capacity, coalescer, policy, patient=True)
-        endpoint.checked = True
+        # They share the client, which counts what is in flight to all of them.
+        each = [Endpoint(self.client, Capacity(policy, Budget())) for _ in range(servers)]
+        for endpoint in each:
+            endpoint.checked = True
+        self.endpoints = endpoints = Endpoints(each, coalescer, policy, patient=True)
         self.texts = [f"x{number % alike}" for number in range(count)]
         requests = (Request(text, text, None, Sampling(8)) for text in self.texts)
-        self.run = Pass(endpoint, iter(requests))
+        self.run = Pass(endpoints, iter(requests))
         self.stats, self.settled, self.over = coalescer.stats, [], False
         self.stopped = False
         self.loop.call_soon(self.run.begin)
@@ -111,7 +118,8 @@ class AnyWeather(RuleBasedStateMachine):
 
     def wake(self):
         """Time passes: what sleeps goes on now."""
-        self.run._capacity.outage._probe_at = 0.0
+        for endpoint in self.endpoints.each:
+            endpoint.capacity.outage._probe_at = 0.0
         for task, timer in list(self.run._sleeping.items()):
             timer.cancel()
             self.loop.call_soon(self.run._again, task)
@@ -172,6 +180,7 @@ class AnyWeather(RuleBasedStateMachine):
                 assert self.cache.count() == len(answered)
                 assert not self.cache.query("SELECT 1 FROM claims")
         assert not self.run._tasks
+        assert not any(endpoint.busy for endpoint in self.endpoints.each)
         assert not self.run._order or self.stopped
 
 
