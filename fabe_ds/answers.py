@@ -42,6 +42,7 @@ MORE_FIELDS = {
     "reasoning": pa.large_string(),  # what the model wrote before the answer proper, or null
     "confidence": pa.float64(),  # probability of a choice, or null
     "score": pa.float64(),  # what a judge gave the answer, or null
+    "model": pa.string(),  # who answered, where it was another than the run's own
 }
 """What is kept beside, where a run asks for it."""
 STATUS = {
@@ -66,6 +67,7 @@ class Answer(NamedTuple):
     reasoning: str | None = None
     confidence: float | None = None
     score: float | None = None
+    model: str | None = None
 
 
 class Change(NamedTuple):
@@ -189,6 +191,7 @@ def flat_table(outcomes: Iterable[Outcome], targets: Targets) -> pa.Table:
             [_reasoning(outcome) for outcome in got],
             [_confidence(outcome) for outcome in got],
             [outcome.score for outcome in got],
+            [outcome.model for outcome in got],
         ]
     return pa.table(columns, schema=pa.schema(list(fields_of(targets).items())))
 
@@ -256,7 +259,7 @@ def status(answers: Sequence[Answer], model: str | None = None) -> dict[str, Any
         "finish_reason": shown.finish_reason,
         "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in answers),
         "completion_tokens": sum(answer.completion_tokens or 0 for answer in answers),
-        "model": model,
+        "model": shown.model or model,
     }
 
 

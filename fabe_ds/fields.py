@@ -188,6 +188,8 @@ class Targets:
     skips_existing: bool = False
     """Whether a field is done that has its first output already."""
     model: str | None = None
+    several_models: bool = False
+    """Whether others may answer than `model`."""
     schema: Mapping[str, Any] | None = None
     """The JSON schema of the answers."""
 
@@ -216,7 +218,12 @@ class Targets:
     @property
     def is_extended(self) -> bool:
         """Whether more is kept of an answer than what became of it."""
-        return bool(self.reasoning_field or self.confidence_field or self.pick == "judge")
+        return bool(
+            self.reasoning_field
+            or self.confidence_field
+            or self.pick == "judge"
+            or self.several_models
+        )
 
     @property
     def gained(self) -> list[str]:

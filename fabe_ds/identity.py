@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fabe_ds.config.settings import JUDGE_FILE, TransformConfig, setting
@@ -14,14 +14,20 @@ from fabe_ds.version import JOB_VERSION, TRANSFORM_VERSION
 
 SYSTEM_TEMPLATE = "system_template"
 """Key of a spec whose system prompt is a template, and not a text as it is."""
+FALLBACK_IDENTITIES = "fallback_identities"
+"""Key of a spec of models that may be asked in the run's place."""
 _NO_PART_OF_JOBS = ("where", "on_existing", "on_failure")
 """Settings that say which values are asked for, and nothing of what is made of them."""
 
 
 def spec_of(
-    config: TransformConfig, texts: Texts, chat_template: str | None, provider: Provider
+    config: TransformConfig,
+    texts: Texts,
+    chat_template: str | None,
+    asked: Sequence[Provider],
 ) -> str:
-    """All that can change what comes out, as canonical JSON. What stands in files is in it."""
+    """All that can change what comes out, as canonical JSON. What stands in files is in it.
+    `asked`: who answers, and who may instead."""
     values = {
         name: getattr(config, name)
         for name, declared in TransformConfig.model_fields.items()
@@ -44,7 +50,9 @@ def spec_of(
     if chat_template is not None:
         values["chat_template"] = chat_template
     values["strip_fences"] = values["auto_extract_code"] = config.strips_fences
-    values["identity"] = provider.identity()
+    values["identity"], *others = (provider.identity() for provider in asked)
+    if others:
+        values[FALLBACK_IDENTITIES] = others
     return _canonical(values)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
 from fabe_ds.config.settings import TransformConfig
-from fabe_ds.engine.runtime import Runtime
+from fabe_ds.engine.budget import Budget
+from fabe_ds.engine.runtime import Runtime, in_groups
 from fabe_ds.errors import RecordFailed
 from fabe_ds.prompts.acceptance import INVALID, asking_again
 from fabe_ds.prompts.answer import clean_answer
@@ -33,35 +31,29 @@ class Judge:
         provider: Provider,
         open_cache: Callable[[TransformConfig], Completions],
         instructions: list[Instruction],
+        budget: Budget,
     ) -> None:
         """`instructions`: the judge's template, made ready for each field."""
         self._instructions = instructions
         self._sampling = Sampling(max_new_tokens=config.max_new_tokens)
-        self._runtime = Runtime(config, provider, open_cache, _accept, asking_again(config))
-        self._told = Stats()
+        asking = asking_again(config)
+        self._runtime = Runtime(
+            config, provider, open_cache, _accept, asking, budget, name="-judge"
+        )
 
     def scored(
         self,
         items: Iterable[Item],
-        ask: Callable[[Iterator[Item]], Iterator[Outcome]],
+        ask: Callable[[Iterable[Item]], Iterator[Outcome]],
         stats: Stats,
     ) -> Iterator[Outcome]:
         """The outcomes that `ask` gives of items, each with its score. `stats` is told of what the
         judge was sent."""
-        passed: deque[Item] = deque()
-
-        def passing() -> Iterator[Item]:
-            for item in items:
-                passed.append(item)
-                yield item
-
-        outcomes = ask(passing())
-        with contextlib.closing(outcomes):  # type: ignore[type-var]
-            while group := list(islice(outcomes, WINDOW)):
-                asked = [self._item(passed.popleft(), outcome) for outcome in group]
-                given = list(self._runtime.outcomes(asked))
-                self._tell(stats)
-                yield from map(_judged, group, given)
+        for asked, group in in_groups(items, ask, WINDOW):
+            judged = self._runtime.outcomes(map(self._item, asked, group))
+            given = list(judged)
+            self._runtime.tell(stats)
+            yield from map(_judged, group, given)
 
     def _item(self, item: Item, outcome: Outcome) -> Item:
         if not isinstance(item, Request) or outcome.text is None:
@@ -72,14 +64,6 @@ class Judge:
         except RecordFailed as error:
             return error
         return Request(item.text, prompt, None, self._sampling, item.chat, item.language)
-
-    def _tell(self, stats: Stats) -> None:
-        """Adds what was sent since the last time to the run's own counts."""
-        mine = self._runtime.stats
-        for name in ("requests", "retries", "reasks", "prompt_tokens", "completion_tokens", "cost"):
-            now = getattr(mine, name)
-            setattr(stats, name, getattr(stats, name) + now - getattr(self._told, name))
-            setattr(self._told, name, now)
 
     def close(self) -> None:
         self._runtime.close()

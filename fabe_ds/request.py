@@ -136,6 +136,8 @@ class Outcome(NamedTuple):
     cached: bool = False
     original: str = ""
     score: float | None = None
+    model: str | None = None
+    """Who answered, where it was another than the run's own."""
 
 
 SKIPPED = Outcome()

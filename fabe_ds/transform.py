@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -19,31 +20,26 @@ import pyarrow as pa
 from fabe_ds.answers import by_record, flat_table, tolerant
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
-from fabe_ds.config.sections import ModelSettings
+from fabe_ds.config.sections import SECRETS, BudgetSettings
 from fabe_ds.config.settings import TransformConfig, setting
+from fabe_ds.engine.budget import Budget, budget_of, price_of
 from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
+from fabe_ds.escalation import ESCALATED, Escalation
 from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import BROKEN, Row, without
 from fabe_ds.formats.json.load import SCHEMA
-from fabe_ds.identity import SYSTEM_TEMPLATE, digest_of, jobs_of, spec_of
+from fabe_ds.identity import FALLBACK_IDENTITIES, SYSTEM_TEMPLATE, digest_of, jobs_of, spec_of
 from fabe_ds.judging import Judge
-from fabe_ds.network import without_secrets
 from fabe_ds.prompts.acceptance import acceptance, asking_again
 from fabe_ds.prompts.asking import Asking, Texts, texts_of
 from fabe_ds.prompts.checks import build_check
 from fabe_ds.prompts.template import load_chat_template
-from fabe_ds.providers import (
-    Endpoint,
-    HttpProvider,
-    Provider,
-    Request,
-    build_provider,
-    provider_class,
-)
+from fabe_ds.providers import Provider, Request, provider_class
 from fabe_ds.request import LEAVE, Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
 from fabe_ds.version import TRANSFORM_VERSION
+from fabe_ds.who_answers import Fallback, Providers, base_urls_of
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -52,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _RUNTIME = "FABE_DS_RUNTIME_"
 _KEY = "FABE_DS_KEY_"
+GROUP, BATCH_GROUP = 256, 50_000
+"""Answers whose failures are asked of a fallback model together; of batches, those of a window."""
 
 
 def transform_fn(**options: Any) -> Transform:
@@ -101,7 +99,8 @@ class Transform:
         """`texts`: those of files that are elsewhere."""
         # A misspelled name is said before what else is missing.
         self._provider_class = provider_class(config.provider)
-        config = config.model_copy(update={"base_url": self._base_urls(config)})
+        urls = base_urls_of(config, self._provider_class)
+        config = config.model_copy(update={"base_url": urls})
         rules.check_transform(config, self._provider_class)
         self.targets = config.targets
         # A wrong one is said now, not at the first answer.
@@ -113,56 +112,28 @@ class Transform:
         self._asking = Asking(config, self.texts, self._provider_class.takes_forms)
         self._runtime: Runtime | None = None
         self._judge: Judge | None = None
+        self._escalation: Escalation | None = None
+        self._budget = budget_of(config.part(BudgetSettings), config.model)
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._rank = 0
         self._chat_template = load_chat_template(config.chat_template)
+        self.providers = Providers(config, self.texts, self._chat_template)
         self.provider = self._build_provider()
 
-    def _base_urls(self, config: TransformConfig) -> list[str]:
-        """The servers' addresses, of the configuration or of the provider's own variables."""
-        if config.base_url or not issubclass(self._provider_class, HttpProvider):
-            return config.base_url
-        for name in self._provider_class.base_url_variables:
-            if text := os.environ.get(name, "").strip():
-                base_url = self._provider_class.base_url_of(text)
-                log.info("%s: asking %s", name, without_secrets(base_url))
-                return [base_url]
-        return []
+    def _build_provider(self) -> Provider:
+        return self.providers.build(self._rank)
 
-    def _build_provider(self, model: str | None = None) -> Provider:
-        config, devices = self.config, self.config.devices
-        settings = {name: getattr(config, name) for name in ModelSettings.model_fields}
-        words = [*self.texts.words, *config.template_vars.values()]
-        run = {
-            "api_key": None,  # it goes to the provider by itself
-            "model": model or config.model or "local",
-            "base_url": next(iter(config.base_url), None),
-            "more_base_urls": tuple(config.base_url[1:]),
-            "device": devices[self._rank % len(devices)],
-            "chat_template": self._chat_template,
-            "sharers": len(devices),
-            "batches": 4 if config.concurrency == "auto" else config.concurrency,
-            "chat": config.use_chat_template,
-            "instruction": "\n".join(words),
-            "max_new_tokens": config.max_new_tokens,
-            "cache_dir": config.cache_dir,
-        }
-        endpoint = Endpoint(**{**settings, **run})
-        return build_provider(config.provider, endpoint, self.key())
-
-    def key(self) -> str | None:
-        """The key for the server, of the configuration or the environment."""
-        if self.config.api_key is not None:
-            return self.config.api_key.get_secret_value()
-        if not issubclass(self._provider_class, HttpProvider):
-            return None
-        return os.environ.get(self._provider_class.key_variable or "")
+    @property
+    def fallbacks(self) -> list[Fallback]:
+        """Who is asked where the run's own model gave no good answer, in order."""
+        return list(map(Fallback.parse, self.config.fallback_models))
 
     # Identity: what is pickled, hashed by datasets, and shipped to workers.
 
     def spec(self) -> str:
         """All that can change what comes out, as canonical JSON."""
-        return spec_of(self.config, self.texts, self._chat_template, self.provider)
+        asked = (self.provider, *(self.providers.fallback(each) for each in self.fallbacks))
+        return spec_of(self.config, self.texts, self._chat_template, asked)
 
     def digest(self) -> str:
         """Names what this transform makes of a record."""
@@ -184,12 +155,13 @@ class Transform:
         values = {
             field: getattr(self.config, field)
             for field in TransformConfig.model_fields
-            if setting(field, "affects_output") is not True and field != "api_key"
+            if setting(field, "affects_output") is not True and field not in SECRETS
         }
         values["base_url"] = self.config.base_url  # all of them
         os.environ[_RUNTIME + name] = json.dumps(values, default=str)
-        if self.config.api_key is not None:
-            os.environ[_KEY + name] = self.config.api_key.get_secret_value()
+        for secret in SECRETS:
+            if (key := getattr(self.config, secret)) is not None:
+                os.environ[f"{_KEY}{secret}_{name}"] = key.get_secret_value()
 
     def __repr__(self) -> str:
         return (
@@ -213,6 +185,8 @@ class Transform:
                     self._open_cache,
                     acceptance(self.config, self.provider),
                     asking_again(self.config),
+                    self._budget,
+                    ESCALATED if self.config.fallback_models else (),
                 )
                 weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
             return self._runtime
@@ -226,9 +200,10 @@ class Transform:
         """Closes what is open in this process."""
         if self._runtime is not None:
             self._runtime.close()
-        if self._judge is not None:
-            self._judge.close()
-        self._runtime = self._judge = None
+        for beside in (self._judge, self._escalation):
+            if beside is not None:
+                beside.close()
+        self._runtime = self._judge = self._escalation = None
 
     @property
     def judge(self) -> Judge | None:
@@ -240,17 +215,55 @@ class Transform:
             if self._judge is None:
                 config, provider = self.config, self.provider
                 if config.judge_model not in (None, config.model):
-                    provider = self._build_provider(config.judge_model)
-                self._judge = Judge(config, provider, self._open_cache, self._asking.judging)
+                    provider = self.providers.build(self._rank, config.judge_model)
+                judging = self._asking.judging
+                budget = self._budget_for(provider)
+                self._judge = Judge(config, provider, self._open_cache, judging, budget)
                 weakref.finalize(self, self._judge.close)
         return self._judge
 
+    @property
+    def escalation(self) -> Escalation | None:
+        """The models that are asked where the run's own gave no good answer."""
+        if not self.config.fallback_models:
+            return None
+        _ = self.runtime  # which takes care of a forked child, too
+        with self._opening[1]:
+            if self._escalation is None:
+                each = enumerate(self.fallbacks)
+                models = [(wanted.model, self._aside(wanted, n)) for n, wanted in each]
+                group = BATCH_GROUP if self.config.batch_api else GROUP
+                self._escalation = Escalation(models, group)
+                weakref.finalize(self, self._escalation.close)
+        return self._escalation
+
+    def _aside(self, wanted: Fallback, number: int) -> Runtime:
+        """Asks a fallback model."""
+        config, provider = self.config, self.providers.fallback(wanted, self._rank)
+        return Runtime(
+            config,
+            provider,
+            self._open_cache,
+            acceptance(config, provider),
+            asking_again(config),
+            self._budget_for(provider),
+            tolerated=ESCALATED,
+            name=f"-fallback-{number}",
+        )
+
+    def _budget_for(self, provider: Provider) -> Budget:
+        """The run's budget, of which another model takes its part at its own price."""
+        settings = self.config.part(BudgetSettings)
+        return self._budget.at(price_of(settings, provider.endpoint.model))
+
     def answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
         """The outcomes of items, in order. Raises: RunStopped, CacheError."""
-        judge = self.judge
-        if judge is None:
-            return self.runtime.outcomes(items)
-        return judge.scored(items, self.runtime.outcomes, self.runtime.stats)
+        ask = self.runtime.outcomes
+        if (escalation := self.escalation) is not None:
+            ask = partial(escalation.answered, ask=ask, stats=self.runtime.stats)
+        if (judge := self.judge) is not None:
+            return judge.scored(items, ask, self.runtime.stats)
+        return ask(items)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], *more: Any) -> dict[str, list[Any]]:
         """One batch of a Dataset: the columns that change, or, of a carrier that `load_records`
@@ -402,11 +415,13 @@ def _rebuild(spec: str, version: int) -> Transform:
     name = hashlib.sha256(spec.encode()).hexdigest()[:16]
     values = json.loads(spec)
     values.pop("identity")
+    values.pop(FALLBACK_IDENTITIES, None)
     is_template = values.pop(SYSTEM_TEMPLATE, False)
     left = json.loads(os.environ.get(_RUNTIME + name, "{}"))
     values = {**left, **values, **{key: left[key] for key in ("base_url",) if key in left}}
-    if _KEY + name in os.environ:
-        values["api_key"] = os.environ[_KEY + name]
+    for secret in SECRETS:
+        if (key := os.environ.get(f"{_KEY}{secret}_{name}")) is not None:
+            values[secret] = key
     config = validated(TransformConfig, values, {})
     texts = texts_of(config)
     if is_template:

@@ -122,6 +122,9 @@ def print_summary(result: RunResult, settings: RunConfig) -> None:
         print(f"the first: {_first_failure(result.failures_file)}")
         for line in what_helps(result.failures_by_kind, settings.max_new_tokens):
             print(line)
+    if len(result.answered_by) > 1:
+        by = sorted(result.answered_by.items(), key=lambda pair: -pair[1])
+        print(f"answered by: {', '.join(f'{model} {count}' for model, count in by)}")
     for error in result.bad_files:
         print(f"left out: {error}")
     for note in result.notes:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ValidationError
 
 from fabe_ds.config.params import params_of
+from fabe_ds.config.sections import SECRETS
 from fabe_ds.config.settings import JUDGE_FILE, SCHEMA_FILE, VERY_NEAR, RunConfig, flag, setting
 from fabe_ds.config.yaml_file import read_yaml
 from fabe_ds.errors import UsageError, reason
@@ -136,7 +137,7 @@ def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str
                 f"--device {first['input']}: write cpu, cuda, cuda:0, cuda:0,1, mps or auto"
             ) from None
         message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-        given = "" if name in ("api_key", "headers") else f" {_short(first['input'])}"
+        given = "" if name in (*SECRETS, "headers") else f" {_short(first['input'])}"
         raise UsageError(f"{named.get(name, name)}{given}: {message}") from None
 
 

@@ -177,8 +177,6 @@ def _check_form(config: TransformConfig) -> None:
         raise UsageError("--confidence-field tells the probability of a choice; give --choices")
     if config.pick != "first" and config.samples == 1:
         raise UsageError(f"--pick {config.pick}: there is one answer; give --samples")
-    if config.pick.startswith("judge:"):
-        refuse_caps(config, "--pick judge")
     if config.judge_model and not config.pick.startswith("judge:"):
         raise UsageError("--judge-model goes with --pick judge:FILE")
 

@@ -177,6 +177,10 @@ class AnswerSettings(Section):
         return self.strip_fences and self.auto_extract_code
 
 
+SECRETS = ("api_key", "fallback_api_key")
+"""Settings that are kept in memory alone."""
+
+
 class ServerSettings(Section):
     """Where the model is asked."""
 
@@ -231,6 +235,14 @@ class ModelSettings(Section):
         flag="header",
         repr=False,
     )
+    fallback_models: list[str] = setting_field(
+        "Model",
+        "Model that is asked where the answer of the one before it failed its checks, was cut, "
+        "refused or empty: MODEL, or MODEL@BASE_URL; repeatable, in order.",
+        [],
+        flag="fallback-model",
+        affects_output="when set",
+    )
     base_model: str | None = setting_field(
         "Model",
         "Model that an adapter (LoRA) given as --model goes on; by default, the one it names.",
@@ -255,6 +267,11 @@ class ModelSettings(Section):
     )
     api_key: SecretStr | None = setting_field(
         "Model", "Key for the server; better, OPENAI_API_KEY."
+    )
+    fallback_api_key: SecretStr | None = setting_field(
+        "Model",
+        "Key for fallback models at addresses of their own; better, FALLBACK_API_KEY.  [default: "
+        "the same key]",
     )
     device: Annotated[str, Field(pattern=r"^(mps|auto|cpu(,cpu)*|cuda(:\d+(,(cuda:)?\d+)*)?)$")] = (
         setting_field(

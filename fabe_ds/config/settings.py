@@ -149,6 +149,7 @@ class TransformConfig(
             failed_is_null=self.on_failure == "null",
             skips_existing=self.on_existing == "skip",
             model=self.model,
+            several_models=bool(self.fallback_models),
             schema=self.response_format,
         )
 

@@ -50,13 +50,17 @@ def read_price(file: Path | None, model: str) -> Price:
         ) from None
 
 
+def price_of(settings: BudgetSettings, model: str | None) -> Price | None:
+    """The price of a model. Raises: UsageError where there is a cap on costs and no price."""
+    if settings.max_cost is None and settings.prices is None:
+        return None
+    return read_price(settings.prices, model or "")
+
+
 def budget_of(settings: BudgetSettings, model: str | None) -> Budget:
     """What may be spent. Raises: UsageError where there is a cap on costs and no price."""
-    price = None
-    if settings.max_cost is not None or settings.prices is not None:
-        price = read_price(settings.prices, model or "")
     caps = (settings.max_requests, settings.max_tokens_total, settings.max_cost)
-    return Budget(*caps, price)
+    return Budget(*caps, price_of(settings, model))
 
 
 class Budget:
@@ -73,6 +77,12 @@ class Budget:
         self._caps = {"--max-requests": requests, "--max-tokens-total": tokens, "--max-cost": cost}
         self._price = price or Price(0.0, 0.0)
         self._spent = dict.fromkeys(self._caps, 0.0)
+
+    def at(self, price: Price | None) -> Budget:
+        """The same budget for another model's price: what one takes, the other lacks."""
+        other = Budget(price=price)
+        other._caps, other._spent = self._caps, self._spent
+        return other
 
     @property
     def cost(self) -> float:

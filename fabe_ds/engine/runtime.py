@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from fabe_ds.config.rules import refuse_caps
-from fabe_ds.config.sections import BudgetSettings, PolicySettings
+from fabe_ds.config.sections import PolicySettings
 from fabe_ds.config.settings import RunConfig, TransformConfig
-from fabe_ds.engine.budget import budget_of
+from fabe_ds.engine.budget import Budget
 from fabe_ds.engine.coalesce import Coalescer
 from fabe_ds.engine.local import LocalEngine
 from fabe_ds.engine.worker_slots import SharedSlots, die_with_parent, is_worker
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from fabe_ds.engine.http import HttpEngine
 
 WINDOW_BATCHES = 32
+SENT = ("requests", "retries", "reasks", "prompt_tokens", "completion_tokens")
+"""Counts of what was sent, whoever asked for it."""
 
 
 def open_cache(config: TransformConfig) -> RecordCache:
@@ -32,6 +36,24 @@ def open_cache(config: TransformConfig) -> RecordCache:
     if not config.resume:
         cache.hide_all()
     return cache
+
+
+def in_groups(
+    items: Iterable[Item], ask: Callable[[Iterable[Item]], Iterator[Outcome]], size: int
+) -> Iterator[tuple[list[Item], list[Outcome]]]:
+    """Items and their outcomes, so many at a time, as `ask` gives them. It goes on with others
+    while somebody works on a group."""
+    passed: deque[Item] = deque()
+
+    def passing() -> Iterator[Item]:
+        for item in items:
+            passed.append(item)
+            yield item
+
+    outcomes = ask(passing())
+    with contextlib.closing(outcomes):  # type: ignore[type-var]
+        while group := list(islice(outcomes, size)):
+            yield [passed.popleft() for _ in group], group
 
 
 class Runtime:
@@ -44,8 +66,16 @@ class Runtime:
         open_cache: Callable[[TransformConfig], Completions],
         accept: Accept,
         reask: Reask,
+        budget: Budget | None = None,
+        tolerated: Sequence[str] = (),
+        name: str = "",
     ) -> None:
-        """`accept` makes values of completions; `reask` says what is sent after one that failed."""
+        """`accept` makes values of completions; `reask` says what is sent after one that failed.
+        `budget` is what may be spent. `tolerated`: kinds of failures that are not the end, so that
+        a run in which the first records all have one goes on. `name` tells a part of a run from
+        its main one."""
+        self._budget, self._tolerated = budget or Budget(), tolerated
+        self._told, self._name = Stats(), name
         self.pid = os.getpid()
         self.closed = self.stopping = False
         self.stats = Stats()
@@ -89,12 +119,17 @@ class Runtime:
         if is_worker():
             refuse_caps(config, "num_proc")
             places = AUTO_MAX if policy.concurrency == "auto" else policy.concurrency
-            slots = SharedSlots(config.cache_dir, places)
-        budget = budget_of(config.part(BudgetSettings), config.model)
+            slots = SharedSlots(config.cache_dir, places, self._name)
         # A run keeps failed records in any case, and is better stopped.
         patient = config.on_error == "keep" and not isinstance(config, RunConfig)
         return HttpEngine(
-            provider.of_each_server(), self.coalescer, policy, budget, slots=slots, patient=patient
+            provider.of_each_server(),
+            self.coalescer,
+            policy,
+            self._budget,
+            slots=slots,
+            patient=patient,
+            tolerated=self._tolerated,
         )
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
@@ -106,6 +141,15 @@ class Runtime:
                     return
                 yield outcome
         raise RunStopped("stopped; what was answered is kept")
+
+    def tell(self, stats: Stats) -> None:
+        """Adds what was sent since the last time to the counts of a run that this is a part of."""
+        mine = self.stats
+        for name in SENT:
+            now = getattr(mine, name)
+            setattr(stats, name, getattr(stats, name) + now - getattr(self._told, name))
+            setattr(self._told, name, now)
+        stats.cost = self._budget.cost  # which all share
 
     def journal_cache(self) -> RecordCache:
         """The record cache of this machine, which a provider that costs nothing has not opened."""

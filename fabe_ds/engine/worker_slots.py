@@ -25,8 +25,9 @@ class SharedSlots:
     The system lets go of a lock however its holder ends, so a killed worker blocks nothing.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
-        home = private_folder(private_folder(Layout(folder).slots) / f"{os.getppid()}")
+    def __init__(self, folder: Path, count: int, name: str = "") -> None:
+        """`name`: of whom the places are asked, where a process asks several models."""
+        home = private_folder(private_folder(Layout(folder).slots) / f"{os.getppid()}{name}")
         self._free = [FileLock(home / f"{n}.lock", thread_local=False) for n in range(count)]
         # Each worker begins its search elsewhere, or they would all try the same file.
         turn = os.getpid() % count

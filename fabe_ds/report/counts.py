@@ -38,6 +38,15 @@ def record_counts(
     }
 
 
+def models_of(answers: Answers, own: str | None) -> dict[str, int]:
+    """Good answers by the model that gave them; empty where there is but the run's own."""
+    flat = answers.flat
+    if not answers.targets.several_models:
+        return {}
+    given = flat.column("model").filter(pc.is_valid(flat.column("completion")))
+    return counted(given.fill_null(own or "local"))
+
+
 def _mask(column: pa.ChunkedArray) -> np.ndarray:
     found: np.ndarray = column.to_numpy()
     return found

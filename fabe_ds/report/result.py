@@ -45,6 +45,8 @@ class RunResult:
     """Those of `seconds` in which a local model was loaded."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of how a local model answered."""
+    answered_by: dict[str, int] = field(default_factory=dict)
+    """Answers by the model that gave them, where several were asked."""
 
     @property
     def exit_code(self) -> int:

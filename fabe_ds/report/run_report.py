@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fabe_ds.config.load import MAYBE_FILES, in_folder
+from fabe_ds.config.sections import SECRETS
 from fabe_ds.config.settings import JUDGE_FILE, SCHEMA_FILE, RunConfig, setting
 from fabe_ds.errors import UsageError, reason
 from fabe_ds.files import is_text, replacing
@@ -61,6 +62,7 @@ class RunReport(BaseModel):
     report: str | None = None
     loading: float = 0.0
     notes: list[str] = Field(default_factory=list)
+    answered_by: dict[str, int] = Field(default_factory=dict)
     history: list[list[float]] = Field(default_factory=list)
     latency: dict[int, int] = Field(default_factory=dict)
     instruction: str = ""
@@ -117,7 +119,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     settings = {
         name: getattr(config, name)
         for name in RunConfig.model_fields
-        if name != "api_key" and setting(name, "panel")
+        if name not in SECRETS and setting(name, "panel")
     }
     here = Path.cwd()
     settings["validate_with"] = [in_folder(c, SCHEMA_FILE, here) for c in config.validate_with]

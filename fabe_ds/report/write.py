@@ -15,7 +15,7 @@ from fabe_ds.files import replacing
 from fabe_ds.formats.base import Format, Records
 from fabe_ds.job import Job
 from fabe_ds.paging import row_table
-from fabe_ds.report.counts import record_counts
+from fabe_ds.report.counts import models_of, record_counts
 from fabe_ds.report.course import Course
 from fabe_ds.report.result import RunResult
 from fabe_ds.report.run_report import write_report
@@ -48,6 +48,7 @@ def write_reports(
         cost=stats.cost,
         loading=stats.loading,
         notes=stats.notes,
+        answered_by=models_of(answers, job.config.model),
         failures_file=beside(reports, FAILURES) if counts["failed"] else None,
         report=beside(reports, REPORT),
     )
@@ -102,6 +103,7 @@ def _failures_of(
             "failure": failed.failure,
             "message": failed.message,
             "finish_reason": failed.finish_reason,
+            **({"model": failed.model} if failed.model else {}),
             **where,
             "answer": failed.answer,
         }

@@ -16,6 +16,7 @@ from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.engine.coalesce import Coalescer
 from fabe_ds.errors import RecordFailed
+from fabe_ds.escalation import ESCALATED
 from fabe_ds.executors.base import Work
 from fabe_ds.formats.base import BROKEN, Records, no_tick
 from fabe_ds.job import Job, open_job
@@ -100,15 +101,19 @@ class _Counter:
     def __init__(self, transform: Transform, cache: RecordCache | None, seen: DryRun) -> None:
         config, self._transform, self._seen = transform.config, transform, seen
         self._keys: set[bytes] = set()
-        self._sorter = Coalescer(
-            transform.provider,
-            cache or cast(Completions, _NothingStored()),  # offline, it is but asked
-            acceptance(config, transform.provider),
-            Stats(),
-            asking_again(config),
-            offline=True,
-            retry_all=config.retry_all,
-        )
+        fallbacks = map(transform.providers.fallback, transform.fallbacks)
+        self._sorters = [
+            Coalescer(
+                provider,
+                cache or cast(Completions, _NothingStored()),  # offline, it is but asked
+                acceptance(config, provider),
+                Stats(),
+                asking_again(config),
+                offline=True,
+                retry_all=config.retry_all,
+            )
+            for provider in (transform.provider, *fallbacks)
+        ]
 
     def count(self, items: Sequence[Item]) -> None:
         seen, provider = self._seen, self._transform.provider
@@ -128,17 +133,25 @@ class _Counter:
         else:
             seen.to_send += len(requests)
 
-    def _sort(self, requests: Sequence[Request]) -> None:
-        entries, _, _ = self._sorter.admit(requests)
-        for entry in entries:
+    def _sort(self, requests: Sequence[Request], model: int = 0) -> None:
+        """Sorts by what the model has answered; what it failed in is sorted by the next one."""
+        entries, _, _ = self._sorters[model].admit(requests)
+        is_last = model == len(self._sorters) - 1
+        passed_on = []
+        for request, entry in zip(requests, entries, strict=True):
             assert entry.outcome is not None
-            if entry.outcome.kind is None:
+            kind = entry.outcome.kind
+            if kind is None:
                 self._seen.cached += 1
+            elif entry.outcome.completion is not None and kind in ESCALATED and not is_last:
+                passed_on.append(request)
             elif entry.outcome.completion is not None:
-                self._seen.kept[entry.outcome.kind] += 1
+                self._seen.kept[kind] += 1
             elif entry.key not in self._keys:
                 self._seen.to_send += 1
                 self._keys.add(entry.key)
+        if passed_on:
+            self._sort(passed_on, model + 1)
 
 
 class _NothingStored:

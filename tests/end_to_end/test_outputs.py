@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.end_to_end.test_all_formats import CODES, KINDS, Kind, asking, rows_of, value
-from tests.support.server import Call, completion, error
+from tests.support.server import Call, answer_to, completion, error, openai_run
 from tests.support.zoo import JSON, LINES
 
 SCHEMA = {
@@ -236,6 +236,22 @@ def test_what_failed_is_no_answer_to_who_skips_those_that_are_there(box, server,
     assert len(server.calls) == sent + 1
     rows = rows_of(box.path / kind.name)
     assert [rows[index]["ans"] for index in ASKED] == [CODES[index].upper() for index in ASKED]
+
+
+def test_caps_count_what_the_judge_is_asked(box, server):
+    box.write("judge.j2", "Rate {{ answer }}")
+
+    async def judged(call: Call):
+        is_judge = "Rate" in call.prompt
+        return completion(call, "7") if is_judge else completion(call, answer_to(call.prompt))
+
+    server.behaviour = judged
+    box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(20)])
+    more = ["--samples", 2, "--temperature", 1, "--pick", "judge:judge.j2"]
+    ended = box.fabe(*openai_run(server, *more, "--max-requests", 50))
+    assert ended.code == 1
+    assert "the budget is used up (--max-requests 50)" in ended.err
+    assert len(server.calls) == 50
 
 
 def test_a_judge_that_gives_no_score_fails_the_record(box, server, kind):
@@ -792,10 +808,6 @@ WRONG = {
     "a judge who is not there": (
         ["--samples", "2", "--temperature", "1", "--pick", "judge:none"],
         "no such file",
-    ),
-    "a judge and a cap": (
-        ["--samples", "2", "--temperature", "1", "--pick", "judge:j.j2", "--max-requests", "5"],
-        "--pick judge",
     ),
     "one choice": (["--choices", "a"], "two choices"),
     "no schema": (["--response-format", "none.json"], "--response-format"),

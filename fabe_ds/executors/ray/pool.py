@@ -136,8 +136,8 @@ def share(transform: Transform, workers: int, gpus: float) -> TransformConfig:
     }
     if config.concurrency != "auto":
         changed["concurrency"] = max(1, config.concurrency // workers)
-    if key := transform.key():
-        changed["api_key"] = SecretStr(key)
+    for name, key in transform.providers.keys.items():
+        changed[name] = SecretStr(key)
     if config.model and Path(config.model).exists():
         changed["model"] = str(Path(config.model).resolve())
     here = Path.cwd()
