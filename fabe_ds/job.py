@@ -8,7 +8,6 @@ from pathlib import Path
 from fabe_ds.config import rules
 from fabe_ds.config.settings import InputSettings, OutputSettings, RunConfig
 from fabe_ds.destinations import Destination, destination_of, paths_of
-from fabe_ds.engine.budget import price_of
 from fabe_ds.formats.base import Format, Settings, Source
 from fabe_ds.formats.registry import open_source
 from fabe_ds.remote import Staged, staged
@@ -62,8 +61,5 @@ def checked_transform(config: RunConfig) -> Transform:
     """The transform of a run whose settings go together. Raises: FabeError."""
     transform = Transform(config)
     rules.check(config, transform.provider)
-    # A price that is missing is said now.
-    for model in [config.judge_model, *(each.model for each in transform.fallbacks)]:
-        if model is not None:
-            price_of(config, model)
+    transform.prices()  # one that is missing is said now
     return transform

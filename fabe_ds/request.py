@@ -99,6 +99,10 @@ class Completion(NamedTuple):
     logprobs: str | None = None
     """Log probabilities, as JSON: of the tokens of the text, in order ([[token, logprob], ...]); or
     of the choices that a local model was given ({choice: logprob, ...})."""
+    cached_tokens: int | None = None
+    """Those of the prompt that the server had cached. It is told of new answers alone."""
+    reasoning_tokens: int | None = None
+    """Those of the answer that were reasoning; of new answers alone."""
 
 
 class NotChosen:
@@ -170,6 +174,8 @@ class Stats:
     limit: int = 0
     """Requests that may be in flight just now."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
     completion_tokens: int = 0
     state: str = ""
     """What holds the run up just now, for people; empty where nothing does."""

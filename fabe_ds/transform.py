@@ -22,7 +22,8 @@ from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
 from fabe_ds.config.sections import SECRETS, BudgetSettings
 from fabe_ds.config.settings import TransformConfig, setting
-from fabe_ds.engine.budget import Budget, budget_of, price_of
+from fabe_ds.engine.budget import Budget, budget_of
+from fabe_ds.engine.prices import BATCH, FREE, Price, is_auto, read_price
 from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
 from fabe_ds.escalation import ESCALATED, Escalation
@@ -35,7 +36,7 @@ from fabe_ds.prompts.acceptance import acceptance, asking_again
 from fabe_ds.prompts.asking import Asking, Texts, texts_of
 from fabe_ds.prompts.checks import build_check
 from fabe_ds.prompts.template import load_chat_template
-from fabe_ds.providers import Provider, Request, provider_class
+from fabe_ds.providers import HttpProvider, Provider, Request, provider_class
 from fabe_ds.request import LEAVE, Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
 from fabe_ds.version import TRANSFORM_VERSION
@@ -113,7 +114,7 @@ class Transform:
         self._runtime: Runtime | None = None
         self._judge: Judge | None = None
         self._escalation: Escalation | None = None
-        self._budget = budget_of(config.part(BudgetSettings), config.model)
+        self._budget = budget_of(config.part(BudgetSettings))
         self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
         self._rank = 0
         self._chat_template = load_chat_template(config.chat_template)
@@ -185,7 +186,7 @@ class Transform:
                     self._open_cache,
                     acceptance(self.config, self.provider),
                     asking_again(self.config),
-                    self._budget,
+                    self._budget_for(self.provider),
                     ESCALATED if self.config.fallback_models else (),
                 )
                 weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
@@ -252,9 +253,26 @@ class Transform:
         )
 
     def _budget_for(self, provider: Provider) -> Budget:
-        """The run's budget, of which another model takes its part at its own price."""
-        settings = self.config.part(BudgetSettings)
-        return self._budget.at(price_of(settings, provider.endpoint.model))
+        """The run's budget, of which each model takes its part at its own price."""
+        return self._budget.at(self._price(provider))
+
+    def _price(self, provider: Provider) -> Price:
+        """Raises: UsageError where a price is needed that is not known."""
+        config, model = self.config, provider.endpoint.model
+        if config.prices is None and config.max_cost is None:
+            return FREE
+        if not isinstance(provider, HttpProvider):
+            is_known = config.prices is not None and not is_auto(config.prices)
+            return read_price(config.prices, model) if is_known else FREE
+        tier = BATCH if config.batch_api else config.service_tier
+        return read_price(config.prices, model, provider.base_url, tier)
+
+    def prices(self) -> list[Price]:
+        """Those of all models that may be asked, the run's own first. Raises: UsageError."""
+        asked = [self.provider, *map(self.providers.fallback, self.fallbacks)]
+        if self.config.judge_model is not None:
+            asked.append(self.providers.build(self._rank, self.config.judge_model))
+        return list(map(self._price, asked))
 
     def answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
         """The outcomes of items, in order. Raises: RunStopped, CacheError."""

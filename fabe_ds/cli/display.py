@@ -30,6 +30,13 @@ def print_dry_run(seen: Any) -> None:
         + _in_words("skipped", seen.skipped)
         + _in_words("failing", seen.failed)
     )
+    if seen.tokens is not None and seen.tokens.requests:
+        total = seen.tokens.total
+        cost = "" if seen.most_cost is None else f"; cost {seen.most_cost:.4g} at most"
+        print(
+            f"about {total:,} prompt tokens ({seen.tokens.how}), at most "
+            f"{seen.most_completion_tokens:,} completion tokens{cost}"
+        )
     for error in seen.bad_files:
         print(f"left out: {error}")
 
@@ -113,7 +120,9 @@ def print_summary(result: RunResult, settings: RunConfig) -> None:
         told = ", ".join(f"{n} {what}" for what, n in kinds.items() if n or what == "retries")
         print(
             f"{result.requests} requests ({told}), {result.prompt_tokens} prompt "
-            f"and {result.completion_tokens} completion tokens"
+            + (f"({result.cached_tokens} cached) " if result.cached_tokens else "")
+            + f"and {result.completion_tokens} completion tokens"
+            + (f" ({result.reasoning_tokens} reasoning)" if result.reasoning_tokens else "")
             + (f", cost {result.cost:.4f}" if result.cost else "")
         )
     if result.failed and result.failures_file is not None:

@@ -35,6 +35,8 @@ class ProviderFacts(Protocol):
     def is_local(self) -> bool: ...
     @property
     def has_batches(self) -> bool: ...
+    @property
+    def has_tiers(self) -> bool: ...
 
 
 def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
@@ -49,6 +51,10 @@ def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
     _check_form(config)
     if len(set(config.base_url)) < len(config.base_url):
         raise UsageError("--base-url: one is given twice")
+    if config.service_tier is not None and not provider.has_tiers:
+        raise UsageError(f"--service-tier: {config.provider} has none")
+    if config.service_tier is not None and config.batch_api:
+        raise UsageError("--service-tier and --batch-api do not go together")
     if config.batch_api and len(config.base_url) > 1:
         raise UsageError("--batch-api sends to one server; give one --base-url")
     if config.batch_api and not provider.has_batches:
@@ -204,7 +210,7 @@ def check(config: RunConfig, provider: ProviderFacts) -> None:
     if config.runner == "ray":
         check_workers(config)
     if config.max_cost is not None and config.prices is None:
-        raise UsageError("--max-cost needs --prices, a YAML file of the models' prices")
+        raise UsageError("--max-cost needs --prices: auto, or a YAML file of the models' prices")
 
 
 def check_workers(config: TransformConfig) -> None:

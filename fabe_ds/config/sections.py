@@ -405,6 +405,11 @@ class PolicySettings(Section):
     batch_api: bool = setting_field(
         "Execution", "Send through the server's batch API: cheaper, and done within a day.", False
     )
+    service_tier: str | None = setting_field(
+        "Execution",
+        "How the server ranks the requests: flex (cheaper, and waits), priority, or another of its "
+        "own words.",
+    )
     rpm: float | None = setting_field("Execution", "Maximum requests per minute.", gt=0)
     tpm: float | None = setting_field(
         "Execution", "Maximum tokens per minute, of prompts and answers.", gt=0
@@ -439,7 +444,9 @@ class BudgetSettings(Section):
     )
     max_cost: float | None = setting_field("Execution", "Maximum cost; needs --prices.", ge=0)
     prices: Path | None = setting_field(
-        "Execution", "YAML of prices a million tokens, model: {prompt: .., completion: ..}."
+        "Execution",
+        "YAML of prices a million tokens, model: {prompt: .., completion: .., cached: ..}; auto "
+        "for those that are published (fabe-ds[prices]).",
     )
 
     @property

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 BODY_LIMIT = 32 << 20
 HEADER_LIMIT = 256 << 10
 CONNECT_SECONDS = 10.0
+FLEX, FLEX_SECONDS = "flex", 900.0
+"""The tier that waits, and how long an answer may take. Source: OpenAI, "Flex processing"."""
+TIER = "service_tier"
 _PARAMETER_STATUSES = (400, 422)
 
 
@@ -65,14 +68,17 @@ class HttpClient:
         elif policy.stream == "off":
             self._learned.pop(STREAM, None)
         # Of a stream, each silence may be so long, and not the whole answer.
+        self._seconds = policy.timeout
+        if policy.service_tier == FLEX:
+            self._seconds = max(FLEX_SECONDS, policy.timeout)
         self._silence = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=policy.timeout
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=self._seconds
         )
         self._session: aiohttp.ClientSession
 
     async def open(self) -> None:
         """Opens the connections' pool. Raises: RunStopped, UsageError."""
-        timeout = aiohttp.ClientTimeout(total=self._policy.timeout, sock_connect=CONNECT_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=self._seconds, sock_connect=CONNECT_SECONDS)
         secure = self.provider.address.parts.scheme == "https"
         proxy = network.usable_proxy(self.provider.address.base)
         self._session = aiohttp.ClientSession(
@@ -132,6 +138,8 @@ class HttpClient:
         """One try."""
         url = self.provider.address.url(self.provider.path(request))
         sent = self.provider.sent(self.provider.asked(request), self._learned)
+        if (tier := self._policy.service_tier) is not None:  # no part of the key
+            sent = {**sent, TIER: tier}
         started = time.monotonic()
         try:
             data = json.dumps(sent).encode()
@@ -216,6 +224,7 @@ class HttpClient:
         # What the user asked for is for the user to change.
         asked_for = name in self.provider.endpoint.given_params
         asked_for = asked_for or (name == STREAM and self._policy.stream != "auto")
+        asked_for = asked_for or name == TIER
         lesson = None if asked_for else self.provider.instead(name, sent, error.message)
         if lesson is not None and name not in self._learned.values():
             return replace(verdict, action="retry", lesson=dict([lesson]))

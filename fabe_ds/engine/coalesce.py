@@ -243,6 +243,8 @@ class Coalescer:
             return True
         self.stats.prompt_tokens += completion.prompt_tokens or 0
         self.stats.completion_tokens += completion.completion_tokens or 0
+        self.stats.cached_tokens += completion.cached_tokens or 0
+        self.stats.reasoning_tokens += completion.reasoning_tokens or 0
         if self._retry_all:
             self._asked.add(entry.key)
         key = entry.key

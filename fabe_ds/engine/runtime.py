@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from fabe_ds.engine.http import HttpEngine
 
 WINDOW_BATCHES = 32
-SENT = ("requests", "retries", "reasks", "prompt_tokens", "completion_tokens")
+SENT = (
+    *("requests", "retries", "reasks"),
+    *("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"),
+)
 """Counts of what was sent, whoever asked for it."""
 
 

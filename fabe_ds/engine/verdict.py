@@ -182,11 +182,20 @@ RULES: tuple[Rule, ...] = (
         statuses=frozenset({200, 400, 404, 405, 500}),
         texts=r"unexpected endpoint or method",
     ),
+    Rule(
+        _BUSY,
+        "OpenAI's flex tier, with 429; Groq's, with 498",
+        statuses=frozenset({429, 498}),
+        codes=r"resource_?unavailable|capacity_exceeded",
+        texts=r"resource unavailable",
+    ),
     # By their statuses alone.
     Rule(replace(_KEY, doubtful=True), "all", statuses=frozenset({403})),
     Rule(_RATE, "all", statuses=frozenset({429})),
     Rule(
-        _BUSY, "all; Anthropic, OpenRouter and Cloudflare with 529", statuses=frozenset({503, 529})
+        _BUSY,
+        "all; Anthropic, OpenRouter and Cloudflare with 529, Groq with 498",
+        statuses=frozenset({498, 503, 529}),
     ),
     Rule(
         replace(_RETRY, gone=True),

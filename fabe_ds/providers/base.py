@@ -74,6 +74,9 @@ class Provider(ABC):
     has_batches: ClassVar[bool] = False
     """Whether its servers take batches of requests (--batch-api)."""
 
+    has_tiers: ClassVar[bool] = False
+    """Whether its servers rank requests (--service-tier)."""
+
     takes_forms: ClassVar[bool] = False
     """Whether `body` makes use of `Request.form`, a schema or choices; else the prompt tells it."""
 
@@ -199,9 +202,3 @@ class LocalProvider(Provider):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             yield list(zip(batch, self.complete([requests[i] for i in batch]), strict=True))
-
-
-def token_count(usage: Any, key: str) -> int | None:
-    """A count out of a server's usage report, which may lack it or hold nonsense."""
-    count = usage.get(key) if isinstance(usage, Mapping) else None
-    return count if isinstance(count, int) and count >= 0 else None

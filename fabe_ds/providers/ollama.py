@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped
-from fabe_ds.providers.base import token_count
 from fabe_ds.providers.forms import (
     IN_PROMPT,
     LOGPROBS,
@@ -19,6 +18,7 @@ from fabe_ds.providers.forms import (
     with_schema_in_prompt,
 )
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, HttpProvider
+from fabe_ds.providers.usage import token_count
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable, listed
 

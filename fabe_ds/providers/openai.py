@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
-from fabe_ds.providers.base import token_count
 from fabe_ds.providers.dialects import THINKING, dialect_of_owner
 from fabe_ds.providers.forms import (
     FORMAT,
@@ -22,6 +21,7 @@ from fabe_ds.providers.forms import (
     with_schema_in_prompt,
 )
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
+from fabe_ds.providers.usage import usage_of
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
 
@@ -44,6 +44,7 @@ class OpenAIProvider(HttpProvider):
 
     name = "openai"
     has_batches = True
+    has_tiers = True
     takes_forms = True
     needs = "an OpenAI-compatible server (--base-url); a key from --api-key or OPENAI_API_KEY"
     default_base_url: ClassVar[str] = "https://api.openai.com/v1"
@@ -131,15 +132,18 @@ class OpenAIProvider(HttpProvider):
         if message.get("refusal"):
             raise RecordFailed("refused", f"the model refused: {message['refusal']}")
         content = message["text"] if "text" in message else message.get("content")
-        usage = payload.get("usage")
+        # Moonshot puts the usage of a stream into its choice.
+        usage = usage_of(payload.get("usage") or choice.get("usage"))
         reason = choice.get("finish_reason")
         return Completion(
             _text(content),
             reason if isinstance(reason, str | None) else json.dumps(reason),
-            token_count(usage, "prompt_tokens"),
-            token_count(usage, "completion_tokens"),
+            usage.prompt,
+            usage.completion,
             reasoning_in(message),
             told_logprobs(choice.get("logprobs")),
+            usage.cached,
+            usage.reasoning,
         )
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -158,6 +162,8 @@ class OpenAIProvider(HttpProvider):
             if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
                 continue
             choice = choices[0]
+            if choice.get("usage"):
+                whole["usage"] = choice["usage"]
             if choice.get("error"):
                 return chunk
             reason = choice.get("finish_reason") or reason

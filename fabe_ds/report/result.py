@@ -19,7 +19,8 @@ class RunResult:
 
     `requests` were sent; of them `retries` after a failed one, `reasks` after an answer that failed
     its check, `hedged` a second time because the first took too long; `refusals` were answered by
-    "too much at once".
+    "too much at once". Of the tokens of prompts `cached_tokens` were in the server's cache, of
+    those of answers `reasoning_tokens` were reasoning, as far as servers tell.
     """
 
     records: int
@@ -38,6 +39,8 @@ class RunResult:
     hedged: int
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
     cost: float
     failures_file: Path | None = None
     report: Path | None = None

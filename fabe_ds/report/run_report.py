@@ -57,6 +57,8 @@ class RunReport(BaseModel):
     hedged: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
     cost: float = 0.0
     failures_file: str | None = None
     report: str | None = None

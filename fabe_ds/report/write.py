@@ -45,6 +45,8 @@ def write_reports(
         hedged=stats.hedged,
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.completion_tokens,
+        cached_tokens=stats.cached_tokens,
+        reasoning_tokens=stats.reasoning_tokens,
         cost=stats.cost,
         loading=stats.loading,
         notes=stats.notes,

@@ -41,6 +41,7 @@ _LATER_COLUMNS = ("reasoning", "logprobs")
 """Those that caches of earlier versions lack."""
 _COLUMNS = ", ".join((_FORMER_COLUMNS, *_LATER_COLUMNS))
 _STORE = f"INTO completions ({_COLUMNS}, created) VALUES (?,?,?,?,?,?,?,?)"
+_KEPT = 6  # fields of a completion that are stored
 _IN = 500  # host parameters a statement; old builds of SQLite allow 999
 _BUSY_SECONDS = 30
 
@@ -195,7 +196,7 @@ class RecordCache:
         """Stores completions in one transaction, and gives up the claims on them."""
         now = time.time()
         rows = list(rows)
-        values = [(key, *completion, now) for key, completion, _, _ in rows]
+        values = [(key, *completion[:_KEPT], now) for key, completion, _, _ in rows]
         limits = [(row.base, row.key, row.max_tokens) for row in rows if row.base is not None]
 
         def write(connection: sqlite3.Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.counts import counted
 from fabe_ds.request import NOT_CHOSEN, Completion, Item, NotChosen, Request, Stats
 from fabe_ds.store.completions import Completions, RecordCache
+from fabe_ds.tools.estimates import PromptTokens
 from fabe_ds.transform import Transform
 
 SHOWN = 3
@@ -47,6 +49,11 @@ class DryRun:
     requests: list[str] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
     kept: Counter[str] = field(default_factory=Counter)
+    tokens: PromptTokens | None = None
+    """Those of the prompts to send."""
+    most_completion_tokens: int = 0
+    most_cost: float | None = None
+    """What the answers would cost, by the first model's price, where there is one."""
 
 
 def dry_run(config: RunConfig) -> DryRun:
@@ -82,6 +89,7 @@ def count(job: Job, records: Records) -> DryRun:
         items = chain.from_iterable(items_by_record(job, records))
         while part := list(islice(items, ROWS)):
             counter.count(part)
+    _estimate(job, seen)
     skips = job.format.skips(records)
     if skips is not None:
         broken, left_out = seen.failed[BROKEN], seen.skipped[NOT_CHOSEN]
@@ -95,12 +103,26 @@ def count(job: Job, records: Records) -> DryRun:
     return seen
 
 
+def _estimate(job: Job, seen: DryRun) -> None:
+    """Adds what is to be sent up: tokens, and what they cost at most."""
+    tokens, config = seen.tokens, job.config
+    if tokens is None or not tokens.requests:
+        return
+    seen.most_completion_tokens = config.max_new_tokens * tokens.requests
+    if config.prices is not None:
+        each = math.ceil(tokens.total / tokens.requests)
+        cost = job.transform.prices()[0].cost(each, config.max_new_tokens)
+        seen.most_cost = cost * tokens.requests
+
+
 class _Counter:
     """Sorts items as a run would: answered already, failed before, to be sent."""
 
     def __init__(self, transform: Transform, cache: RecordCache | None, seen: DryRun) -> None:
         config, self._transform, self._seen = transform.config, transform, seen
         self._keys: set[bytes] = set()
+        if transform.provider.cached:
+            seen.tokens = PromptTokens(transform.provider)
         fallbacks = map(transform.providers.fallback, transform.fallbacks)
         self._sorters = [
             Coalescer(
@@ -137,7 +159,7 @@ class _Counter:
         """Sorts by what the model has answered; what it failed in is sorted by the next one."""
         entries, _, _ = self._sorters[model].admit(requests)
         is_last = model == len(self._sorters) - 1
-        passed_on = []
+        passed_on, sent = [], []
         for request, entry in zip(requests, entries, strict=True):
             assert entry.outcome is not None
             kind = entry.outcome.kind
@@ -148,8 +170,11 @@ class _Counter:
             elif entry.outcome.completion is not None:
                 self._seen.kept[kind] += 1
             elif entry.key not in self._keys:
-                self._seen.to_send += 1
                 self._keys.add(entry.key)
+                sent.append(request)
+        self._seen.to_send += len(sent)
+        if self._seen.tokens is not None:
+            self._seen.tokens.add(sent)
         if passed_on:
             self._sort(passed_on, model + 1)
 

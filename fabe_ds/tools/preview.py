@@ -10,7 +10,7 @@ from itertools import chain, islice
 
 from fabe_ds.config import rules
 from fabe_ds.config.settings import RunConfig
-from fabe_ds.engine.budget import read_price
+from fabe_ds.engine.prices import Price
 from fabe_ds.errors import RunStopped
 from fabe_ds.job import open_job
 from fabe_ds.providers.base import LocalProvider
@@ -75,12 +75,12 @@ def preview(config: RunConfig, count: int) -> Preview:
         transform.close()
     seconds = time.monotonic() - started
     shown = [(*pair, outcome) for pair, outcome in zip(asked, outcomes, strict=False)]
-    estimates = list(_estimates(config, outcomes, seconds, counts))
+    estimates = list(_estimates(config, outcomes, seconds, counts, transform.prices()[0]))
     return Preview(shown, seconds, counts, estimates, stopped)
 
 
 def _estimates(
-    config: RunConfig, outcomes: Sequence[Outcome], seconds: float, counts: DryRun
+    config: RunConfig, outcomes: Sequence[Outcome], seconds: float, counts: DryRun, price: Price
 ) -> Iterator[Estimate]:
     answers = [outcome.completion for outcome in outcomes if outcome.completion is not None]
     left = counts.to_send
@@ -102,7 +102,6 @@ def _estimates(
         spread = max(TIME_SPREAD, _spread(completions) if any(completions) else 0.0)
         yield Estimate("time", likely * max(0.0, 1 - spread), likely, likely * (1 + spread))
     if config.prices is not None:
-        price = read_price(config.prices, config.model or "")
         costs = [
             price.cost(asked, answered)
             for asked, answered in zip(prompts, completions, strict=True)

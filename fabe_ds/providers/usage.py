@@ -1,0 +1,61 @@
+"""The tokens that a server counted, wherever it says so.
+
+Sources: OpenAI API reference, "Usage" (`prompt_tokens_details`, `completion_tokens_details`);
+DeepSeek (`prompt_cache_hit_tokens`); Moonshot (`cached_tokens`); SGLang (`reasoning_tokens`); xAI,
+whose `completion_tokens` leave reasoning out; Gemini's layer for OpenAI's protocol, of which the
+total alone holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Usage(NamedTuple):
+    """Tokens as they are billed: `cached` are a part of `prompt`, `reasoning` one of `completion`.
+    None is what the server does not say."""
+
+    prompt: int | None = None
+    completion: int | None = None
+    cached: int | None = None
+    reasoning: int | None = None
+
+
+def token_count(usage: Any, *path: str) -> int | None:
+    """A count out of a server's usage report, which may lack it or hold nonsense."""
+    for key in path:
+        usage = usage.get(key) if isinstance(usage, Mapping) else None
+    is_count = isinstance(usage, int) and not isinstance(usage, bool) and usage >= 0
+    return usage if is_count else None
+
+
+def usage_of(usage: Any) -> Usage:
+    """The usage that comes with a chat completion."""
+    prompt, completion = (
+        token_count(usage, "prompt_tokens"),
+        token_count(usage, "completion_tokens"),
+    )
+    cached = _first(
+        token_count(usage, "prompt_tokens_details", "cached_tokens"),
+        token_count(usage, "prompt_cache_hit_tokens"),
+        token_count(usage, "cached_tokens"),
+    )
+    reasoning = _first(
+        token_count(usage, "completion_tokens_details", "reasoning_tokens"),
+        token_count(usage, "reasoning_tokens"),
+    )
+    if completion is None or prompt is None:
+        return Usage(prompt, completion, cached, reasoning)
+    whole = token_count(usage, "total_tokens") or 0
+    if whole > prompt + completion:
+        completion = whole - prompt
+    elif reasoning is not None and reasoning > completion:
+        completion += reasoning
+    if cached is not None:
+        cached = min(cached, prompt)
+    return Usage(prompt, completion, cached, reasoning)
+
+
+def _first(*counts: int | None) -> int | None:
+    return next((count for count in counts if count is not None), None)
