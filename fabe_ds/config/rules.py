@@ -36,6 +36,8 @@ class ProviderFacts(Protocol):
     @property
     def has_batches(self) -> bool: ...
     @property
+    def lacks(self) -> tuple[str, ...]: ...
+    @property
     def has_tiers(self) -> bool: ...
 
 
@@ -51,6 +53,9 @@ def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
     _check_form(config)
     if len(set(config.base_url)) < len(config.base_url):
         raise UsageError("--base-url: one is given twice")
+    for name in provider.lacks:
+        if getattr(config, name) not in (None, []):
+            raise UsageError(f"{flag(name)}: {config.provider} has no such parameter")
     if config.service_tier is not None and not provider.has_tiers:
         raise UsageError(f"--service-tier: {config.provider} has none")
     if config.service_tier is not None and config.batch_api:

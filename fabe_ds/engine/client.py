@@ -19,7 +19,14 @@ from fabe_ds.engine.verdict import Verdict, classify_error, classify_payload
 from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers.dialects import DIALECT
 from fabe_ds.providers.finish import End, end_of
-from fabe_ds.providers.forms import FORMAT, IN_PROMPT, OLLAMA_FORMAT, refused_form
+from fabe_ds.providers.forms import (
+    FORMAT,
+    IN_PROMPT,
+    OLLAMA_FORMAT,
+    OUTPUT_CONFIG,
+    TEXT_FORMAT,
+    refused_form,
+)
 from fabe_ds.providers.http import STREAM, HttpProvider, refused_parameter, stream_parts
 from fabe_ds.request import Completion, Request
 from fabe_ds.store.completions import Completions
@@ -137,9 +144,7 @@ class HttpClient:
     async def post(self, request: Request) -> Reply:
         """One try."""
         url = self.provider.address.url(self.provider.path(request))
-        sent = self.provider.sent(self.provider.asked(request), self._learned)
-        if (tier := self._policy.service_tier) is not None:  # no part of the key
-            sent = {**sent, TIER: tier}
+        sent = self._written(request, self._learned)
         started = time.monotonic()
         try:
             data = json.dumps(sent).encode()
@@ -159,8 +164,14 @@ class HttpClient:
             verdict = classify_error(status, said, headers, time.monotonic() - started)
             if verdict.proxy_cut and self._policy.stream == "auto" and not sent.get(STREAM):
                 return Reply(replace(verdict, lesson={STREAM: "true"}), headers)
-            return Reply(self._with_lesson(verdict, status, said, sent), headers)
-        return Reply(self._answer(data, headers, sent), headers)
+            return Reply(self._with_lesson(verdict, status, said, request, sent), headers)
+        return Reply(self._answer(data, headers, request, sent), headers)
+
+    def _written(self, request: Request, learned: Mapping[str, str]) -> Mapping[str, Any]:
+        """The body as it goes out."""
+        body = self.provider.sent(self.provider.asked(request), learned)
+        tier = self._policy.service_tier  # no part of the key
+        return body if tier is None else {**body, TIER: tier}
 
     def _broken(self, error: Exception) -> Verdict:
         """The verdict on a connection that failed."""
@@ -190,14 +201,18 @@ class HttpClient:
         return Verdict("retry", "connection", f"the connection broke: {type(error).__name__}")
 
     def _answer(
-        self, data: bytes, headers: Mapping[str, str], sent: Mapping[str, Any]
+        self,
+        data: bytes,
+        headers: Mapping[str, str],
+        request: Request,
+        sent: Mapping[str, Any],
     ) -> Completion | Verdict:
         """What a body that came with status 200 holds."""
         try:
             payload = _payload(data, self.provider)
             verdict = classify_payload(payload, headers)
             if verdict is not None:
-                return self._with_lesson(verdict, 400, read_error(data), sent)
+                return self._with_lesson(verdict, 400, read_error(data), request, sent)
             completion = self.provider.completion(payload)
         except MalformedResponse as error:
             return Verdict("retry", "malformed", str(error))
@@ -209,7 +224,12 @@ class HttpClient:
         return completion
 
     def _with_lesson(
-        self, verdict: Verdict, status: int, error: ServerError, sent: Mapping[str, Any]
+        self,
+        verdict: Verdict,
+        status: int,
+        error: ServerError,
+        request: Request,
+        sent: Mapping[str, Any],
     ) -> Verdict:
         """The verdict, and how to send the body instead where a parameter of it is refused."""
         if self._answered_at is not None:  # it took them all for another record
@@ -227,14 +247,20 @@ class HttpClient:
         asked_for = asked_for or name == TIER
         lesson = None if asked_for else self.provider.instead(name, sent, error.message)
         if lesson is not None and name not in self._learned.values():
-            return replace(verdict, action="retry", lesson=dict([lesson]))
+            learned = {**self._learned, **dict([lesson])}
+            if self._written(request, learned) != sent:
+                return replace(verdict, action="retry", lesson=dict([lesson]))
         message = f"the server does not take the parameter {name} ({verdict.message})"
         return Verdict("stop", "parameter", message, refused=True)
 
 
 def _in_words(name: str, value: str) -> str:
     if value == IN_PROMPT:
-        what = "no JSON schema" if name in (FORMAT, OLLAMA_FORMAT) else "not this JSON schema"
+        what = (
+            "no JSON schema"
+            if name in (FORMAT, OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG)
+            else "not this JSON schema"
+        )
         return f"it takes {what}, so that goes into the prompt, and answers are checked"
     if name == STREAM:
         return "it wants to stream its answers" if value == "true" else "it knows no stream"

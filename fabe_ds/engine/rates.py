@@ -118,10 +118,13 @@ class Rates:
     def read(self, headers: Mapping[str, str]) -> None:
         """Waits for what the server says is used up: x-ratelimit-remaining-* and -reset-*.
 
-        Source: OpenAI's guide to rate limits, "Rate limits in headers".
+        Sources: OpenAI's guide to rate limits, "Rate limits in headers"; Anthropic API reference,
+        "Rate limits".
         """
-        for name in ("requests", "tokens"):
-            left = headers.get(f"x-ratelimit-remaining-{name}")
+        for name in ("requests", "tokens", "input-tokens", "output-tokens"):
+            theirs = f"anthropic-ratelimit-{name}"
+            left = headers.get(f"x-ratelimit-remaining-{name}", headers.get(f"{theirs}-remaining"))
             if left is not None and left.lstrip("-").isdecimal() and int(left) <= 0:
-                seconds = duration(headers.get(f"x-ratelimit-reset-{name}", ""))
+                reset = headers.get(f"x-ratelimit-reset-{name}", headers.get(f"{theirs}-reset"))
+                seconds = duration(reset or "")
                 self.hold(seconds, f"its limit of {name} is used up")

@@ -182,6 +182,7 @@ RULES: tuple[Rule, ...] = (
         statuses=frozenset({200, 400, 404, 405, 500}),
         texts=r"unexpected endpoint or method",
     ),
+    Rule(_BUSY, "Anthropic, with whatever status", codes=r"overloaded_error"),
     Rule(
         _BUSY,
         "OpenAI's flex tier, with 429; Groq's, with 498",

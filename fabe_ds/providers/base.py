@@ -74,6 +74,9 @@ class Provider(ABC):
     has_batches: ClassVar[bool] = False
     """Whether its servers take batches of requests (--batch-api)."""
 
+    lacks: ClassVar[tuple[str, ...]] = ()
+    """Settings that its servers know nothing of; given, they are refused."""
+
     has_tiers: ClassVar[bool] = False
     """Whether its servers rank requests (--service-tier)."""
 

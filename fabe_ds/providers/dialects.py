@@ -55,6 +55,31 @@ def _reasoning(level: str) -> dict[str, Any]:
     return {"reasoning": {"effort": level} if level in EFFORTS else {"enabled": level == "on"}}
 
 
+LEAST_BUDGET = 1024
+"""Tokens that an Anthropic model which is given a budget reasons with, at least."""
+_SHARES = {"low": 0.25, "medium": 0.5, "on": 0.5, "high": 0.8}
+
+
+def anthropics_thinking(level: str, limit: int, by_budget: bool) -> dict[str, Any]:
+    """The parameters for Anthropic's Messages. `limit`: tokens of the answer; `by_budget`: of a
+    model that is told how many of them are for reasoning. Raises: UsageError.
+
+    Source: Anthropic API reference, "Extended thinking", "Adaptive thinking".
+    """
+    if level == "off":
+        return {"thinking": {"type": "disabled"}}
+    if not by_budget:
+        effort = {"output_config": {"effort": level}} if level in EFFORTS else {}
+        return {"thinking": {"type": "adaptive"}, **effort}
+    if limit <= LEAST_BUDGET:
+        raise UsageError(
+            f"--thinking {level}: this model reasons with {LEAST_BUDGET} tokens at least; raise "
+            "--max-new-tokens above that"
+        )
+    tokens = max(LEAST_BUDGET, int(_SHARES[level] * limit))
+    return {"thinking": {"type": "enabled", "budget_tokens": tokens}}
+
+
 DIALECTS: Mapping[str, Dialect] = {
     "openai": Dialect(_effort, ("api.openai.com", ".openai.azure.com")),
     "vllm": Dialect(_template, owners=("vllm",)),

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 FORMAT, LOGPROBS = "response_format", "logprobs"
-OLLAMA_FORMAT = "format"
+OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG = "format", "text", "output_config"
+"""Where others than OpenAI's chat completions have it: Ollama, OpenAI's Responses, Anthropic."""
+_FORMS = (FORMAT, OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG)
 IN_PROMPT = "in the prompt"
 """What is learned of a server that does not enforce schemas."""
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
@@ -26,7 +28,8 @@ _about_type = re.compile(r"json_schema[`'\"]? (is|are) |type [`'\"]?json_schema|
 
 
 _names_form = re.compile(
-    r"response_?format|json_?schema|structured output|unknown format|grammar"
+    r"response_?format|json_?schema|output_config|output_format|text\.format"
+    r"|structured output|unknown format|grammar"
     r"|handle the requested parameters|ChatRequest\.format|invalid format",
     re.IGNORECASE,
 )
@@ -44,40 +47,48 @@ def refused_form(
     if LOGPROBS in sent and re.search(r"logprobs", named, re.IGNORECASE):
         return LOGPROBS
     if _names_form.search(named) or (parameter or "").startswith("text.format"):
-        return next((name for name in (FORMAT, OLLAMA_FORMAT) if name in sent), None)
+        return next((name for name in _FORMS if name in sent), None)
     return None
 
 
-def schema_lesson(asked: Mapping[str, Any], message: str) -> tuple[str, str]:
-    """What to learn of a server that refuses a schema: that it takes none, or not this one."""
+def schema_lesson(name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
+    """What to learn of a server that refuses the schema `name` of a body: that it takes none, or
+    not this one. None where that is no schema."""
+    if name not in _FORMS or ('"schema"' not in json.dumps(sent[name]) and name != OLLAMA_FORMAT):
+        return None
     of_this_one = _about_schema.search(message) and not _about_type.search(message)
-    return (_name_of(asked) if of_this_one else FORMAT), IN_PROMPT
+    return (_name_of(name, sent[name]) if of_this_one else name), IN_PROMPT
 
 
-def _name_of(asked: Mapping[str, Any]) -> str:
+def _name_of(name: str, asked: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    return f"{FORMAT} {digest[:12]}"
+    return f"{name} {digest[:12]}"
 
 
-def is_in_prompt(body: Mapping[str, Any], learned: Mapping[str, str]) -> bool:
-    """Whether the schema of a body has to go into its prompt for this server."""
-    asked = body.get(FORMAT)
-    if not isinstance(asked, Mapping):
-        return False
-    return IN_PROMPT in (learned.get(FORMAT), learned.get(_name_of(asked)))
+def as_taken(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:
+    """The body with its schema in the prompt, where the server takes none, or not this one."""
+    for name in _FORMS:
+        asked = body.get(name)
+        if isinstance(asked, Mapping) and IN_PROMPT in (
+            learned.get(name),
+            learned.get(_name_of(name, asked)),
+        ):
+            inner = asked.get("json_schema", asked.get("format", asked))
+            schema = inner.get("schema", inner) if inner is not asked else asked
+            return _with_schema_in_prompt(body, schema)
+    return dict(body)
 
 
-def with_schema_in_prompt(body: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The body with its schema as words of the prompt."""
+def _with_schema_in_prompt(body: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     words = schema_words(schema)
-    asked = (FORMAT, OLLAMA_FORMAT)
-    others = {name: value for name, value in body.items() if name not in asked}
-    if "messages" not in body:
-        return {**others, "prompt": f"{body['prompt']}\n\n{words}"}
-    messages = list(body["messages"])
+    others = {name: value for name, value in body.items() if name not in _FORMS}
+    place = next(name for name in ("messages", "input", "prompt") if name in body)
+    if isinstance(body[place], str):
+        return {**others, place: f"{body[place]}\n\n{words}"}
+    messages = list(body[place])
     last = max(n for n, turn in enumerate(messages) if turn["role"] == "user" or not n)
     messages[last] = {**messages[last], "content": f"{messages[last]['content']}\n\n{words}"}
-    return {**others, "messages": messages}
+    return {**others, place: messages}
 
 
 def schema_words(schema: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from fabe_ds.config.params import merged
 from fabe_ds.errors import MalformedResponse, RunStopped, ServerAway, UsageError
 from fabe_ds.providers.base import Endpoint, Provider, written
 from fabe_ds.providers.dialects import DIALECT, DIALECTS, THINKING, dialect_of_host, in_dialect
-from fabe_ds.providers.forms import IN_PROMPT
+from fabe_ds.providers.forms import IN_PROMPT, as_taken, schema_lesson
 from fabe_ds.request import Completion, Request
 
 PREFLIGHT_SECONDS = 10.0
@@ -93,17 +93,24 @@ class HttpProvider(Provider):
         `learned`: the names of parameters, each with the name that the server has for it, or ""
         where it takes none.
         """
-        renamed = _renamed(body, learned)
+        renamed = as_taken(_renamed(body, learned), learned)
+        if learned.get(STREAM) == "true":
+            renamed[STREAM] = True
         level = renamed.pop(THINKING, None)
-        if level is None:
-            return renamed
+        return renamed if level is None else merged(self.told_to_think(level, learned), renamed)
+
+    def told_to_think(self, level: str, learned: Mapping[str, str]) -> dict[str, Any]:
+        """The parameters of a body for --thinking.
+
+        Raises: RunStopped where it is not known how this server is told.
+        """
         name = self.dialect(learned)
         if name is None:
             raise RunStopped(
                 f"{self.address}: it is not known how this server is told to think; give its "
                 f"--dialect ({', '.join(DIALECTS)}), or its own parameter with --param"
             )
-        return merged(in_dialect(name, str(level)), renamed)
+        return in_dialect(name, level)
 
     def dialect(self, learned: Mapping[str, str]) -> str | None:
         """How the server is told to think, as far as it is known."""
@@ -112,8 +119,8 @@ class HttpProvider(Provider):
 
     def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
         """What to learn where the server refuses the parameter `name` of a body, with this
-        message: a pair for `learned`. None where the user asked for the parameter."""
-        return None
+        message: a pair for `learned`. None where it cannot do without."""
+        return schema_lesson(name, sent, message)
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """The one answer that the parts of a stream make, as `completion` reads it.
@@ -160,8 +167,10 @@ class HttpProvider(Provider):
     def shown(self, request: Request) -> str:
         body = self.asked(request)
         if (level := body.pop(THINKING, None)) is not None:
-            name = self.dialect({})
-            body |= in_dialect(name, level) if name else {"(thinking)": level}
+            try:
+                body = merged(self.told_to_think(level, {}), body)
+            except RunStopped:  # the server itself will show
+                body["(thinking)"] = level
         others = (each.address for each in self.of_each_server()[1:])
         addresses = "".join(f"\n  or {other.shown(self.path(request))}" for other in others)
         return f"POST {self.address.shown(self.path(request))}{addresses}\n{written(body)}"
@@ -170,7 +179,8 @@ class HttpProvider(Provider):
 def _renamed(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:
     renamed = {}
     for name, value in body.items():
-        if name in learned and name != STREAM and learned[name] != IN_PROMPT:
+        ours = name != "temperature" or not value  # 0 is sent unasked, another is the user's
+        if name in learned and ours and name != STREAM and learned[name] != IN_PROMPT:
             if learned[name]:
                 renamed[learned[name]] = value
         else:
@@ -182,7 +192,7 @@ _refusing_code = re.compile(r"unsupported_(parameter|value)|unknown_parameter|ex
 _refusing = re.compile(
     r"unsupported|not supported|does not support|unrecognized|unknown (parameter|name|field)"
     r"|unexpected|not permitted|extra_forbidden|not allowed|only support|must be set to"
-    r"|unknown argument|no longer supported",
+    r"|unknown argument|no longer supported|is deprecated for|may only be",
     re.IGNORECASE,
 )
 _stream_wanted = re.compile(

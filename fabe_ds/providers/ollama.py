@@ -9,14 +9,7 @@ from urllib.parse import urlsplit
 
 from fabe_ds import network
 from fabe_ds.errors import MalformedResponse, RunStopped
-from fabe_ds.providers.forms import (
-    IN_PROMPT,
-    LOGPROBS,
-    OLLAMA_FORMAT,
-    reasoning_in,
-    told_logprobs,
-    with_schema_in_prompt,
-)
+from fabe_ds.providers.forms import LOGPROBS, reasoning_in, told_logprobs
 from fabe_ds.providers.http import PREFLIGHT_SECONDS, HttpProvider
 from fabe_ds.providers.usage import token_count
 from fabe_ds.request import Completion, Request
@@ -84,14 +77,11 @@ class OllamaProvider(HttpProvider):
         return {**body, "prompt": request.plain, "raw": True}
 
     def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
-        lessons = {LOGPROBS: "", OLLAMA_FORMAT: IN_PROMPT}
-        return (name, lessons[name]) if name in lessons else super().instead(name, sent, message)
+        return (name, "") if name == LOGPROBS else super().instead(name, sent, message)
 
     def sent(self, body: Mapping[str, Any], learned: Mapping[str, str]) -> Mapping[str, Any]:
         # Without it an answer that outgrows the context pushes the prompt out, and goes on.
         renamed = super().sent(body, learned)
-        if OLLAMA_FORMAT in body and learned.get(OLLAMA_FORMAT) == IN_PROMPT:
-            renamed = with_schema_in_prompt(renamed, body[OLLAMA_FORMAT])
         return {**renamed, "shift": False}
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from fabe_ds import network
-from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
-from fabe_ds.providers.dialects import THINKING, dialect_of_owner
-from fabe_ds.providers.forms import (
-    FORMAT,
-    LOGPROBS,
-    is_in_prompt,
-    reasoning_in,
-    schema_lesson,
-    told_logprobs,
-    with_schema_in_prompt,
-)
-from fabe_ds.providers.http import PREFLIGHT_SECONDS, STREAM, HttpProvider
+from fabe_ds.errors import MalformedResponse, RecordFailed
+from fabe_ds.providers.dialects import THINKING
+from fabe_ds.providers.forms import FORMAT, LOGPROBS, reasoning_in, told_logprobs
+from fabe_ds.providers.http import STREAM
+from fabe_ds.providers.model_list import ListingProvider
 from fabe_ds.providers.usage import usage_of
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
 
-if TYPE_CHECKING:
-    import requests
-
-_NOT_THERE = (200, 404, 405)
-"""Statuses of a list of models that is asked for where it is not; LM Studio answers 200."""
 _STREAM_OPTIONS = "stream_options"  # without them, a stream tells no tokens
 _LIMIT, _NEW_LIMIT = "max_tokens", "max_completion_tokens"
 _AZURE = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 
 
-class OpenAIProvider(HttpProvider):
+class OpenAIProvider(ListingProvider):
     """POST {base_url}/chat/completions, or /completions where no chat template is wanted.
 
     Source: OpenAI API reference, "Create chat completion" and "Create completion"; Azure OpenAI
@@ -93,9 +79,6 @@ class OpenAIProvider(HttpProvider):
 
     def sent(self, body: Mapping[str, Any], learned: Mapping[str, str]) -> Mapping[str, Any]:
         renamed = dict(super().sent(body, learned))
-        if is_in_prompt(body, learned):
-            schema = body[FORMAT]["json_schema"]["schema"]
-            renamed = with_schema_in_prompt(renamed, schema)
         if self._is_openai and _LIMIT in renamed and "messages" in body and _LIMIT not in learned:
             renamed[_NEW_LIMIT] = renamed.pop(_LIMIT)
         stream = learned.get(STREAM, "false")
@@ -114,12 +97,10 @@ class OpenAIProvider(HttpProvider):
             return name, ""
         if name in (LOGPROBS, _STREAM_OPTIONS):
             return name, ""
-        if name == FORMAT:
-            return schema_lesson(sent[FORMAT], message)
         if name == STREAM:
             wanted = re.search(r"only|must|require|non-?stream|enable_thinking", message, re.I)
             return name, "true" if wanted and not sent.get(STREAM) else ""
-        return None
+        return super().instead(name, sent, message)
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:
         choices = payload.get("choices")
@@ -184,50 +165,6 @@ class OpenAIProvider(HttpProvider):
         if logprobs:
             choice["logprobs"] = {"content": logprobs}
         return {**whole, "choices": [choice]}
-
-    def preflight(self) -> None:
-        import requests
-
-        try:
-            answer = network.get(self.address.url("/models"), self.headers(), PREFLIGHT_SECONDS)
-        except requests.exceptions.RequestException as error:
-            hint = "no server answers there; start it, or give its --base-url"
-            raise self.unreachable(error, hint) from None
-        # A key that may not list models (403, or a scope that is named) may complete chats.
-        if answer.status_code == 401 and not _lacks_scope(answer.text):
-            raise RunStopped(
-                f"{self.address}: the key is not accepted ({answer.status_code}); give it with "
-                "--api-key or OPENAI_API_KEY"
-            )
-        listed = _listed(answer)
-        if listed is None and answer.status_code in _NOT_THERE:
-            self._look_elsewhere()
-        self.models = [str(model["id"]) for model in listed or ()]
-        owners = (dialect_of_owner(str(model.get("owned_by"))) for model in listed or ())
-        self.detected = next(filter(None, owners), None)
-
-    def _look_elsewhere(self) -> None:
-        """Raises: RunStopped where the server answers with /v1 behind its address, or without."""
-        import requests
-
-        other = self.address.elsewhere()
-        with contextlib.suppress(requests.exceptions.RequestException):
-            found = network.get(other.url("/models"), self.headers(), PREFLIGHT_SECONDS)
-            if _listed(found) is not None:
-                raise RunStopped(f"{self.address}: the server is at {other}; --base-url {other}")
-
-
-def _listed(answer: requests.Response) -> list[Mapping[str, Any]] | None:
-    """The models that an answer lists; None where it is no list of models."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        models = answer.json()["data"]
-        if isinstance(models, list) and all(isinstance(model["id"], str) for model in models):
-            return models
-    return None
-
-
-def _lacks_scope(text: str) -> bool:
-    return bool(re.search(r"scope|insufficient permission|not allowed to list", text, re.I))
 
 
 def _text(content: Any) -> str:

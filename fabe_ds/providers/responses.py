@@ -1,0 +1,118 @@
+"""OpenAI's Responses API, and servers that speak it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fabe_ds.errors import MalformedResponse, RecordFailed
+from fabe_ds.providers.dialects import THINKING
+from fabe_ds.providers.forms import TEXT_FORMAT, told_logprobs
+from fabe_ds.providers.http import HttpProvider
+from fabe_ds.providers.openai import OpenAIProvider
+from fabe_ds.providers.usage import token_count
+from fabe_ds.request import Completion, Request
+from fabe_ds.text import encodable
+
+LEAST_TOKENS = 16
+_INCLUDE = "include"
+_ENDED = ("response.completed", "response.incomplete", "response.failed")
+
+
+class ResponsesProvider(OpenAIProvider):
+    """POST {base_url}/responses. Nothing is stored at the server.
+
+    Source: OpenAI API reference, "Responses" and "Streaming events".
+    """
+
+    name = "responses"
+    lacks = ("stop", "seed")
+    needs = "a server of OpenAI's Responses API (--base-url); a key as for openai"
+
+    def path(self, request: Request) -> str:
+        return "/responses"
+
+    def body(self, request: Request) -> dict[str, Any]:
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "input": request.messages if request.chat else request.plain,
+            "max_output_tokens": max(LEAST_TOKENS, sampling.max_new_tokens),
+            "temperature": sampling.temperature if sampling.is_sampling else 0.0,
+            "store": False,
+        }
+        if sampling.top_p is not None and sampling.is_sampling:
+            body["top_p"] = sampling.top_p
+        if self.endpoint.thinking is not None:
+            body[THINKING] = self.endpoint.thinking
+        if request.form.schema is not None:
+            schema = {"name": "answer", "strict": True, "schema": request.form.schema}
+            body[TEXT_FORMAT] = {"format": {"type": "json_schema", **schema}}
+        if request.form.logprobs:
+            body[_INCLUDE] = ["message.output_text.logprobs"]
+        return body
+
+    def sent(self, body: Mapping[str, Any], learned: Mapping[str, str]) -> Mapping[str, Any]:
+        return HttpProvider.sent(self, body, learned)
+
+    def told_to_think(self, level: str, learned: Mapping[str, str]) -> dict[str, Any]:
+        return {"reasoning": {"effort": {"off": "none", "on": "medium"}.get(level, level)}}
+
+    def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
+        drops = name in (_INCLUDE, "store") or (name == "temperature" and sent[name] == 0.0)
+        return (name, "") if drops else HttpProvider.instead(self, name, sent, message)
+
+    def completion(self, payload: Mapping[str, Any]) -> Completion:
+        output, usage = payload.get("output"), payload.get("usage")
+        if not isinstance(output, list):
+            raise MalformedResponse("the answer has no output")
+        said = list(_parts(output, "message", "content"))
+        if refusal := "".join(str(part["refusal"]) for part in said if part.get("refusal")):
+            raise RecordFailed("refused", f"the model refused: {refusal}")
+        logprobs = [each for part in said for each in part.get("logprobs") or ()]
+        thoughts = [
+            *_parts(output, "reasoning", "summary"),
+            *_parts(output, "reasoning", "content"),
+        ]
+        return Completion(
+            _joined(said),
+            _reason(payload, output),
+            token_count(usage, "input_tokens"),
+            token_count(usage, "output_tokens"),
+            _joined(thoughts) or None,
+            told_logprobs(logprobs) if logprobs else None,
+            token_count(usage, "input_tokens_details", "cached_tokens"),
+            token_count(usage, "output_tokens_details", "reasoning_tokens"),
+        )
+
+    def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        for chunk in reversed(chunks):
+            if chunk.get("type") in _ENDED and isinstance(chunk.get("response"), Mapping):
+                return dict(chunk["response"])
+        for chunk in chunks:
+            if chunk.get("type") == "error":
+                return chunk
+        raise MalformedResponse("the stream broke off before its end")
+
+
+def _reason(payload: Mapping[str, Any], output: Sequence[Any]) -> str | None:
+    """How the answer ended, in a word of `finish.end_of`."""
+    status, details = payload.get("status"), payload.get("incomplete_details")
+    if isinstance(details, Mapping) and details.get("reason"):
+        return str(details["reason"])
+    if any(isinstance(i, Mapping) and str(i.get("type")).endswith("_call") for i in output):
+        return "tool_calls"
+    return status if isinstance(status, str | None) else json.dumps(status)
+
+
+def _parts(output: Sequence[Any], kind: str, key: str) -> Iterator[Mapping[str, Any]]:
+    """The parts, below `key`, of the items of one kind."""
+    for item in output:
+        if isinstance(item, Mapping) and item.get("type") == kind:
+            yield from (part for part in item.get(key) or () if isinstance(part, Mapping))
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
+    texts = (part.get("text") for part in parts)
+    return encodable("".join(text for text in texts if isinstance(text, str)))

@@ -1,0 +1,384 @@
+"""The providers `anthropic` and `responses`, against servers of their protocols."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from aiohttp import web
+
+from fabe_ds.providers import Endpoint
+from fabe_ds.providers.anthropic import AnthropicProvider
+from fabe_ds.providers.responses import ResponsesProvider
+from fabe_ds.request import AnswerForm, Request, Sampling
+from tests.support.protocols import AnthropicServer, ResponsesServer, failure, refused
+
+SERVERS = {"anthropic": AnthropicServer, "responses": ResponsesServer}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+def run(name, server, *more):
+    return [
+        *("run", "--input", "data.jsonl", "--instruction", "Up", "--provider", name),
+        *("--model", "m", "--base-url", server.url, *more),
+    ]
+
+
+def records(box, count=4):
+    box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(count)])
+
+
+def codes(box):
+    return [record["code"] for record in box.read("outputs/data.jsonl")]
+
+
+@pytest.fixture(params=SERVERS)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_records_are_answered(box, name, stream):
+    with SERVERS[name]() as server:
+        records(box)
+        ended = box.fabe(*run(name, server, "--stream", stream, "--api-key", "k-1"))
+        assert ended.code == 0, ended
+        assert codes(box) == [f"X = {i}" for i in range(4)]
+        assert all(bool(body.get("stream")) == (stream == "on") for body in server.bodies)
+        report = box.report()
+        assert (report["prompt_tokens"], report["cached_tokens"]) == (
+            (400, 340) if name == "anthropic" else (400, 256)
+        )
+        before = len(server.bodies)
+        # However an answer came, it is the same one.
+        assert box.fabe(*run(name, server, "--stream", "auto")).code == 0
+        assert len(server.bodies) == before
+
+
+def test_the_body_is_what_the_reference_says(box, name):
+    with SERVERS[name]() as server:
+        records(box, 1)
+        more = ["--system-prompt", "Be brief", "--max-new-tokens", 99, "--temperature", 0.5]
+        more += ["--top-p", 0.9, "--service-tier", "auto"]
+        assert box.fabe(*run(name, server, *more)).code == 0
+        (body,) = server.bodies
+        if name == "anthropic":
+            assert body == {
+                "model": "m",
+                "max_tokens": 99,
+                "system": "Be brief",
+                "messages": [{"role": "user", "content": "Up\n\nx = 0"}],
+                "temperature": 0.5,
+                "top_p": 0.9,
+                "service_tier": "auto",
+            }
+        else:
+            assert body == {
+                "model": "m",
+                "max_output_tokens": 99,
+                "input": [
+                    {"role": "system", "content": "Be brief"},
+                    {"role": "user", "content": "Up\n\nx = 0"},
+                ],
+                "temperature": 0.5,
+                "top_p": 0.9,
+                "store": False,
+                "service_tier": "auto",
+            }
+
+
+@pytest.mark.parametrize(
+    ("key", "header", "value"),
+    [
+        ("sk-ant-api03-x", "x-api-key", "sk-ant-api03-x"),
+        ("sk-ant-oat01-x", "Authorization", "Bearer sk-ant-oat01-x"),
+    ],
+)
+def test_anthropics_keys_go_in_their_own_header(box, key, header, value):
+    with AnthropicServer() as server:
+        records(box, 1)
+        run_with = [*run("anthropic", server)]
+        at = run_with.index("--base-url")
+        del run_with[at : at + 2]
+        # As their own clients have it: the address without the version.
+        named = {"ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": server.root}
+        ended = box.fabe(*run_with, **named)
+        assert ended.code == 0, ended
+        (headers,) = server.headers
+        assert headers[header] == value
+        assert len({"x-api-key", "Authorization"} & set(headers)) == 1
+
+
+ENDS = {
+    "anthropic": {
+        "truncated": {"stop_reason": "max_tokens"},
+        "refused": {"stop_reason": "refusal", "content": []},
+        "unfinished": {"stop_reason": "pause_turn"},
+        "tool call": {"stop_reason": "tool_use"},
+        "empty": {"content": []},
+    },
+    "responses": {
+        "truncated": {
+            "status": "incomplete",
+            "incomplete_details": {"reason": "max_output_tokens"},
+        },
+        "refused": {"status": "incomplete", "incomplete_details": {"reason": "content_filter"}},
+        "refused by words": {
+            "output": [{"type": "message", "content": [{"type": "refusal", "refusal": "I cannot"}]}]
+        },
+        "tool call": {
+            "output": [
+                {"type": "message", "content": [{"type": "output_text", "text": "Let me"}]},
+                {"type": "function_call", "name": "f", "arguments": "{}"},
+            ]
+        },
+        "empty": {"output": []},
+    },
+}
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kinds in ENDS.items() for kind in kinds]
+)
+def test_no_end_but_a_whole_one_is_taken_for_one(box, name, kind, stream):
+    with SERVERS[name](lambda body: ENDS[name][kind]) as server:
+        records(box, 1)
+        ended = box.fabe(*run(name, server, "--stream", stream, "--retry", 0))
+        assert ended.code == 1, ended
+        assert codes(box) == ["x = 0"]
+        (found,) = box.report()["failures_by_kind"]
+        assert found == kind.removesuffix(" by words")
+
+
+def test_a_whole_answer_at_a_stop_sequence(box):
+    with AnthropicServer(lambda body: {"stop_reason": "stop_sequence"}) as server:
+        records(box, 1)
+        assert box.fabe(*run("anthropic", server, "--stop", ";")).code == 0
+        assert server.bodies[0]["stop_sequences"] == [";"]
+
+
+@pytest.mark.parametrize("flags", [["--stop", ";"], ["--seed", "1"]])
+def test_what_responses_do_not_take_is_refused(box, flags):
+    with ResponsesServer() as server:
+        records(box, 1)
+        ended = box.fabe(*run("responses", server, *flags))
+        assert ended.code == 2
+        assert f"{flags[0]}: responses has no such parameter" in ended.err
+        assert not server.bodies
+
+
+BUSY = {
+    "overloaded": failure(529, "overloaded_error", "Overloaded"),
+    "overloaded, with another status": failure(500, "overloaded_error", "Overloaded"),
+    "a limit": failure(429, "rate_limit_error", "too many requests"),
+    "a fault": failure(500, "api_error", "Internal server error"),
+}
+
+
+def copied(response: web.Response) -> web.Response:
+    return web.Response(status=response.status, body=response.body, content_type="application/json")
+
+
+@pytest.mark.parametrize("case", BUSY)
+def test_an_overloaded_server_is_asked_again(box, case):
+    count = iter(range(100))
+    with AnthropicServer(lambda body: copied(BUSY[case]) if next(count) < 2 else {}) as server:
+        records(box)
+        ended = box.fabe(*run("anthropic", server, "--concurrency", 2))
+        assert ended.code == 0, ended
+        assert 6 <= len(server.bodies) <= 9  # those of one moment
+
+
+STOPS = {
+    "an empty account": (
+        failure(
+            400,
+            "invalid_request_error",
+            "Your credit balance is too low to access the Anthropic API.",
+        ),
+        "quota",
+    ),
+    "a wrong key": (failure(401, "authentication_error", "invalid x-api-key"), "key"),
+    "no such model": (failure(404, "not_found_error", "model: claude-x"), "model"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_what_holds_for_all_stops_the_run_at_the_first(box, case):
+    answer, said = STOPS[case]
+    with AnthropicServer(lambda body: copied(answer)) as server:
+        records(box, 40)
+        ended = box.fabe(*run("anthropic", server))
+        assert ended.code == 1
+        assert said in ended.err
+        assert len(server.bodies) == 1
+
+
+def test_a_fault_in_a_stream_is_no_answer(box):
+    class Broken(AnthropicServer):
+        broken = 0
+
+        def stream(self, message):
+            parts = super().stream(message)
+            if self.broken < 2:
+                self.broken += 1
+                fault = {"type": "overloaded_error", "message": "Overloaded"}
+                # Once with an error behind it, once just cut.
+                return [*parts[:4], *([{"type": "error", "error": fault}] * (self.broken % 2))]
+            return parts
+
+    with Broken() as server:
+        records(box, 2)
+        ended = box.fabe(*run("anthropic", server, "--stream", "on", "--concurrency", 1))
+        assert ended.code == 0, ended
+        assert codes(box) == ["X = 0", "X = 1"]
+        assert len(server.bodies) == 4
+
+
+def test_reasoning_is_told_apart(box, name):
+    def thinking(body):
+        if name == "responses":
+            return {}
+        text = body["messages"][-1]["content"].rsplit("\n\n", 1)[-1].upper()
+        return {
+            "content": [
+                {"type": "thinking", "thinking": "I think.", "signature": "s"},
+                {"type": "text", "text": text},
+            ]
+        }
+
+    with SERVERS[name](thinking) as server:
+        for stream in ("off", "on"):
+            records(box)
+            more = ["--reasoning-field", "why", "--stream", stream, "--no-resume"]
+            assert box.fabe(*run(name, server, *more)).code == 0
+            assert {record["why"] for record in box.read("outputs/data.jsonl")} == {"I think."}
+            assert codes(box) == [f"X = {i}" for i in range(4)]
+
+
+THINKING = {
+    "anthropic": {
+        "off": {"thinking": {"type": "disabled"}},
+        "on": {"thinking": {"type": "adaptive"}},
+        "low": {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}},
+    },
+    "responses": {
+        "off": {"reasoning": {"effort": "none"}},
+        "on": {"reasoning": {"effort": "medium"}},
+        "low": {"reasoning": {"effort": "low"}},
+    },
+}
+
+
+@pytest.mark.parametrize("level", ["off", "on", "low"])
+def test_thinking_is_told_in_their_words(box, name, level):
+    with SERVERS[name]() as server:
+        records(box, 1)
+        ended = box.fabe(*run(name, server, "--thinking", level, "--max-new-tokens", 4000))
+        assert ended.code == 0, ended
+        expected = THINKING[name][level]
+        assert {key: server.bodies[0].get(key) for key in expected} == expected
+        if name == "anthropic":  # refused beside reasoning, unless it is 1
+            assert ("temperature" in server.bodies[0]) == (level == "off")
+
+
+def test_a_model_that_wants_a_budget_is_found_out_once(box):
+    def older(body):
+        if body["thinking"]["type"] == "adaptive":
+            text = "adaptive thinking is not supported on this model"
+            return failure(400, "invalid_request_error", text)
+        return {}
+
+    with AnthropicServer(older) as server:
+        records(box)
+        more = ["--thinking", "medium", "--max-new-tokens", 4000]
+        ended = box.fabe(*run("anthropic", server, *more))
+        assert ended.code == 0, ended
+        kinds = [body["thinking"]["type"] for body in server.bodies]
+        assert kinds == ["adaptive", *["enabled"] * 4]
+        assert server.bodies[-1]["thinking"]["budget_tokens"] == 2000
+        box.fabe(*run("anthropic", server, *more, "--no-resume"))
+        assert [body["thinking"]["type"] for body in server.bodies[5:]] == ["enabled"] * 4
+        short = ["--thinking", "medium", "--max-new-tokens", 1000]
+        ended = box.fabe(*run("anthropic", server, *short, "--no-resume"))
+        assert ended.code == 2
+        assert "raise --max-new-tokens" in ended.err
+
+
+def test_a_temperature_that_is_not_taken_is_left_out(box, name):
+    def newer(body):
+        if "temperature" not in body:
+            return {}
+        if name == "responses":
+            text = "Unsupported parameter: 'temperature' is not supported with this model."
+            return refused(text, "temperature")
+        text = "`temperature` is deprecated for this model."
+        return failure(400, "invalid_request_error", text)
+
+    with SERVERS[name](newer) as server:
+        records(box)
+        ended = box.fabe(*run(name, server))
+        assert ended.code == 0, ended
+        assert len(server.bodies) == 5
+        ended = box.fabe(*run(name, server, "--temperature", 0.5))
+        assert ended.code == 1
+        assert "temperature" in ended.err
+        assert 6 <= len(server.bodies) <= 9  # those of one moment
+
+
+@pytest.mark.parametrize("enforced", [True, False])
+def test_a_schema_is_enforced_or_told(box, name, enforced):
+    def answer(body):
+        place = "output_config" if name == "anthropic" else "text"
+        if place in body:
+            assert body[place]["format"]["schema"] == SCHEMA
+            if not enforced and name == "anthropic":
+                text = "output_config.format: Extra inputs are not permitted"
+                return failure(400, "invalid_request_error", text)
+            if not enforced:
+                return refused("Unsupported parameter: 'text.format'", "text.format")
+        text = json.dumps({"a": "b"})
+        if name == "anthropic":
+            return {"content": [{"type": "text", "text": text}]}
+        return {"output": [{"type": "message", "content": [{"type": "output_text", "text": text}]}]}
+
+    with SERVERS[name](answer) as server:
+        records(box)
+        box.write("s.json", json.dumps(SCHEMA))
+        more = ["--response-format", "s.json", "--output-field", "a"]
+        ended = box.fabe(*run(name, server, *more))
+        assert ended.code == 0, ended
+        assert [record["a"] for record in box.read("outputs/data.jsonl")] == ["b"] * 4
+        assert len(server.bodies) == (4 if enforced else 5)
+        told = json.dumps(server.bodies[-1]).count("follows this JSON schema")
+        assert told == (0 if enforced else 1)
+
+
+KEYS = {
+    "anthropic": (AnthropicProvider(Endpoint("m", "http://h/v1")), AnswerForm()),
+    "anthropic, schema": (AnthropicProvider(Endpoint("m", "http://h/v1")), AnswerForm(SCHEMA)),
+    "responses": (ResponsesProvider(Endpoint("m", "http://h/v1")), AnswerForm()),
+    "responses, thinking": (
+        ResponsesProvider(Endpoint("m", "http://h/v1", thinking="low")),
+        AnswerForm(),
+    ),
+}
+PINNED = {
+    "anthropic": "e074a411aaeed070",
+    "anthropic, schema": "8ade9f45ae184feb",
+    "responses": "37d506a929051f02",
+    "responses, thinking": "c35c6d527178507c",
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_keys_are_what_they_were(case):
+    provider, form = KEYS[case]
+    request = Request("x", "Up\n\nx", "S", Sampling(8), form=form)
+    assert provider.key(request).hex()[:16] == PINNED[case]
