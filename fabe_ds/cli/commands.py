@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fabe_ds.cli.batch import batch_app
 from fabe_ds.cli.cache import cache_app
 from fabe_ds.cli.display import print_dry_run, print_preview
 from fabe_ds.cli.flags import ValuedFlags, run_signature
@@ -186,6 +187,7 @@ def report_page(
     print(f"written: {write_page(report, output)}")
 
 
+app.add_typer(batch_app, name="batch")
 app.add_typer(cache_app, name="cache")
 
 

@@ -63,7 +63,9 @@ def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
     if config.batch_api and len(config.base_url) > 1:
         raise UsageError("--batch-api sends to one server; give one --base-url")
     if config.batch_api and not provider.has_batches:
-        raise UsageError(f"--batch-api: {config.provider} has none; it goes with openai")
+        raise UsageError(
+            f"--batch-api: {config.provider} has none; it goes with openai, responses and anthropic"
+        )
     sampling = config.temperature > 0 if config.do_sample is None else config.do_sample
     if config.samples > 1 and provider.asks and not sampling:
         raise UsageError("--samples: equal answers without sampling; give a --temperature")

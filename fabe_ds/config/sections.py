@@ -410,6 +410,15 @@ class PolicySettings(Section):
         "How the server ranks the requests: flex (cheaper, and waits), priority, or another of its "
         "own words.",
     )
+    batches: int = setting_field("Execution", "Batches in flight at once (--batch-api).", 4, gt=0)
+    batch_requests: int | None = setting_field(
+        "Execution",
+        "Requests of one batch, at most.  [default: what the server takes, up to 50,000 mostly]",
+        gt=0,
+    )
+    batch_window: str = setting_field(
+        "Execution", "Time within which the server is to be done with a batch.", "24h"
+    )
     rpm: float | None = setting_field("Execution", "Maximum requests per minute.", gt=0)
     tpm: float | None = setting_field(
         "Execution", "Maximum tokens per minute, of prompts and answers.", gt=0

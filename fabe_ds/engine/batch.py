@@ -1,271 +1,371 @@
 """Sends requests through a batch API: at half the price, some time within a day.
 
-Source: OpenAI API reference, "Files" and "Batch". A batch is remembered before it is waited for, so
-a run that was killed finds it again instead of paying for another.
+A batch is remembered, with the keys of its requests, before it is sent, so a run that was killed
+finds it again instead of paying for another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import re
+import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
-import requests
-
-from fabe_ds import network
 from fabe_ds.config.sections import PolicySettings
+from fabe_ds.engine.batch_api import (
+    AGAIN,
+    CANCELLED,
+    FAILED,
+    RUNNING,
+    WAIT_MOST,
+    WAIT_SECONDS,
+    BatchState,
+    batch_client,
+)
+from fabe_ds.engine.budget import Budget
 from fabe_ds.engine.coalesce import Coalescer, Pending
-from fabe_ds.engine.local import answer_window
-from fabe_ds.engine.verdict import Verdict, classify
-from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
-from fabe_ds.providers import Completion, HttpProvider, Request
-from fabe_ds.providers.finish import End, end_of
-from fabe_ds.providers.http import STREAM
+from fabe_ds.engine.local import POLL_SECONDS
+from fabe_ds.engine.verdict import Verdict
+from fabe_ds.errors import RecordFailed, RunStopped
+from fabe_ds.providers import Completion, HttpProvider
 from fabe_ds.request import Item, Outcome
 from fabe_ds.store.completions import OpenBatch, RecordCache, Row
-from fabe_ds.text import load_json
 
 log = logging.getLogger(__name__)
 
-MOST_REQUESTS, MOST_BYTES = 50_000, 190 << 20
-WAIT_SECONDS, WAIT_MOST, WAIT_GROWTH = 0.5, 60.0, 1.5
-_RUN = "fabe_ds_run"
-_ENDED = ("completed", "failed", "expired", "cancelled")
-_AGAIN = Verdict("retry", "batch", "the batch ended without an answer")
+CHUNK, STORED = 1000, 500
+"""Items that are looked up together, and answers that are stored together."""
+WAIT_GROWTH = 1.5
+_STATES_SHOWN = 3
+_TAKEN = ("in_progress", "finalizing")
+"""What is said of a batch that has found its place in the queue."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """A batch that is on its way. `lines` are the keys of its requests, in order; `entries` those
+    that are waited for, by their keys. `was_alone`: no other was on its way when it was sent."""
+
+    opened: OpenBatch
+    lines: list[str]
+    entries: dict[str, Pending] = field(default_factory=dict)
+    was_alone: bool = False
+    state: BatchState | None = None
+    look_at: float = 0.0
+    seconds: float = WAIT_SECONDS
+
+    @property
+    def batch(self) -> str:
+        return self.opened.batch or ""
 
 
 class BatchEngine:
-    """Answers items in order; what the cache lacks goes into batches of up to 50,000 requests."""
+    """Answers items in order; what the cache lacks goes into batches, several at a time."""
 
     def __init__(
-        self, provider: HttpProvider, coalescer: Coalescer, policy: PolicySettings
+        self,
+        provider: HttpProvider,
+        coalescer: Coalescer,
+        policy: PolicySettings,
+        budget: Budget,
     ) -> None:
+        """`budget` is told of what was answered; it holds nothing back."""
         assert isinstance(coalescer.cache, RecordCache)  # batches are not sent from other nodes
         provider.refuse_open_key()
-        self.provider, self.coalescer, self.policy = provider, coalescer, policy
-        self.cache = coalescer.cache
-        self._session = network.session()
-        self._session.headers.update(provider.headers())
-        learned = self.cache.learned(str(provider.address), provider.endpoint.model)
-        self._learned = {**learned, STREAM: ""}  # a batch has none
+        self.coalescer, self.policy, self.cache = coalescer, policy, coalescer.cache
+        self._stats, self._budget = coalescer.stats, budget
+        self._endpoint = str(provider.address)
+        learned = self.cache.learned(self._endpoint, provider.endpoint.model)
+        self._client = batch_client(provider, policy, learned)
+        self._most = min(self._client.limits.requests, policy.batch_requests or 1 << 62)
+        self._order: deque[Pending] = deque()  # pulled and not yet delivered
+        self._todo: deque[Pending] = deque()
+        self._elsewhere: list[Pending] = []
+        self._jobs: list[_Job] = []
+        self._doubtful: list[tuple[list[Pending], str]] = []  # of batches that failed, and why
+        self._tries: Counter[bytes] = Counter()
+        self._has_ended_well = False
+        self._looks_for_room = False  # how much the server queues for us is being found out
+        self._queue_full_since: float | None = None
+        self._send_at, self._queue_seconds = 0.0, WAIT_SECONDS
 
     def outcomes(self, items: Iterable[Item]) -> Generator[Outcome, None, None]:
         """One outcome an item, in order. Raises: RunStopped, CacheError."""
         if not self.coalescer.offline:
-            self._collect_open()
+            self._take_up()
         iterator = iter(items)
-        while window := list(islice(iterator, MOST_REQUESTS)):
-            yield from answer_window(self.coalescer, window, self._answer)
+        pulls = True
+        try:
+            while True:
+                pulls = pulls and self._pull(iterator)
+                self._send(whole=pulls)
+                while self._order and (outcome := self._order[0].outcome) is not None:
+                    self._order.popleft()
+                    yield outcome
+                if not self._order and not pulls:
+                    return
+                if not self._has_room or not pulls:
+                    self._look()
+        finally:  # whatever happened, nothing may wait for what we do not send
+            self.coalescer.abandon(self._order)
+            self._stats.state = ""
 
     def close(self) -> None:
-        self._session.close()
+        self._client.close()
 
-    def _answer(self, entries: list[Pending]) -> None:
-        left = [(entry, _AGAIN) for entry in entries]
-        tries = 0
-        while left and tries <= self.policy.retry:
-            todo, left = [entry for entry, _ in left], []
-            for part in self._parts(todo):
-                left += self._run(part)
-            tries += 1
-            self.coalescer.stats.retries += len(left)
-        for entry, verdict in left:
-            self.coalescer.failed(entry, RecordFailed(verdict.kind, verdict.message))
+    # Items.
 
-    def _parts(self, entries: list[Pending]) -> Iterator[list[tuple[Pending, bytes]]]:
-        """The entries with their lines, in files of a size that is taken."""
-        part: list[tuple[Pending, bytes]] = []
-        size = 0
-        for entry in entries:
-            line = self._line(entry)
-            if part and size + len(line) > MOST_BYTES:
-                yield part
-                part, size = [], 0
-            part.append((entry, line))
-            size += len(line)
-        if part:
-            yield part
+    @property
+    def _has_room(self) -> bool:
+        """Whether more items may be pulled: a part more than the batches in flight hold."""
+        ahead = (self.policy.batches + 1) * self._most
+        return len(self._order) < ahead and len(self._todo) < self._most
 
-    def _line(self, entry: Pending) -> bytes:
-        assert entry.request is not None
-        line = {
-            "custom_id": entry.key.hex(),
-            "method": "POST",
-            "url": self._endpoint(self.provider.path(entry.request)),
-            "body": self.provider.sent(self.provider.asked(entry.request), self._learned),
-        }
-        return json.dumps(line).encode() + b"\n"
+    def _pull(self, iterator: Iterator[Item]) -> bool:
+        """Takes items until a batch is full. False when there are no more."""
+        while self._has_room:
+            chunk = list(islice(iterator, CHUNK))
+            if not chunk:
+                return False
+            entries, todo, elsewhere = self.coalescer.admit(chunk, self)
+            self._order.extend(entries)
+            self._elsewhere += elsewhere
+            self._wait_for(todo)
+        return True
 
-    def _endpoint(self, path: str) -> str:
-        """What a batch and its lines name: the version and what follows, without what stands
-        before it (Groq's /openai/v1, DashScope's /compatible-mode/v1, Zhipu's /api/paas/v4)."""
-        segments = self.provider.address.parts.path.split("/")
-        version = next((part for part in segments[::-1] if re.fullmatch(r"v\d+", part)), None)
-        return f"/{version}{path}" if version else path
+    def _wait_for(self, todo: Iterable[Pending]) -> None:
+        """Sorts what is to be sent into what an open batch holds, and the rest."""
+        held = {key: job for job in self._jobs for key in job.lines if key not in job.entries}
+        for entry in todo:
+            job = held.get(entry.key.hex())
+            if job is None:
+                self._todo.append(entry)
+            else:
+                job.entries[entry.key.hex()] = entry
 
-    def _run(self, part: list[tuple[Pending, bytes]]) -> list[tuple[Pending, Verdict]]:
-        """One batch, to its end. Gives the entries that are to be tried again."""
-        entries = {entry.key.hex(): entry for entry, _ in part}
-        run = hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()[:32]
-        first = part[0][0].request
-        assert first is not None
-        self.coalescer.stats.requests += len(part)
-        opened = OpenBatch(run, str(self.provider.address), None)
-        state = self._create(opened, first, b"".join(line for _, line in part), len(part))
-        left = []
-        for key, answer in self._results(state):
-            entry = entries.pop(key, None)
-            if entry is None:
+    # Batches.
+
+    @property
+    def _wanted(self) -> list[_Job]:
+        """The batches that somebody waits for: those of other data are left to other runs."""
+        return [job for job in self._jobs if job.entries]
+
+    def _take_up(self) -> None:
+        """Goes on with the batches that killed runs left."""
+        for opened in self.cache.open_batches(self._endpoint):
+            batch = opened.batch or self._client.find(opened.run)
+            if batch is None or self._client.state(batch).kind == FAILED:
+                self.cache.forget_batch(opened.run)
                 continue
+            log.info("batch %s: taken up again", batch)
+            job = _Job(opened._replace(batch=batch), self.cache.batch_keys(opened.run))
+            self._jobs.append(job)
+            if not job.lines:  # of a version that did not note them
+                while (state := self._client.state(batch)).kind == RUNNING:
+                    self._stats.state = f"batch {batch}: {state.progress}"
+                    time.sleep(min(WAIT_MOST, job.seconds))
+                    job.seconds *= WAIT_GROWTH
+                self._ended(job, state)
+
+    def _send(self, whole: bool) -> None:
+        """Starts batches while there may be more; `whole`: full ones only."""
+        most = 1 if self._looks_for_room else self.policy.batches
+        while self._todo and len(self._wanted) < most:
+            if self._doubtful or time.monotonic() < self._send_at:
+                return
+            if whole and len(self._todo) < self._most and self._has_room:
+                return
+            self._start()
+
+    def _start(self) -> None:
+        """Sends one batch, of a size that is taken."""
+        part: list[Pending] = []
+        lines: list[bytes] = []
+        size = 0
+        while self._todo and len(part) < self._most:
+            entry = self._todo[0]
+            assert entry.request is not None
+            line = self._client.line(entry.key, entry.request)
+            if part and size + len(line) > self._client.limits.size:
+                break
+            self._todo.popleft()
+            part.append(entry)
+            lines.append(line)
+            size += len(line)
+        keys = [entry.key.hex() for entry in part]
+        run = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:32]
+        opened = OpenBatch(run, self._endpoint, None)
+        self.cache.remember_batch(opened, [entry.key for entry in part])
+        first = part[0].request
+        assert first is not None
+        self._stats.requests += len(part)
+        opened = opened._replace(batch=self._client.create(run, first, lines))
+        self.cache.remember_batch(opened)
+        log.info("batch %s: %d requests", opened.batch, len(part))
+        look_at = time.monotonic() + WAIT_SECONDS
+        entries = dict(zip(keys, part, strict=True))
+        self._jobs.append(_Job(opened, keys, entries, not self._wanted, look_at=look_at))
+
+    def _look(self) -> None:
+        """Waits until something may have changed, and looks."""
+        if self._elsewhere:
+            waiting, self._elsewhere = self._elsewhere, []
+            todo, self._elsewhere = self.coalescer.adopt(waiting)
+            self._wait_for(todo)
+        wanted, now = self._wanted, time.monotonic()
+        times = [job.look_at for job in wanted]
+        times += [now + POLL_SECONDS] if self._elsewhere else []
+        times += [self._send_at] if self._todo and now < self._send_at < math.inf else []
+        self._stats.in_flight = sum(len(job.entries) for job in wanted)
+        self._stats.state = _shown(wanted)
+        if times:
+            time.sleep(max(0.0, min(times) - now))
+        for job in wanted:
+            if time.monotonic() < job.look_at:
+                continue
+            job.state = self._client.state(job.batch)
+            if job.state.kind == RUNNING:
+                self._looks_for_room &= job.state.word.lower() not in _TAKEN
+                job.seconds = min(WAIT_MOST, job.seconds * WAIT_GROWTH)
+                job.look_at = time.monotonic() + job.seconds
+            else:
+                self._ended(job, job.state)
+        if self._doubtful and not self._wanted:
+            raise RunStopped(f"{self._endpoint}: {self._doubtful[0][1]}")
+
+    def _ended(self, job: _Job, state: BatchState) -> None:
+        """Reads what a batch came to."""
+        if state.kind == FAILED:
+            self._failed(job, state)
+            return
+        stop = self._read(job, state)
+        self._forget(job)
+        left = list(job.entries.values())
+        log.info("batch %s: %s; %d requests are left of it", job.batch, state.word, len(left))
+        if stop is not None:
+            raise RunStopped(f"{self._endpoint}: {stop}")
+        if state.kind == CANCELLED and left:
+            raise RunStopped(
+                f"batch {job.batch} was cancelled; what it had answered is kept: run the same "
+                "command again to go on"
+            )
+        self._queue_full_since, self._queue_seconds = None, WAIT_SECONDS
+        self._looks_for_room = False
+        self._has_ended_well = True
+        self._try_again((entry, AGAIN) for entry in left)
+        doubtful, self._doubtful = self._doubtful, []
+        for entries, reason in doubtful:
+            self._try_again((entry, Verdict("retry", "batch", reason)) for entry in entries)
+
+    def _read(self, job: _Job, state: BatchState) -> str | None:
+        """Takes the answers of a batch; gives why the run cannot go on, if an answer says so."""
+        stop, rows = None, []
+        for key, answer in self._client.results(state):
+            if answer is AGAIN:  # as of those that nobody answered
+                continue
+            entry = job.entries.pop(key, None)
             if isinstance(answer, Completion):
-                self.coalescer.store([(entry, answer)])
-                if not self.coalescer.answered(entry, answer):
-                    left.append((entry, _AGAIN))
+                rows.append((key, entry, answer))
+                if len(rows) >= STORED:
+                    self._take(rows)
+                    rows = []
+            elif entry is None:
+                continue
             elif answer.action == "stop":
-                raise RunStopped(f"{self.provider.address}: {answer.message}")
+                stop = answer.message
             elif answer.action == "retry":
-                left.append((entry, answer))
+                self._try_again([(entry, answer)])
             else:
                 self.coalescer.failed(entry, RecordFailed(answer.kind, answer.message))
-        self.cache.forget_batch(run)
-        return left + [(entry, _AGAIN) for entry in entries.values()]
+        self._take(rows)
+        return stop
 
-    def _create(
-        self, opened: OpenBatch, first: Request, lines: bytes, count: int
-    ) -> Mapping[str, Any]:
-        """Sends a batch and waits for its end; where the server has too much queued for us, until
-        it takes it. A batch that fails is forgotten, or each later run would stop at it.
+    def _take(self, rows: list[tuple[str, Pending | None, Completion]]) -> None:
+        """Stores answers, and settles those that are waited for."""
+        others = [Row(bytes.fromhex(key), got) for key, entry, got in rows if entry is None]
+        if others:
+            self.cache.put(others)
+        mine = [(entry, got) for _, entry, got in rows if entry is not None]
+        self.coalescer.store(mine)
+        for entry, got in mine:
+            assert entry.request is not None
+            self._budget.reserve(entry.request)
+            self._budget.settle(entry.request, got, answered=True)
+        self._stats.cost = self._budget.cost
+        again = [entry for entry, got in mine if not self.coalescer.answered(entry, got)]
+        self._todo.extendleft(again)
+
+    def _failed(self, job: _Job, state: BatchState) -> None:
+        """What becomes of a batch that the server did not take. It is forgotten, or each later
+        run would stop at it."""
+        self._forget(job)
+        reason = f"batch {job.batch} failed: {state.reason}"
+        if state.passing:
+            self._queue_is_full(job, reason)
+            return
+        for number, message in state.bad_lines.items():
+            key = job.lines[number - 1] if 0 < number <= len(job.lines) else ""
+            if (entry := job.entries.pop(key, None)) is not None:
+                self.coalescer.failed(entry, RecordFailed("rejected", message))
+        left = list(job.entries.values())
+        if state.bad_lines:
+            log.info("%s; sent again without %d lines", reason, len(state.bad_lines))
+            self._todo.extendleft(left)
+        elif self._has_ended_well:
+            log.info("%s; sent again", reason)
+            verdict = Verdict("retry", "batch", reason)
+            self._try_again((entry, verdict) for entry in left)
+        else:  # until another shows what it means
+            self._doubtful.append((left, reason))
+
+    def _queue_is_full(self, job: _Job, reason: str) -> None:
+        """Sends a batch again when others have ended; where there are none, in smaller parts.
 
         Raises: RunStopped.
         """
-        since = time.monotonic()
-        seconds = WAIT_SECONDS
-        while True:
-            self.cache.remember_batch(opened)
-            upload = {"file": ("requests.jsonl", lines)}
-            file = self._call("POST", "/files", data={"purpose": "batch"}, files=upload)["id"]
-            body = {
-                "input_file_id": file,
-                "endpoint": self._endpoint(self.provider.path(first)),
-                "completion_window": "24h",
-                "metadata": {_RUN: opened.run},
-            }
-            batch = str(self._call("POST", "/batches", json=body)["id"])
-            self.cache.remember_batch(opened._replace(batch=batch))
-            log.info("batch %s: %d requests", batch, count)
-            state = self._wait(batch)
-            if state["status"] != "failed":
-                return state
-            self.cache.forget_batch(opened.run)
-            reason, passing = _failure_of(state)
-            if not passing or time.monotonic() - since > self.policy.give_up_after:
-                raise RunStopped(f"batch {batch} failed: {reason}")
-            log.info("batch %s: %s; sending it again in %.0f s", batch, reason, seconds)
-            time.sleep(seconds)
-            seconds = min(WAIT_MOST, seconds * 2)
+        now = time.monotonic()
+        self._todo.extendleft(reversed(job.entries.values()))
+        self._stats.retries += len(job.entries)
+        if self._wanted:
+            self._send_at = math.inf  # until one of them has ended
+            return
+        self._looks_for_room = True  # one at a time
+        if not job.was_alone:
+            return
+        since = self._queue_full_since = self._queue_full_since or now
+        if len(job.lines) == 1 and now - since > self.policy.give_up_after:
+            raise RunStopped(reason)
+        self._most = max(1, len(job.lines) // 2)
+        log.info("%s; sending it again in %.0f s", reason, self._queue_seconds)
+        self._send_at = now + self._queue_seconds
+        self._queue_seconds = min(WAIT_MOST, self._queue_seconds * 2)
 
-    def _collect_open(self) -> None:
-        """Waits for the batches that killed runs left, and stores their answers."""
-        for opened in self.cache.open_batches(str(self.provider.address)):
-            batch = opened.batch or self._find(opened.run)
-            if batch is not None:
-                log.info("batch %s: taken up again", batch)
-                state = self._wait(batch)
-                if state["status"] == "failed":
-                    log.info("batch %s failed: %s; it is sent anew", batch, _failure_of(state)[0])
-                for key, answer in self._results(state):
-                    if isinstance(answer, Completion):
-                        self.cache.put([Row(bytes.fromhex(key), answer)])
-            self.cache.forget_batch(opened.run)
+    def _try_again(self, entries: Iterable[tuple[Pending, Verdict]]) -> None:
+        """Sends requests once more, or fails their records."""
+        for entry, verdict in entries:
+            self._tries[entry.key] += 1
+            if self._tries[entry.key] > self.policy.retry:
+                self.coalescer.failed(entry, RecordFailed(verdict.kind, verdict.message))
+            else:
+                self._stats.retries += 1
+                self._todo.append(entry)
 
-    def _find(self, run: str) -> str | None:
-        """The batch of a run that was killed before it could note its name."""
-        for batch in self._call("GET", "/batches?limit=100").get("data") or []:
-            if (batch.get("metadata") or {}).get(_RUN) == run:
-                return str(batch["id"])
-        return None
-
-    def _results(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Completion | Verdict]]:
-        """The answers of a batch that has ended, each after its key."""
-        for name in ("output_file_id", "error_file_id"):
-            if file := state.get(name):
-                for line in self._lines(file):
-                    yield str(line.get("custom_id")), self._read(line)
-
-    def _wait(self, batch: str) -> Mapping[str, Any]:
-        seconds = WAIT_SECONDS
-        while True:
-            state = self._call("GET", f"/batches/{batch}")
-            if state.get("status") in _ENDED:
-                return state
-            self.coalescer.stats.state = f"batch {batch} is {state.get('status')}"
-            time.sleep(seconds)
-            seconds = min(WAIT_MOST, seconds * WAIT_GROWTH)
-
-    def _lines(self, file: str) -> Iterator[Mapping[str, Any]]:
-        answer = self._send("GET", f"/files/{file}/content", stream=True)
-        for line in answer.iter_lines(chunk_size=1 << 16):
-            if line.strip():
-                yield load_json(line)
-
-    def _read(self, line: Mapping[str, Any]) -> Completion | Verdict:
-        response = line.get("response")
-        if not isinstance(response, Mapping):
-            return _AGAIN
-        body = response.get("body")
-        if response.get("status_code") != 200 or not isinstance(body, Mapping):
-            return classify(int(response.get("status_code") or 500), {}, json.dumps(body).encode())
-        try:
-            completion = self.provider.completion(body)
-        except MalformedResponse as error:
-            return Verdict("retry", "malformed", str(error))
-        except RecordFailed as error:
-            return Verdict("fail", error.kind, str(error))
-        return _AGAIN if end_of(completion.finish_reason) is End.FAULT else completion
-
-    def _call(self, method: str, path: str, **body: Any) -> Mapping[str, Any]:
-        payload = self._send(method, path, **body).json()
-        if not isinstance(payload, Mapping):
-            raise RunStopped(f"{self.provider.address}: {path} gave no JSON object")
-        return payload
-
-    def _send(self, method: str, path: str, **body: Any) -> requests.Response:
-        """One call, tried again while the server is away for no longer than it may."""
-        gone_since: float | None = None
-        seconds = WAIT_SECONDS
-        while True:
-            try:
-                where = self.provider.address.url(path)
-                answer = network.send(
-                    self._session, method, where, timeout=self.policy.timeout, **body
-                )
-                if 300 <= answer.status_code < 400 and "Location" in answer.headers:
-                    # A file's content may lie elsewhere, where our key is not to go.
-                    answer = network.get(answer.headers["Location"], {}, self.policy.timeout)
-                if answer.ok:
-                    return answer
-                verdict = classify(answer.status_code, answer.headers, answer.content)
-            except requests.RequestException as error:
-                verdict = Verdict("retry", "connection", type(error).__name__)
-            now = time.monotonic()
-            gone_since = gone_since or now
-            if verdict.action != "retry" or now - gone_since > self.policy.give_up_after:
-                raise RunStopped(f"{self.provider.address}: {verdict.message}")
-            time.sleep(max(seconds, verdict.wait or 0.0))
-            seconds = min(WAIT_MOST, seconds * 2)
+    def _forget(self, job: _Job) -> None:
+        self._jobs.remove(job)
+        self._send_at = 0.0
+        self.cache.forget_batch(job.opened.run)
 
 
-def _failure_of(state: Mapping[str, Any]) -> tuple[str, bool]:
-    """Why a batch failed, and whether it may be taken later: where too much is queued by now.
-
-    Source: OpenAI's batch guide, "Rate limits"; Azure says it with the same code.
-    """
-    errors = (state.get("errors") or {}).get("data") or [{}]
-    reason = str(errors[0].get("message") or "no reason given")
-    queued = re.search(r"enqueued|in_progress batches have been completed", reason, re.I)
-    return reason, bool(queued) or errors[0].get("code") == "token_limit_exceeded"
+def _shown(jobs: list[_Job]) -> str:
+    """How far the batches are, for people."""
+    states = [
+        f"{job.batch} {job.state.progress if job.state else 'sent'}" for job in jobs[:_STATES_SHOWN]
+    ]
+    more = len(jobs) - len(states)
+    what = "batch" if len(jobs) == 1 else f"{len(jobs)} batches"
+    shown = ", ".join(states) + (f" and {more} more" if more else "")
+    return f"{what}: {shown}" if jobs else ""

@@ -114,7 +114,7 @@ class Runtime:
             refuse_caps(config, "--batch-api")
             from fabe_ds.engine.batch import BatchEngine
 
-            return BatchEngine(provider, self.coalescer, policy)
+            return BatchEngine(provider, self.coalescer, policy, self._budget)
         from fabe_ds.engine.http import HttpEngine
         from fabe_ds.engine.limiter import AUTO_MAX
 

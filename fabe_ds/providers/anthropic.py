@@ -23,7 +23,7 @@ class AnthropicProvider(ListingProvider):
     """
 
     name = "anthropic"
-    has_tiers = True
+    has_batches = has_tiers = True
     takes_forms = True
     lacks = ("seed",)
     needs = "a key from --api-key or ANTHROPIC_API_KEY"

@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS completions (
     logprobs TEXT);
 CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (run TEXT PRIMARY KEY, endpoint TEXT NOT NULL, batch TEXT);
+CREATE TABLE IF NOT EXISTS batch_keys (run TEXT, line INTEGER, key BLOB, PRIMARY KEY (run, line))
+    WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS written (mark BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS limits (base BLOB, key BLOB, max_tokens INTEGER);
 CREATE TABLE IF NOT EXISTS token_limits (max_tokens INTEGER PRIMARY KEY);
@@ -289,15 +291,31 @@ class RecordCache:
         rows = [(key, self._owner) for key in keys]
         self._do(lambda c: c.executemany("DELETE FROM claims WHERE key = ? AND owner = ?", rows))
 
-    def remember_batch(self, batch: OpenBatch) -> None:
-        self.query("INSERT OR REPLACE INTO batches VALUES (?, ?, ?)", batch)
+    def remember_batch(self, batch: OpenBatch, keys: Sequence[bytes] = ()) -> None:
+        """Notes a batch, and the keys of its requests in the order of its lines."""
+        rows = [(batch.run, line, key) for line, key in enumerate(keys)]
 
-    def open_batches(self, endpoint: str) -> list[OpenBatch]:
-        rows = self.query("SELECT run, endpoint, batch FROM batches WHERE endpoint = ?", [endpoint])
-        return [OpenBatch(*row) for row in rows]
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?)", batch)
+            connection.executemany("INSERT OR REPLACE INTO batch_keys VALUES (?, ?, ?)", rows)
+            connection.execute("COMMIT")
+
+        self._do(write)
+
+    def open_batches(self, endpoint: str | None = None) -> list[OpenBatch]:
+        """Those at an endpoint, or at all."""
+        query = "SELECT run, endpoint, batch FROM batches WHERE endpoint = IFNULL(?, endpoint)"
+        return [OpenBatch(*row) for row in self.query(query, [endpoint])]
+
+    def batch_keys(self, run: str) -> list[str]:
+        """The keys of a batch's requests, in hexadecimal, in the order of its lines."""
+        rows = self.query("SELECT key FROM batch_keys WHERE run = ? ORDER BY line", [run])
+        return [key.hex() for (key,) in rows]
 
     def forget_batch(self, run: str) -> None:
         self.query("DELETE FROM batches WHERE run = ?", [run])
+        self.query("DELETE FROM batch_keys WHERE run = ?", [run])
 
     def mark_written(self, marks: Iterable[bytes]) -> None:
         """Remembers values that were written into files in place."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from aiohttp import web
@@ -13,13 +15,29 @@ from aiohttp import web
 from tests.conftest import wait_for
 from tests.support.server import ModelServer, answer_to, openai_run
 
+FULL = {
+    "code": "token_limit_exceeded",
+    "message": "Enqueued token limit reached for m in organization org-1. Limit: 2,000,000 enqueued "
+    "tokens. Please try again once some in_progress batches have been completed.",
+    "line": None,
+}
+
 
 class BatchServer(ModelServer):
-    """Takes files and batches; a batch is done after `seconds`."""
+    """Takes files and batches; a batch is done after `seconds`.
+
+    `queue` is how many requests may be on their way, all batches together. `ends` says how a batch
+    ends, by its number, where it is otherwise than `end`: with a word, or a whole state.
+    """
 
     def __init__(self, seconds: float = 0.3) -> None:
         super().__init__()
         self.seconds = seconds
+        self.queue: int | None = None
+        self.ends: dict[int, str | dict[str, Any]] = {}
+        self.answered: Counter[str] = Counter()
+        self.page = 100
+        self.most_running = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.answer: Callable[[str, int], dict[str, Any] | None] = lambda prompt, batch: None
@@ -32,6 +50,7 @@ class BatchServer(ModelServer):
         app.router.add_post("/v1/batches", self.create)
         app.router.add_get("/v1/batches", self.list)
         app.router.add_get("/v1/batches/{id}", self.show)
+        app.router.add_post("/v1/batches/{id}/cancel", self.cancel)
         app.router.add_get("/v1/files/{id}/content", self.download)
 
     async def upload(self, request: web.Request) -> web.Response:
@@ -51,20 +70,47 @@ class BatchServer(ModelServer):
         body = await request.json()
         assert body["completion_window"] == "24h"
         name = f"batch_{len(self.batches)}"
-        state = {"id": name, "status": "in_progress", **body}
+        total = self.files[body["input_file_id"]].count(b"\n")
+        counts = {"total": total, "completed": 0, "failed": 0}
+        state = {"id": name, "status": "in_progress", "request_counts": counts, **body}
+        running = [other for other in self.batches.values() if other["status"] == "in_progress"]
         self.batches[name] = state
+        queued = total + sum(other["request_counts"]["total"] for other in running)
+        if self.queue is not None and queued > self.queue:
+            state |= {"status": "failed", "errors": {"data": [FULL]}}
+            return web.json_response(state)
+        self.most_running = max(self.most_running, 1 + len(running))
         asyncio.get_running_loop().call_later(self.seconds, self.finish, name)
         return web.json_response(state)
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        name = request.match_info["id"]
+        if self.batches[name]["status"] == "in_progress":
+            self.finish(name, "cancelled")
+        return web.json_response(self.batches[name])
 
     def requests(self, name: str) -> Iterator[dict[str, Any]]:
         for line in self.files[self.batches[name]["input_file_id"]].splitlines():
             yield json.loads(line)
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, end: str | None = None) -> None:
+        state = self.batches[name]
+        if state["status"] != "in_progress":
+            return
+        given = end or self.ends.get(int(name.partition("_")[2]), self.end)
+        if isinstance(given, dict):
+            state |= given
+            return
         good, bad = [], []
-        for line in reversed(list(self.requests(name))):
+        lines = list(self.requests(name))
+        unfinished = lines[len(lines) // 2 :] if given in ("expired", "cancelled") else []
+        for line in unfinished:
+            failure = {"code": f"batch_{given}", "message": "not in time"}
+            bad.append({"custom_id": line["custom_id"], "response": None, "error": failure})
+        for line in reversed(lines[: len(lines) - len(unfinished)]):
             assert line["url"] == self.batches[name]["endpoint"] == self.expected
             prompt = line["body"]["messages"][-1]["content"]
+            self.answered[prompt] += 1
             response = self.answer(prompt, len(self.batches)) or {
                 "status_code": 200,
                 "body": {
@@ -76,16 +122,21 @@ class BatchServer(ModelServer):
             }
             result = {"custom_id": line["custom_id"], "response": response, "error": None}
             (good if response["status_code"] == 200 else bad).append(result)
-        state = self.batches[name]
-        for key, lines in (("output_file_id", good), ("error_file_id", bad)):
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            state[key] = self.keep(text.encode()) if lines else None
-        if self.end == "failed":
+        for key, results in (("output_file_id", good), ("error_file_id", bad)):
+            text = "".join(json.dumps(line) + "\n" for line in results)
+            state[key] = self.keep(text.encode()) if results else None
+        if given == "failed":
             state["errors"] = {"data": [{"code": "x", "message": self.reason}]}
-        state["status"] = self.end
+        state["request_counts"] |= {"completed": len(good), "failed": len(bad)}
+        state["status"] = given
 
-    async def list(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": list(self.batches.values())})
+    async def list(self, request: web.Request) -> web.Response:
+        states = list(reversed(self.batches.values()))
+        if after := request.query.get("after"):
+            states = states[[state["id"] for state in states].index(after) + 1 :]
+        page = states[: min(self.page, int(request.query.get("limit", 20)))]
+        more = len(states) > len(page)
+        return web.json_response({"object": "list", "data": page, "has_more": more})
 
     async def show(self, request: web.Request) -> web.Response:
         return web.json_response(self.batches[request.match_info["id"]])
@@ -238,3 +289,221 @@ def test_a_provider_without_a_batch_api_is_refused(box):
     )
     assert ended.code == 2
     assert "--batch-api" in ended.err
+
+
+def many(box, count):
+    box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(count)])
+
+
+def codes(box):
+    return [record["code"] for record in box.read("outputs/data.jsonl")]
+
+
+def expected(count):
+    return [f"X = {i}" for i in range(count)]
+
+
+@pytest.mark.slow
+def test_120_000_records_whatever_becomes_of_their_batches(box):
+    with BatchServer(seconds=0.5) as server:
+        # Two batches of 50,000 are too many at once; one is lost, one expires half done.
+        server.queue = 60_000
+        fault = {"status": "failed", "errors": {"data": [{"code": "x", "message": "our fault"}]}}
+        server.ends = {2: fault, 4: "expired"}
+        many(box, 120_000)
+        ended = box.fabe(*command(server), timeout=250)
+        assert ended.code == 0, ended
+        assert codes(box) == expected(120_000)
+        assert set(server.answered.values()) == {1}  # paid for once
+        assert "our fault; sent again" in ended.err
+        assert box.report()["requests"] > 120_000
+        assert not box.report()["failures_by_kind"]
+
+
+def test_several_batches_are_in_flight(box, batches):
+    many(box, 100)
+    batches.seconds = 1.0
+    ended = box.fabe(*command(batches, "--batch-requests", 10, "--batches", 3))
+    assert ended.code == 0, ended
+    assert codes(box) == expected(100)
+    assert len(batches.batches) == 10
+    assert batches.most_running == 3
+
+
+def test_a_queue_that_holds_less_than_a_batch_gets_smaller_ones(box, batches):
+    many(box, 100)
+    batches.queue = 30
+    ended = box.fabe(*command(batches))
+    assert ended.code == 0, ended
+    assert codes(box) == expected(100)
+    sizes = [state["request_counts"]["total"] for state in batches.batches.values()]
+    assert sizes[:2] == [100, 50]
+    assert set(sizes[-4:]) == {25}
+    assert 2 <= ended.err.count("sending it again in") <= 3
+    assert set(batches.answered.values()) == {1}
+
+
+def test_a_line_that_a_batch_is_refused_for_fails_alone(box, batches):
+    error = {"code": "invalid", "message": "line 3 is too long", "line": 3}
+    batches.ends = {0: {"status": "failed", "errors": {"data": [error]}}}
+    many(box, 10)
+    ended = box.fabe(*command(batches))
+    assert ended.code == 1
+    assert codes(box) == [*expected(10)[:2], "x = 2", *expected(10)[3:]]
+    (failure,) = box.read("outputs.failures.jsonl")
+    assert (failure["record"], failure["failure"]) == (2, "rejected")
+    assert failure["message"] == "line 3 is too long"
+    assert len(batches.batches) == 2
+
+
+def test_batches_that_all_fail_stop_the_run(box, batches):
+    batches.end, batches.reason = "failed", "no such model"
+    many(box, 40)
+    ended = box.fabe(*command(batches, "--batch-requests", 10))
+    assert ended.code == 1
+    assert "no such model" in ended.err
+    assert len(batches.batches) == 4  # those in flight, and no more
+    batches.end = "completed"
+    assert box.fabe(*command(batches)).code == 0
+
+
+PHASES = {
+    "before it is sent": lambda server: bool(server.files),
+    "while it runs": lambda server: len(server.batches) >= 2,
+    "when some have ended": lambda server: len(server.batches) >= 4,
+    "while answers are read": lambda server: server.reading,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_kill_in_any_phase_costs_nothing(box, phase):
+    class Slow(BatchServer):
+        reading = False
+
+        async def create(self, request: web.Request) -> web.Response:
+            if phase == "before it is sent" and not self.batches:
+                await asyncio.sleep(1)
+            return await super().create(request)
+
+        async def download(self, request: web.Request) -> web.StreamResponse:
+            data = self.files[request.match_info["id"]]
+            if phase != "while answers are read" or self.reading:
+                return web.Response(body=data)
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write(data[: len(data) // 2])
+            self.reading = True
+            await asyncio.sleep(2)
+            return response
+
+    with Slow(seconds=1.5) as server:
+        many(box, 3000)
+        more = ("--batch-requests", 500, "--batches", 2)
+        process = box.start(*command(server, *more))
+        wait_for(lambda: PHASES[phase](server))
+        box.kill(process)
+        ended = box.fabe(*command(server, *more))
+        assert ended.code == 0, ended
+        assert codes(box) == expected(3000)
+        assert set(server.answered.values()) == {1}
+
+
+def test_open_batches_of_other_data_hold_nothing_up(box):
+    with BatchServer(seconds=60) as server:
+        many(box, 10)
+        process = box.start(*command(server))
+        wait_for(lambda: len(server.batches) == 1)
+        box.kill(process)
+        server.seconds = 0.2
+        box.lines("data.jsonl", [{"code": f"y = {i}"} for i in range(10)])
+        ended = box.fabe(*command(server, "--batches", 1))
+        assert ended.code == 0, ended
+        assert codes(box) == [f"Y = {i}" for i in range(10)]
+        assert server.batches["batch_0"]["status"] == "in_progress"
+        # Nor are they lost.
+        server.finish("batch_0")
+        many(box, 10)
+        assert box.fabe(*command(server)).code == 0
+        assert len(server.batches) == 2
+
+
+def test_batches_are_listed_and_cancelled(box):
+    with BatchServer(seconds=60) as server:
+        server.page = 2
+        many(box, 40)
+        process = box.start(*command(server, "--batch-requests", 10))
+        wait_for(lambda: len(server.batches) == 4)
+        listed = box.fabe("batch", "list")
+        assert listed.code == 0, listed
+        rows = listed.out.splitlines()
+        assert len(rows) == 4
+        assert rows[0].startswith("* batch_3  in_progress  0 of 10  http://")
+        one = box.fabe("batch", "cancel", "batch_3")
+        assert one.out == "batch_3  cancelled\n", one
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert "batch batch_3 was cancelled" in err
+        rest = box.fabe("batch", "cancel", "--all")
+        assert rest.out.splitlines() == [f"batch_{n}  cancelled" for n in (2, 1, 0)], rest
+        server.seconds = 0.2
+        ended = box.fabe(*command(server, "--batch-requests", 10))
+        # Those of the other three are told of first.
+        assert ended.code == 1, ended
+        ended = box.fabe(*command(server, "--batch-requests", 100, "--retry", 5))
+        while ended.code and "was cancelled" in ended.err:
+            ended = box.fabe(*command(server, "--batch-requests", 100))
+        assert ended.code == 0, ended
+        assert codes(box) == expected(40)
+        assert set(server.answered.values()) == {1}
+        assert box.fabe("batch", "list").code == 2  # none is open, and no server is named
+        elsewhere = box.fabe("batch", "list", "--base-url", server.url)
+        assert "  batch_0  cancelled  5 of 10" not in elsewhere.out
+        assert elsewhere.out.count("batch_") == len(server.batches)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["list"], "no batch is open"),
+        (["cancel"], "name the batches"),
+        (["cancel", "b1", "--all"], "name the batches"),
+        (["cancel", "b1", "--base-url", "URL"], "b1: no such batch"),
+        (["list", "--provider", "ollama", "--base-url", "URL"], "ollama has no batches"),
+    ],
+)
+def test_mistakes_about_batches_are_one_line(box, batches, words, said):
+    words = [batches.url if word == "URL" else word for word in words]
+    ended = box.fabe("batch", *words)
+    assert ended.code == 2, ended
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_window_goes_to_the_server_and_a_line_says_how_far_each_is(box):
+    class Windowed(BatchServer):
+        windows: ClassVar[list[str]] = []
+
+        async def create(self, request: web.Request) -> web.Response:
+            body = await request.json()
+            self.windows.append(body["completion_window"])
+            body["completion_window"] = "24h"
+
+            async def changed() -> Any:
+                return body
+
+            request.json = changed  # type: ignore[method-assign]
+            return await super().create(request)
+
+        async def show(self, request: web.Request) -> web.Response:
+            state = self.batches[request.match_info["id"]]
+            if state["status"] == "in_progress":
+                state["request_counts"]["completed"] += 1
+            return await super().show(request)
+
+    with Windowed(seconds=7) as server:
+        many(box, 20)
+        ended = box.fabe(*command(server, "--batch-requests", 10, "--batch-window", "72h"))
+        assert ended.code == 0, ended
+        assert server.windows == ["72h", "72h"]
+        shown = re.search(r"2 batches: batch_0 (\d) of 10, batch_1 \d of 10", ended.err)
+        assert shown, ended

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+from collections import Counter
 
 import pytest
 from aiohttp import web
@@ -11,6 +14,8 @@ from fabe_ds.providers import Endpoint
 from fabe_ds.providers.anthropic import AnthropicProvider
 from fabe_ds.providers.responses import ResponsesProvider
 from fabe_ds.request import AnswerForm, Request, Sampling
+from tests.conftest import wait_for
+from tests.end_to_end.test_batch import BatchServer
 from tests.support.protocols import AnthropicServer, ResponsesServer, failure, refused
 
 SERVERS = {"anthropic": AnthropicServer, "responses": ResponsesServer}
@@ -358,6 +363,78 @@ def test_a_schema_is_enforced_or_told(box, name, enforced):
         assert len(server.bodies) == (4 if enforced else 5)
         told = json.dumps(server.bodies[-1]).count("follows this JSON schema")
         assert told == (0 if enforced else 1)
+
+
+def test_anthropics_batches(box):
+    with AnthropicServer() as server:
+        seen: Counter[str] = Counter()
+
+        def result(prompt: str) -> str:
+            seen[prompt] += 1
+            if prompt.endswith("= 3"):
+                return "errored"
+            return "expired" if prompt.endswith("= 5") and seen[prompt] == 1 else "succeeded"
+
+        server.batch_result = result
+        records(box, 8)
+        ended = box.fabe(*run("anthropic", server, "--batch-api", "--batch-requests", 4))
+        assert ended.code == 1, ended
+        assert codes(box) == ["x = 3" if i == 3 else f"X = {i}" for i in range(8)]
+        assert [len(asked) for asked, _ in server.batches.values()] == [4, 4, 1]
+        (failure,) = box.read("outputs.failures.jsonl")
+        assert (failure["record"], failure["message"]) == (3, "400: never")
+        assert not server.bodies
+
+
+def test_anthropics_batches_are_taken_up_listed_and_cancelled(box):
+    with AnthropicServer() as server:
+        server.batch_seconds = 60
+        records(box, 4)
+        command = run("anthropic", server, "--batch-api")
+        process = box.start(*command)
+        wait_for(lambda: bool(server.batches) and "msgbatch_0" in box_log(box))
+        box.kill(process)
+        listed = box.fabe("batch", "list", "--provider", "anthropic")
+        assert listed.out.startswith("* msgbatch_0  in_progress  http://"), listed
+        server.end("msgbatch_0")
+        ended = box.fabe(*command)
+        assert ended.code == 0, ended
+        assert len(server.batches) == 1
+        box.lines("data.jsonl", [{"code": "y = 1"}])
+        process = box.start(*command)
+        wait_for(lambda: len(server.batches) == 2 and "msgbatch_1" in box_log(box))
+        cancelled = box.fabe("batch", "cancel", "--all", "--provider", "anthropic")
+        assert "msgbatch_1  ended" in cancelled.out, cancelled
+        process.communicate(timeout=60)
+
+
+def box_log(box) -> str:
+    """The names of the batches that are noted."""
+    with contextlib.closing(sqlite3.connect(box.path / ".cache/records.sqlite")) as database:
+        return str(database.execute("SELECT batch FROM batches").fetchall())
+
+
+def test_responses_go_through_openais_batches(box):
+    class Batched(BatchServer):
+        def finish(self, name: str, end: str | None = None) -> None:
+            results = []
+            for line in self.requests(name):
+                assert line["url"] == self.batches[name]["endpoint"] == "/v1/responses"
+                text = line["body"]["input"][-1]["content"].rsplit("\n\n", 1)[-1].upper()
+                part = {"type": "output_text", "text": text}
+                output = [{"type": "message", "content": [part]}]
+                body = {"status": "completed", "output": output}
+                response = {"status_code": 200, "body": body}
+                results.append({"custom_id": line["custom_id"], "response": response})
+            lines = "".join(json.dumps(result) + "\n" for result in results)
+            output_file = self.keep(lines.encode())
+            self.batches[name] |= {"status": "completed", "output_file_id": output_file}
+
+    with Batched() as server:
+        records(box)
+        ended = box.fabe(*run("responses", server, "--batch-api"))
+        assert ended.code == 0, ended
+        assert codes(box) == [f"X = {i}" for i in range(4)]
 
 
 KEYS = {

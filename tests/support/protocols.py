@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ from aiohttp import web
 
 from tests.support.server import Serving, answer_to
 
+RESULTS = ("processing", "succeeded", "errored", "canceled", "expired")
 Answer = Callable[[dict[str, Any]], dict[str, Any] | web.Response]
 
 
@@ -86,8 +89,69 @@ class AnthropicServer(ProtocolServer):
         ]
     )
 
+    batch_seconds = 0.3
+
+    def __init__(self, answer: Answer = lambda body: {}) -> None:
+        super().__init__(answer)
+        self.batches: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
+        self.batch_result: Callable[[str], str] = lambda prompt: "succeeded"
+
     def routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/messages", self.messages)
+        app.router.add_post("/v1/messages/batches", self.create)
+        app.router.add_get("/v1/messages/batches", self.list)
+        app.router.add_get("/v1/messages/batches/{id}", self.show)
+        app.router.add_post("/v1/messages/batches/{id}/cancel", self.cancel)
+        app.router.add_get("/results/{id}", self.results)
+
+    async def create(self, request: web.Request) -> web.Response:
+        asked = (await request.json())["requests"]
+        for each in asked:
+            assert re.fullmatch("[a-zA-Z0-9_-]{1,64}", each["custom_id"])
+            assert not each["params"].get("stream")
+        name = f"msgbatch_{len(self.batches)}"
+        state: dict[str, Any] = {
+            "id": name,
+            "type": "message_batch",
+            "processing_status": "in_progress",
+            "request_counts": dict.fromkeys(RESULTS, 0) | {"processing": len(asked)},
+            "cancel_initiated_at": None,
+            "results_url": None,
+        }
+        self.batches[name] = (asked, state)
+        asyncio.get_running_loop().call_later(self.batch_seconds, self.end, name)
+        return web.json_response(state)
+
+    def end(self, name: str) -> None:
+        state = self.batches[name][1]
+        state |= {"processing_status": "ended", "results_url": f"{self.root}/results/{name}"}
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        state = self.batches[request.match_info["id"]][1]
+        state["cancel_initiated_at"] = "2026-01-01T00:00:00Z"
+        self.end(state["id"])
+        return web.json_response(state)
+
+    async def show(self, request: web.Request) -> web.Response:
+        return web.json_response(self.batches[request.match_info["id"]][1])
+
+    async def list(self, _: web.Request) -> web.Response:
+        states = [state for _, state in reversed(self.batches.values())]
+        return web.json_response({"data": states, "has_more": False, "last_id": None})
+
+    async def results(self, request: web.Request) -> web.Response:
+        lines = []
+        for each in reversed(self.batches[request.match_info["id"]][0]):
+            prompt = each["params"]["messages"][-1]["content"]
+            kind = self.batch_result(prompt)
+            result: dict[str, Any] = {"type": kind}
+            if kind == "succeeded":
+                result["message"] = self.message(each["params"], {})
+            elif kind == "errored":
+                error = {"type": "invalid_request_error", "message": "never"}
+                result["error"] = {"type": "error", "error": error, "request_id": None}
+            lines.append(json.dumps({"custom_id": each["custom_id"], "result": result}) + "\n")
+        return web.Response(text="".join(lines))
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         given = await self.taken(request)
@@ -99,8 +163,14 @@ class AnthropicServer(ProtocolServer):
         assert {turn["role"] for turn in body["messages"]} <= {"user", "assistant"}
         if isinstance(given, web.Response):
             return given
+        message = self.message(body, given)
+        if not body.get("stream"):
+            return web.json_response(message)
+        return await events(request, list(self.stream(message)))
+
+    def message(self, body: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         text = answer_to(body["messages"][-1]["content"])
-        message = {
+        return {
             "id": "msg_1",
             "type": "message",
             "role": "assistant",
@@ -116,9 +186,6 @@ class AnthropicServer(ProtocolServer):
             },
             **given,
         }
-        if not body.get("stream"):
-            return web.json_response(message)
-        return await events(request, list(self.stream(message)))
 
     def stream(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         """The message as events; its usage comes cumulated."""
