@@ -1,4 +1,7 @@
-"""Serves a GGUF with llama.cpp (xllamacpp) on a free port; prints its address; SIGTERM ends it."""
+"""Serves a GGUF with llama.cpp (xllamacpp); prints its address when it is loaded; SIGTERM ends it.
+
+It answers at its port from the start: 503, while the model is loading.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ import threading
 import xllamacpp
 
 
-def main(model: str, slots: int) -> None:
+def main(model: str, slots: int = 4, port: int = 0, template: str = "") -> None:
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.hostnames = ["127.0.0.1"]
-    params.port = 0
+    params.port = port
+    if template:
+        params.chat_template, params.use_jinja = template, True
     params.n_parallel = slots
     params.n_ctx = 2048 * slots
     params.verbosity = -1
@@ -29,4 +34,5 @@ def main(model: str, slots: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 4)
+    words = sys.argv[1:]
+    main(words[0], *map(int, words[1:3]), *words[3:])
