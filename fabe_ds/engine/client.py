@@ -37,8 +37,11 @@ log = logging.getLogger(__name__)
 BODY_LIMIT = 32 << 20
 HEADER_LIMIT = 256 << 10
 CONNECT_SECONDS = 10.0
-FLEX, FLEX_SECONDS = "flex", 900.0
-"""The tier that waits, and how long an answer may take. Source: OpenAI, "Flex processing"."""
+AUTO, FLEX, FLEX_SECONDS = "auto", "flex", 900.0
+"""The tier that the server chooses, the one that waits, and how long its answers may take.
+
+Source: OpenAI's guide, "Flex processing".
+"""
 TIER = "service_tier"
 _PARAMETER_STATUSES = (400, 422)
 
@@ -69,6 +72,7 @@ class HttpClient:
             self._learned |= memory.learned(*self._endpoint)
             self.proven = bool(self._learned.pop("answered", ""))
         self._answered_before = self.proven
+        self._has_told_tier = False
         self._answered_at: float | None = None  # on the monotonic clock: the latest answer
         if policy.stream == "on":
             self._learned[STREAM] = "true"
@@ -221,7 +225,22 @@ class HttpClient:
         if end_of(completion.finish_reason) is End.FAULT:
             message = f"the server broke the answer off (finish reason {completion.finish_reason})"
             return Verdict("retry", "server", message)
+        self._compare_tier(payload)
         return completion
+
+    def _compare_tier(self, payload: Mapping[str, Any]) -> None:
+        """Says, once, that the server has answered in another tier than it was asked for."""
+        asked, given = self._policy.service_tier, payload.get(TIER)
+        if asked in (None, AUTO, given) or not isinstance(given, str) or self._has_told_tier:
+            return
+        self._has_told_tier = True
+        log.warning(
+            "%s: it answers in the tier %s, not %s; costs are counted as of %s",
+            self.provider.address,
+            given,
+            asked,
+            asked,
+        )
 
     def _with_lesson(
         self,

@@ -20,6 +20,7 @@ from fabe_ds.network import without_secrets
 from fabe_ds.remote import url_of
 from fabe_ds.report.result import RunResult
 from fabe_ds.version import __version__
+from fabe_ds.who_answers import Fallback
 
 REPORT_VERSION = 2
 """Of the report's layout. Reports without a version are of layout 1, which lacked nothing of 2."""
@@ -130,6 +131,10 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     found = {name: text for name, text in config.headers.items() if text.startswith("env:")}
     settings["headers"] = found
     urls = list(map(without_secrets, config.base_url))
+    settings["fallback_models"] = [
+        model if url is None else f"{model}@{without_secrets(url)}"
+        for model, url in map(Fallback.parse, config.fallback_models)
+    ]
     settings["base_url"] = urls if len(urls) > 1 else next(iter(urls), None)
     for name, value in settings.items():
         if isinstance(value, Path) or (name in MAYBE_FILES and isinstance(value, str)):

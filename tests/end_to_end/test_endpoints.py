@@ -209,6 +209,19 @@ def test_a_list_in_yaml_and_what_a_dry_run_and_the_doctor_say(box, two):
     assert "nothing answers at http://127.0.0.1:1/v1/models" in doctor.out
 
 
+def test_two_of_ollama(box):
+    with ModelServer(latency=0.05) as one, ModelServer(latency=0.05) as other:
+        records(box)
+        ended = box.fabe(
+            *("run", "--input", "data.jsonl", "--instruction", "Up", "--provider", "ollama"),
+            *("--model", "llama3", "--base-url", one.root, "--base-url", other.root),
+        )
+        assert ended.code == 0, ended
+        assert answers(box) == expected()
+        assert len(one.calls) + len(other.calls) == N
+        assert min(len(one.calls), len(other.calls)) > N / 4
+
+
 MAPPED = """
 import sys, json, datasets, fabe_ds
 if __name__ == "__main__":

@@ -152,6 +152,17 @@ def test_another_address_has_its_own_key_and_the_runs_stays_at_home(box):
         assert "k-away" not in ended.err + ended.out
 
 
+def test_a_password_in_an_address_is_not_written_down(box, models):
+    records(box)
+    where = models.url.replace("http://", "http://user:hush@")
+    ended = box.fabe(*run(models, "--fallback-model", f"big@{where}"))
+    assert ended.code == 0, ended
+    assert codes(box) == EXPECTED
+    assert "hush" not in ended.err + ended.out
+    written = [path for path in box.path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not [path for path in written if b"hush" in path.read_bytes()]
+
+
 def test_a_model_here_turns_to_a_server(box, talkative):
     # Its answers are always cut.
     with ModelServer(by_model) as away:

@@ -215,6 +215,28 @@ def test_equal_records_are_sampled_apart(box, two_nodes):
     assert values[0] == values[1]
 
 
+def test_several_servers_and_models(box, two_nodes):
+    async def behave(call):
+        is_small = call.body["model"] == "m" and call.prompt.endswith("0")
+        return completion(call, "cut", "length") if is_small else None
+
+    with ModelServer(behave, latency=0.02) as one, ModelServer(behave, latency=0.02) as other:
+        box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(60)])
+        where = ("--base-url", one.url, "--base-url", other.url)
+        more = ("--fallback-model", f"big@{one.url}", "--status-field", "state")
+        command = openai_run(one, *where, "--concurrency", 4, *RAY, "--ray-address", two_nodes)
+        ended = box.fabe(*command, *more, FALLBACK_API_KEY="sk-other")
+        assert ended.code == 0, ended
+        rows = box.read("outputs/data.jsonl")
+        assert [row["code"] for row in rows] == [f"X = {i}" for i in range(60)]
+        models = [row["state"]["model"] for row in rows]
+        assert models == ["m" if i % 10 else "big" for i in range(60)]
+        assert other.calls
+        keys = {c.headers.get("Authorization") for c in one.calls if c.body["model"] == "big"}
+        assert keys == {"Bearer sk-other"}
+        assert len(one.calls) + len(other.calls) == 66
+
+
 def test_in_place(box, two_nodes, server):
     box.lines("data.jsonl", records(50))
     assert box.fabe(*joined(server, two_nodes, "--inplace")).code == 0

@@ -83,6 +83,20 @@ def test_a_tier_has_its_price_and_is_no_part_of_the_key(box):
         assert "service_tier" not in server.calls[-1].body
 
 
+def test_another_tier_than_was_asked_for_is_said_once(box):
+    async def behave(call: Call) -> web.StreamResponse:
+        text = answer_to(call.prompt)
+        choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        return web.json_response({"choices": [choice], "service_tier": "default"})
+
+    with ModelServer(behave) as server:
+        records(box)
+        ended = box.fabe(*run(server, "--service-tier", "flex"))
+        assert ended.code == 0
+        assert ended.err.count("it answers in the tier default, not flex") == 1
+        assert "tier" not in box.fabe(*run(server, "--service-tier", "auto", "--no-resume")).err
+
+
 WRONG = {
     "a model that is in no list": (["--prices", "auto"], "nobody", "no price of 'nobody'"),
     "a tier that has no price": (
