@@ -51,6 +51,11 @@ class Escalation:
             outcomes[place] = outcome._replace(model=model)
         runtime.tell(stats)
 
+    def begin(self) -> None:
+        """A new pass over records."""
+        for _, runtime in self._models:
+            runtime.begin()
+
     def close(self) -> None:
         for _, runtime in self._models:
             runtime.close()

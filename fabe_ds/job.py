@@ -61,5 +61,5 @@ def checked_transform(config: RunConfig) -> Transform:
     """The transform of a run whose settings go together. Raises: FabeError."""
     transform = Transform(config)
     rules.check(config, transform.provider)
-    transform.prices()  # one that is missing is said now
+    transform.session.prices()  # one that is missing is said now
     return transform

@@ -65,6 +65,10 @@ class Judge:
             return error
         return Request(item.text, prompt, None, self._sampling, item.chat, item.language)
 
+    def begin(self) -> None:
+        """A new pass over records."""
+        self._runtime.begin()
+
     def close(self) -> None:
         self._runtime.close()
 

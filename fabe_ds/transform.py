@@ -7,11 +7,8 @@ import inspect
 import json
 import logging
 import os
-import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +17,23 @@ import pyarrow as pa
 from fabe_ds.answers import by_record, flat_table, tolerant
 from fabe_ds.config import rules
 from fabe_ds.config.load import by_name, signature_of, validated
-from fabe_ds.config.sections import SECRETS, BudgetSettings
+from fabe_ds.config.sections import SECRETS
 from fabe_ds.config.settings import TransformConfig, setting
-from fabe_ds.engine.budget import Budget, budget_of
-from fabe_ds.engine.prices import BATCH, FREE, Price, is_auto, read_price
 from fabe_ds.engine.runtime import Runtime, open_cache
 from fabe_ds.errors import FabeError, RecordFailed, UsageError
-from fabe_ds.escalation import ESCALATED, Escalation
 from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import BROKEN, Row, without
 from fabe_ds.formats.json.load import SCHEMA
 from fabe_ds.identity import FALLBACK_IDENTITIES, SYSTEM_TEMPLATE, digest_of, jobs_of, spec_of
-from fabe_ds.judging import Judge
-from fabe_ds.prompts.acceptance import acceptance, asking_again
 from fabe_ds.prompts.asking import Asking, Texts, texts_of
 from fabe_ds.prompts.checks import build_check
 from fabe_ds.prompts.template import load_chat_template
-from fabe_ds.providers import HttpProvider, Provider, Request, provider_class
+from fabe_ds.providers import Provider, Request, provider_class
 from fabe_ds.request import LEAVE, Item, Outcome, Stats
+from fabe_ds.session import Session
 from fabe_ds.store.completions import Completions
 from fabe_ds.version import TRANSFORM_VERSION
-from fabe_ds.who_answers import Fallback, Providers, base_urls_of
+from fabe_ds.who_answers import Providers, base_urls_of
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -108,32 +101,18 @@ class Transform:
         checks = [build_check(spec) for spec in config.validate_with]
         self._checks_record = any(check.needs_record for check in checks)
         self.config = config
-        self._open_cache = open_cache
         self.texts = texts or texts_of(config)
         self._asking = Asking(config, self.texts, self._provider_class.takes_forms)
-        self._runtime: Runtime | None = None
-        self._judge: Judge | None = None
-        self._escalation: Escalation | None = None
-        self._budget = budget_of(config.part(BudgetSettings))
-        self._opening = (os.getpid(), threading.Lock())  # threads may call for the first time
-        self._rank = 0
         self._chat_template = load_chat_template(config.chat_template)
         self.providers = Providers(config, self.texts, self._chat_template)
-        self.provider = self._build_provider()
-
-    def _build_provider(self) -> Provider:
-        return self.providers.build(self._rank)
-
-    @property
-    def fallbacks(self) -> list[Fallback]:
-        """Who is asked where the run's own model gave no good answer, in order."""
-        return list(map(Fallback.parse, self.config.fallback_models))
+        judging = self._asking.judging if self.texts.judge is not None else None
+        self.session = Session(config, self.providers, judging, open_cache)
 
     # Identity: what is pickled, hashed by datasets, and shipped to workers.
 
     def spec(self) -> str:
         """All that can change what comes out, as canonical JSON."""
-        asked = (self.provider, *(self.providers.fallback(each) for each in self.fallbacks))
+        asked = [self.provider, *map(self.providers.fallback, self.session.fallbacks)]
         return spec_of(self.config, self.texts, self._chat_template, asked)
 
     def digest(self) -> str:
@@ -145,8 +124,7 @@ class Transform:
         return jobs_of(self.spec(), self.provider)
 
     def __reduce__(self) -> tuple[Callable[..., Transform], tuple[str, int]]:
-        if self._runtime is not None:
-            self._runtime.coalescer.begin()  # datasets pickles its callable when a map begins
+        self.session.begin()  # datasets pickles its callable when a map begins
         spec = self.spec()
         self._leave_runtime(hashlib.sha256(spec.encode()).hexdigest()[:16])
         return _rebuild, (spec, TRANSFORM_VERSION)
@@ -172,116 +150,27 @@ class Transform:
     # The work.
 
     @property
+    def provider(self) -> Provider:
+        """Who answers."""
+        return self.session.provider
+
+    @property
     def runtime(self) -> Runtime:
-        """What is open in this process: cache and engine. Never shared with a forked child."""
-        if self._opening[0] != os.getpid():  # a lock that another thread held at a fork stays shut
-            self._opening = (os.getpid(), threading.Lock())
-        with self._opening[1]:
-            if self._runtime is None or self._runtime.pid != os.getpid():
-                if self._runtime is not None:
-                    self.provider = self._build_provider()
-                self._runtime = Runtime(
-                    self.config,
-                    self.provider,
-                    self._open_cache,
-                    acceptance(self.config, self.provider),
-                    asking_again(self.config),
-                    self._budget_for(self.provider),
-                    ESCALATED if self.config.fallback_models else (),
-                )
-                weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
-            return self._runtime
+        """What asks the run's own model in this process: cache and engine."""
+        return self.session.runtime
 
     @property
     def stats(self) -> Stats:
         """Counts so far in this process."""
-        return self._runtime.stats if self._runtime else Stats()
+        return self.session.stats
 
     def close(self) -> None:
         """Closes what is open in this process."""
-        if self._runtime is not None:
-            self._runtime.close()
-        for beside in (self._judge, self._escalation):
-            if beside is not None:
-                beside.close()
-        self._runtime = self._judge = self._escalation = None
-
-    @property
-    def judge(self) -> Judge | None:
-        """Who gives answers a score, where the run picks the best of several so."""
-        if self.texts.judge is None:
-            return None
-        _ = self.runtime  # which takes care of a forked child, too
-        with self._opening[1]:
-            if self._judge is None:
-                config, provider = self.config, self.provider
-                if config.judge_model not in (None, config.model):
-                    provider = self.providers.build(self._rank, config.judge_model)
-                judging = self._asking.judging
-                budget = self._budget_for(provider)
-                self._judge = Judge(config, provider, self._open_cache, judging, budget)
-                weakref.finalize(self, self._judge.close)
-        return self._judge
-
-    @property
-    def escalation(self) -> Escalation | None:
-        """The models that are asked where the run's own gave no good answer."""
-        if not self.config.fallback_models:
-            return None
-        _ = self.runtime  # which takes care of a forked child, too
-        with self._opening[1]:
-            if self._escalation is None:
-                each = enumerate(self.fallbacks)
-                models = [(wanted.model, self._aside(wanted, n)) for n, wanted in each]
-                group = BATCH_GROUP if self.config.batch_api else GROUP
-                self._escalation = Escalation(models, group)
-                weakref.finalize(self, self._escalation.close)
-        return self._escalation
-
-    def _aside(self, wanted: Fallback, number: int) -> Runtime:
-        """Asks a fallback model."""
-        config, provider = self.config, self.providers.fallback(wanted, self._rank)
-        return Runtime(
-            config,
-            provider,
-            self._open_cache,
-            acceptance(config, provider),
-            asking_again(config),
-            self._budget_for(provider),
-            tolerated=ESCALATED,
-            name=f"-fallback-{number}",
-        )
-
-    def _budget_for(self, provider: Provider) -> Budget:
-        """The run's budget, of which each model takes its part at its own price."""
-        return self._budget.at(self._price(provider))
-
-    def _price(self, provider: Provider) -> Price:
-        """Raises: UsageError where a price is needed that is not known."""
-        config, model = self.config, provider.endpoint.model
-        if config.prices is None and config.max_cost is None:
-            return FREE
-        if not isinstance(provider, HttpProvider):
-            is_known = config.prices is not None and not is_auto(config.prices)
-            return read_price(config.prices, model) if is_known else FREE
-        tier = BATCH if config.batch_api else config.service_tier
-        return read_price(config.prices, model, provider.base_url, tier)
-
-    def prices(self) -> list[Price]:
-        """Those of all models that may be asked, the run's own first. Raises: UsageError."""
-        asked = [self.provider, *map(self.providers.fallback, self.fallbacks)]
-        if self.config.judge_model is not None:
-            asked.append(self.providers.build(self._rank, self.config.judge_model))
-        return list(map(self._price, asked))
+        self.session.close()
 
     def answers(self, items: Iterable[Item]) -> Iterator[Outcome]:
         """The outcomes of items, in order. Raises: RunStopped, CacheError."""
-        ask = self.runtime.outcomes
-        if (escalation := self.escalation) is not None:
-            ask = partial(escalation.answered, ask=ask, stats=self.runtime.stats)
-        if (judge := self.judge) is not None:
-            return judge.scored(items, ask, self.runtime.stats)
-        return ask(items)
+        return self.session.answers(items)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], *more: Any) -> dict[str, list[Any]]:
         """One batch of a Dataset: the columns that change, or, of a carrier that `load_records`
@@ -307,10 +196,8 @@ class Transform:
 
     def use_rank(self, rank: int | None) -> None:
         """Takes the device of a process's rank, where several share the work."""
-        if rank is not None and rank != self._rank:
-            self.close()
-            self._rank = rank
-            self.provider = self._build_provider()
+        if rank is not None:
+            self.session.use_rank(rank)
 
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """The outcomes of all that the rows ask for, in order. Raises: RunStopped, CacheError."""

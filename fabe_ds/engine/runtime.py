@@ -145,6 +145,10 @@ class Runtime:
                 yield outcome
         raise RunStopped("stopped; what was answered is kept")
 
+    def begin(self) -> None:
+        """A new pass over records: what failed is sent again, samples are numbered anew."""
+        self.coalescer.begin()
+
     def tell(self, stats: Stats) -> None:
         """Adds what was sent since the last time to the counts of a run that this is a part of."""
         mine = self.stats

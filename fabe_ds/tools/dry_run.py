@@ -111,7 +111,7 @@ def _estimate(job: Job, seen: DryRun) -> None:
     seen.most_completion_tokens = config.max_new_tokens * tokens.requests
     if config.prices is not None:
         each = math.ceil(tokens.total / tokens.requests)
-        cost = job.transform.prices()[0].cost(each, config.max_new_tokens)
+        cost = job.transform.session.prices()[0].cost(each, config.max_new_tokens)
         seen.most_cost = cost * tokens.requests
 
 
@@ -123,7 +123,7 @@ class _Counter:
         self._keys: set[bytes] = set()
         if transform.provider.cached:
             seen.tokens = PromptTokens(transform.provider)
-        fallbacks = map(transform.providers.fallback, transform.fallbacks)
+        fallbacks = map(transform.providers.fallback, transform.session.fallbacks)
         self._sorters = [
             Coalescer(
                 provider,

@@ -75,7 +75,7 @@ def preview(config: RunConfig, count: int) -> Preview:
         transform.close()
     seconds = time.monotonic() - started
     shown = [(*pair, outcome) for pair, outcome in zip(asked, outcomes, strict=False)]
-    estimates = list(_estimates(config, outcomes, seconds, counts, transform.prices()[0]))
+    estimates = list(_estimates(config, outcomes, seconds, counts, transform.session.prices()[0]))
     return Preview(shown, seconds, counts, estimates, stopped)
 
 

@@ -195,7 +195,7 @@ def test_a_transform_that_was_stopped_leaves_no_cycle_behind(tmp_path):
     with ModelServer(refusing(401)) as server:
         fn = transform(tmp_path, server)
         assert isinstance(mapped(fn), FabeError)
-        runtime = fn._runtime
+        runtime = fn.session._runtime
         del fn
         gc.collect()
         wait_for(lambda: runtime.closed, 5)
