@@ -4,8 +4,8 @@
 
 Each server is a process of its own that works on 64 requests at once, 100 ms each, and lets more
 wait. One is asked with --concurrency 64, two with 128. Of "a tenth escalated", one answer in ten
-is cut and another model asked (--fallback-model), so 0.91 is the most there is. The rate is that of the
-whole command less the time that a run of 100 records takes. "sent twice" are requests that came
+is cut and another model asked (--fallback-model), so 0.91 is the most there is. The rate is that of
+the whole command less the time that a run of 100 records takes. "sent twice" are requests that came
 again, to either server; what a killed server had in flight may be among them, and nothing else.
 """
 
