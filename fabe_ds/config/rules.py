@@ -5,11 +5,12 @@ Asked before anything is read or sent, by runs, dry runs and `transform_fn` alik
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from typing import Protocol
 
-from fabe_ds.config.settings import RunConfig, TransformConfig, flag
+from fabe_ds.config.settings import VERY_NEAR, RunConfig, TransformConfig, flag
 from fabe_ds.errors import UsageError
 from fabe_ds.fields import FieldPath, Items, is_in_list, is_several, parse_path
 
@@ -245,6 +246,7 @@ def remark(config: RunConfig, provider: ProviderFacts) -> None:
     """Says which settings have no effect, and what a person may not have meant."""
     _say_system_prompt(config, provider)
     _say_short(config)
+    _say_key(config)
     if config.runner != "ray":
         _say_idle(config, _OF_RAY, "--runner ray")
     if config.push_to_hub is None:
@@ -255,6 +257,11 @@ def remark(config: RunConfig, provider: ProviderFacts) -> None:
 
 def _say_system_prompt(config: RunConfig, provider: ProviderFacts) -> None:
     """Says that the system prompt is the one for code, where it may be none of the user's."""
+    if config.context and "system_prompt" in config.model_fields_set:
+        log.warning(
+            "--system-prompt has no effect with --context turns: the instruction is the system "
+            "prompt"
+        )
     if "system_prompt" in config.model_fields_set or not provider.cached or config.context:
         return
     names = [name.rpartition(".")[2] for name in config.targets.names]
@@ -264,6 +271,21 @@ def _say_system_prompt(config: RunConfig, provider: ProviderFacts) -> None:
             "for none",
             config.system_prompt,
         )
+
+
+def _say_key(config: RunConfig) -> None:
+    """Says that the whole answer goes into a field whose name is nearly that of a part of it."""
+    if config.response_format is None or config.targets.keyed:
+        return
+    keys = list(config.response_format.get("properties") or ())
+    for name in config.output_fields:
+        if near := difflib.get_close_matches(name, keys, 1, VERY_NEAR):
+            log.warning(
+                "--output-field %s: the --response-format has no such key, so it takes the whole "
+                "answer; did you mean %s?",
+                name,
+                near[0],
+            )
 
 
 def _say_short(config: RunConfig) -> None:

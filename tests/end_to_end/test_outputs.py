@@ -238,6 +238,37 @@ def test_what_failed_is_no_answer_to_who_skips_those_that_are_there(box, server,
     assert [rows[index]["ans"] for index in ASKED] == [CODES[index].upper() for index in ASKED]
 
 
+@pytest.mark.parametrize("more", [["--status-field", "st"], ["--samples-field", "all"]])
+def test_records_that_take_no_fields_stay_where_bad_input_is_skipped(box, more):
+    box.write("data.jsonl", '{"code":"x"}\n[1,2]\n{"code":"y"}\n3\n')
+    command = ["run", "--input", "data.jsonl", "--provider", "echo", *more]
+    command += ["--samples", 2] if "all" in more else []
+    ended = box.fabe(*command)
+    assert ended.code == 2
+    assert "--on-bad-input skip" in ended.err
+    ended = box.fabe(*command, "--on-bad-input", "skip")
+    assert ended.code == 0, ended
+    lines = (box.path / "outputs/data.jsonl").read_text().splitlines()
+    assert (lines[1], lines[3]) == ("[1,2]", "3")
+    assert all(more[1] in json.loads(line) for line in lines[::2])
+
+
+def test_a_name_that_is_nearly_a_key_is_said(box, server):
+    box.lines("data.jsonl", [{"code": "x"}])
+    box.write("s.json", json.dumps({"type": "object", "properties": {"summary": {}}}))
+    more = ["--response-format", "s.json", "--output-field", "sumary", "--dry-run"]
+    ended = box.fabe(*openai_run(server, *more))
+    assert "did you mean summary?" in ended.err
+
+
+def test_a_system_prompt_that_turns_pass_over_is_said(box, server):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    box.lines("data.jsonl", [{"messages": turns}])
+    more = ["--field", "messages[role=assistant].content", "--context", "turns", "--dry-run"]
+    ended = box.fabe(*openai_run(server, *more, "--system-prompt", "Be brief"))
+    assert "--system-prompt has no effect with --context turns" in ended.err
+
+
 def test_caps_count_what_the_judge_is_asked(box, server):
     box.write("judge.j2", "Rate {{ answer }}")
 

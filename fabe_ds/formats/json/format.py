@@ -122,9 +122,13 @@ class JsonFormat(Format):
         readable = pc.is_null(table.column("error"))
         groups = target_columns(len(self.targets.names))
         objects = pc.starts_with(table.column("raw"), "{") if self.targets.gained else readable
-        if pc.any(pc.and_not(readable, objects)).as_py():
+        odd = pc.and_not(readable, objects)
+        if self.settings.input.on_bad_input == "fail" and pc.any(odd).as_py():
             flag = self.flag_of(self.targets.gained[0])
-            raise UsageError(f"{flag}: there are records that are no objects, and take no fields")
+            raise UsageError(
+                f"{flag}: there are records that are no objects, and take no fields; "
+                "--on-bad-input skip leaves them as they are"
+            )
         for name, path, backup, group in zip(
             self.targets.names, self.targets.paths, self.targets.backup_keys, groups, strict=False
         ):

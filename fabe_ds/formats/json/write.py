@@ -119,7 +119,8 @@ def rows_with_answers(records: Records, answers: Answers) -> Iterator[EditedReco
             if name in gained and place[0] >= 0:  # as an earlier run in place has left it
                 value = Json(dumped(gained.pop(name), row[_RAW]))
                 changes.append((place[0], place[1], "", value))
-        yield _record_of(row, changes, {} if broken else gained, placed)
+        takes_fields = not broken and row[_RAW].startswith("{")
+        yield _record_of(row, changes, gained if takes_fields else {}, placed)
 
 
 Place = tuple[int, tuple[Any, ...]]
