@@ -69,6 +69,10 @@ class MalformedResponse(FabeError):
     """A server's answer that does not follow its protocol; worth another try."""
 
 
+READING_FAULTS = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+"""What reading an answer may raise that is not as its protocol has it."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line an error has to say, else its name: libraries write many."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,6 +11,7 @@ from functools import partial
 from fabe_ds.config.sections import BudgetSettings
 from fabe_ds.config.settings import TransformConfig
 from fabe_ds.engine.budget import Budget, budget_of
+from fabe_ds.engine.lessons import TIER
 from fabe_ds.engine.prices import BATCH, FREE, Price, is_auto, read_price
 from fabe_ds.engine.runtime import Runtime
 from fabe_ds.escalation import ESCALATED, Escalation
@@ -66,12 +67,12 @@ class Session:
         """Who asks the run's own model."""
         with self._lock():
             if self._runtime is None:
-                tolerated = ESCALATED if self.fallbacks else ()
-                self._runtime = self._opened(self.provider, tolerated)
+                self._runtime = self._opened(self.provider, is_last=not self.fallbacks)
                 weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
             return self._runtime
 
-    def _opened(self, provider: Provider, tolerated: tuple[str, ...], name: str = "") -> Runtime:
+    def _opened(self, provider: Provider, name: str = "", is_last: bool = True) -> Runtime:
+        """`is_last`: nobody is asked behind it."""
         config = self._config
         return Runtime(
             config,
@@ -80,8 +81,9 @@ class Session:
             acceptance(config, provider),
             asking_again(config),
             self._budget_for(provider),
-            tolerated,
+            ESCALATED if self.fallbacks else (),
             name,
+            passes_on=not is_last,
         )
 
     @property
@@ -106,11 +108,12 @@ class Session:
             return None
         with self._lock():
             if self._escalation is None:
-                models = [
-                    (wanted.model, self._opened(provider, ESCALATED, f"-fallback-{number}"))
-                    for number, wanted in enumerate(self.fallbacks)
-                    for provider in [self._providers.fallback(wanted, self._rank)]
-                ]
+                models = []
+                for number, wanted in enumerate(self.fallbacks, 1):
+                    provider = self._providers.fallback(wanted, self._rank)
+                    is_last = number == len(self.fallbacks)
+                    opened = self._opened(provider, f"-fallback-{number}", is_last)
+                    models.append((wanted.model, opened))
                 group = BATCH_GROUP if self._config.batch_api else GROUP
                 self._escalation = Escalation(models, group)
                 weakref.finalize(self, self._escalation.close)
@@ -175,5 +178,6 @@ class Session:
         if not isinstance(provider, HttpProvider):
             is_known = config.prices is not None and not is_auto(config.prices)
             return read_price(config.prices, model) if is_known else FREE
-        tier = BATCH if config.batch_api else config.service_tier
+        given = config.service_tier or config.given_params.get(TIER)
+        tier = BATCH if config.batch_api else given
         return read_price(config.prices, model, provider.base_url, tier)

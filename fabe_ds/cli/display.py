@@ -32,7 +32,8 @@ def print_dry_run(seen: Any) -> None:
     )
     if seen.tokens is not None and seen.tokens.requests:
         total = seen.tokens.total
-        cost = "" if seen.most_cost is None else f"; cost {seen.most_cost:.4g} at most"
+        more = ", fallback models not counted" if seen.has_fallbacks else ""
+        cost = "" if seen.most_cost is None else f"; cost {seen.most_cost:.4g} at most{more}"
         print(
             f"about {total:,} prompt tokens ({seen.tokens.how}), at most "
             f"{seen.most_completion_tokens:,} completion tokens{cost}"

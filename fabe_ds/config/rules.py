@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 _CODE = re.compile(r"code|source|script|func|program|solution|snippet|impl|sql|patch|diff", re.I)
 """Names of fields that hold code."""
 _OF_PUSHES = ("public", "revision", "push_config_name", "force", "push_failures")
+_OF_BATCHES = ("batches", "batch_requests", "batch_window")
+_at_an_address = re.compile(r".+?@https?://[^/\s]\S*", re.IGNORECASE)
+_no_model = re.compile(r"@$|://|@(localhost|[\d.]+):\d", re.IGNORECASE)
+"""What MODEL@BASE_URL was meant to be, and is not."""
 _OF_RAY = ("ray_address", "workers", "gpus_per_worker")
 _OF_LOCAL_MODELS = ("base_model", "chat_template")
 
@@ -52,8 +56,20 @@ def check_transform(config: TransformConfig, provider: ProviderFacts) -> None:
     _check_fields(config)
     _check_outputs(config)
     _check_form(config)
-    if len(set(config.base_url)) < len(config.base_url):
+    if not all(map(str.strip, config.base_url)):
+        raise UsageError("--base-url: an empty one; leave it out, or name the server")
+    if len({url.rstrip("/") for url in config.base_url}) < len(config.base_url):
         raise UsageError("--base-url: one is given twice")
+    for name in config.fallback_models:
+        if not _at_an_address.fullmatch(name) and (not name.strip() or _no_model.search(name)):
+            raise UsageError(
+                f"--fallback-model {name}: write MODEL or MODEL@BASE_URL, as in "
+                "big@https://api.openai.com/v1"
+            )
+        if name == config.model:
+            raise UsageError(f"--fallback-model {name}: it is the run's own model")
+    if config.service_tier is not None and "service_tier" in config.given_params:
+        raise UsageError("--service-tier and --param service_tier are one setting")
     for name in provider.lacks:
         if getattr(config, name) not in (None, []):
             raise UsageError(f"{flag(name)}: {config.provider} has no such parameter")
@@ -251,6 +267,11 @@ def remark(config: RunConfig, provider: ProviderFacts) -> None:
         _say_idle(config, _OF_RAY, "--runner ray")
     if config.push_to_hub is None:
         _say_idle(config, _OF_PUSHES, "--push-to-hub")
+    for name in _OF_BATCHES:
+        if name in config.model_fields_set and not config.batch_api:
+            log.warning("%s has no effect without --batch-api", flag(name))
+    if config.fallback_api_key is not None and not config.fallback_models:
+        log.warning("--fallback-api-key has no effect without --fallback-model")
     if config.input_glob and config.input_path is not None and config.input_path.is_file():
         log.warning("--glob has no effect: %s is one file", config.input_path)
 

@@ -409,6 +409,7 @@ class PolicySettings(Section):
         "Execution",
         "How the server ranks the requests: flex (cheaper, and waits), priority, or another of its "
         "own words.",
+        pattern=r"^\S+$",
     )
     batches: int = setting_field("Execution", "Batches in flight at once (--batch-api).", 4, gt=0)
     batch_requests: int | None = setting_field(
@@ -417,7 +418,10 @@ class PolicySettings(Section):
         gt=0,
     )
     batch_window: str = setting_field(
-        "Execution", "Time within which the server is to be done with a batch.", "24h"
+        "Execution",
+        "Time within which the server is to be done with a batch.",
+        "24h",
+        pattern=r"^\S+$",
     )
     rpm: float | None = setting_field("Execution", "Maximum requests per minute.", gt=0)
     tpm: float | None = setting_field(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
@@ -24,6 +25,7 @@ from fabe_ds.engine.batch_api import (
     WAIT_MOST,
     WAIT_SECONDS,
     BatchState,
+    Refusal,
     batch_client,
 )
 from fabe_ds.engine.budget import Budget
@@ -41,6 +43,7 @@ CHUNK, STORED = 1000, 500
 """Items that are looked up together, and answers that are stored together."""
 WAIT_GROWTH = 1.5
 _STATES_SHOWN = 3
+_is_key = re.compile("[0-9a-f]{64}")
 _TAKEN = ("in_progress", "finalizing")
 """What is said of a batch that has found its place in the queue."""
 
@@ -79,8 +82,7 @@ class BatchEngine:
         self.coalescer, self.policy, self.cache = coalescer, policy, coalescer.cache
         self._stats, self._budget = coalescer.stats, budget
         self._endpoint = str(provider.address)
-        learned = self.cache.learned(self._endpoint, provider.endpoint.model)
-        self._client = batch_client(provider, policy, learned)
+        self._client = batch_client(provider, policy, self.cache)
         self._most = min(self._client.limits.requests, policy.batch_requests or 1 << 62)
         self._order: deque[Pending] = deque()  # pulled and not yet delivered
         self._todo: deque[Pending] = deque()
@@ -142,10 +144,28 @@ class BatchEngine:
         held = {key: job for job in self._jobs for key in job.lines if key not in job.entries}
         for entry in todo:
             job = held.get(entry.key.hex())
-            if job is None:
-                self._todo.append(entry)
-            else:
+            if job is not None and self._is_there(job):
                 job.entries[entry.key.hex()] = entry
+            else:
+                self._todo.append(entry)
+
+    def _is_there(self, job: _Job) -> bool:
+        """Whether a batch of an earlier run is at the server; where it is not, it is forgotten."""
+        if job not in self._jobs:
+            return False
+        if job.state is not None:
+            return True
+        if job.opened.batch is None:  # killed before its name was noted
+            job.opened = job.opened._replace(batch=self._client.find(job.opened.run))
+        state = self._client.state(job.batch) if job.opened.batch else None
+        if state is not None and state.kind != FAILED:
+            log.info("batch %s: taken up again", job.batch)
+            job.state = state
+            return True
+        what = f"failed: {state.reason}" if state else "is not there any more"
+        log.info("batch %s %s; its requests are sent again", job.batch or "of a killed run", what)
+        self._forget(job)
+        return False
 
     # Batches.
 
@@ -155,21 +175,18 @@ class BatchEngine:
         return [job for job in self._jobs if job.entries]
 
     def _take_up(self) -> None:
-        """Goes on with the batches that killed runs left."""
+        """Finds the batches that killed runs left. They are asked for when a record wants them, so
+        those of other data, or of a run that is still on its way, are left alone."""
         for opened in self.cache.open_batches(self._endpoint):
-            batch = opened.batch or self._client.find(opened.run)
-            if batch is None or self._client.state(batch).kind == FAILED:
-                self.cache.forget_batch(opened.run)
-                continue
-            log.info("batch %s: taken up again", batch)
-            job = _Job(opened._replace(batch=batch), self.cache.batch_keys(opened.run))
+            job = _Job(opened, self.cache.batch_keys(opened.run))
             self._jobs.append(job)
-            if not job.lines:  # of a version that did not note them
-                while (state := self._client.state(batch)).kind == RUNNING:
-                    self._stats.state = f"batch {batch}: {state.progress}"
+            if not job.lines and self._is_there(job):  # of a version that did not note them
+                while job.state is not None and job.state.kind == RUNNING:
+                    self._stats.state = f"batch {job.batch}: {job.state.progress}"
                     time.sleep(min(WAIT_MOST, job.seconds))
                     job.seconds *= WAIT_GROWTH
-                self._ended(job, state)
+                    job.state = self._client.state(job.batch)
+                self._ended(job, job.state)
 
     def _send(self, whole: bool) -> None:
         """Starts batches while there may be more; `whole`: full ones only."""
@@ -228,7 +245,7 @@ class BatchEngine:
             if time.monotonic() < job.look_at:
                 continue
             job.state = self._client.state(job.batch)
-            if job.state.kind == RUNNING:
+            if job.state is not None and job.state.kind == RUNNING:
                 self._looks_for_room &= job.state.word.lower() not in _TAKEN
                 job.seconds = min(WAIT_MOST, job.seconds * WAIT_GROWTH)
                 job.look_at = time.monotonic() + job.seconds
@@ -237,8 +254,14 @@ class BatchEngine:
         if self._doubtful and not self._wanted:
             raise RunStopped(f"{self._endpoint}: {self._doubtful[0][1]}")
 
-    def _ended(self, job: _Job, state: BatchState) -> None:
-        """Reads what a batch came to."""
+    def _ended(self, job: _Job, state: BatchState | None) -> None:
+        """Reads what a batch came to; None where the server knows nothing of it any more."""
+        if state is None:
+            log.warning("batch %s is not there any more; its requests are sent again", job.batch)
+            self._forget(job)
+            gone = Verdict("retry", "batch", f"batch {job.batch} is not there any more")
+            self._try_again((entry, gone) for entry in job.entries.values())
+            return
         if state.kind == FAILED:
             self._failed(job, state)
             return
@@ -264,17 +287,27 @@ class BatchEngine:
     def _read(self, job: _Job, state: BatchState) -> str | None:
         """Takes the answers of a batch; gives why the run cannot go on, if an answer says so."""
         stop, rows = None, []
+        known = set(job.lines)
         for key, answer in self._client.results(state):
             if answer is AGAIN:  # as of those that nobody answered
                 continue
+            if key not in known and (known or not _is_key.fullmatch(key)):
+                log.debug("batch %s: an answer to nothing that was asked: %s", job.batch, key)
+                continue
             entry = job.entries.pop(key, None)
+            if isinstance(answer, Refusal) and entry is not None:
+                assert entry.request is not None
+                answer = self._client.judged(answer, entry.request)
             if isinstance(answer, Completion):
                 rows.append((key, entry, answer))
                 if len(rows) >= STORED:
                     self._take(rows)
                     rows = []
-            elif entry is None:
+            elif entry is None or isinstance(answer, Refusal):
                 continue
+            elif answer.lesson is not None:
+                self._client.lessons.learn(answer.lesson, answer.message)
+                self._todo.append(entry)
             elif answer.action == "stop":
                 stop = answer.message
             elif answer.action == "retry":

@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple, TypeVar, cast
+from urllib.parse import urljoin, urlsplit
 
 import requests
+import urllib3
 
 from fabe_ds import network
 from fabe_ds.config.sections import PolicySettings
-from fabe_ds.engine.verdict import Verdict, classify
-from fabe_ds.errors import MalformedResponse, RecordFailed, RunStopped
+from fabe_ds.engine.lessons import Lessons
+from fabe_ds.engine.server_errors import ServerError, error_of
+from fabe_ds.engine.verdict import Verdict, classify, classify_error, classify_payload
+from fabe_ds.errors import READING_FAULTS, MalformedResponse, RecordFailed, RunStopped
 from fabe_ds.providers import Completion, HttpProvider, Request
 from fabe_ds.providers.finish import End, end_of
 from fabe_ds.providers.http import STREAM
+from fabe_ds.store.completions import Completions
 from fabe_ds.text import load_json
 
 log = logging.getLogger(__name__)
@@ -44,6 +50,20 @@ _WORDS = {
     "cancelled": CANCELLED,
     "canceled": CANCELLED,
 }
+
+
+_IN_MEMORY = 64 << 20
+T = TypeVar("T")
+
+
+class Refusal(NamedTuple):
+    """An error that a batch has in the place of an answer."""
+
+    status: int
+    error: ServerError
+
+
+Result = Completion | Verdict | Refusal
 
 
 class Limits(NamedTuple):
@@ -112,11 +132,12 @@ class BatchClient:
     """The batch API of a server that follows OpenAI's."""
 
     def __init__(
-        self, provider: HttpProvider, policy: PolicySettings, learned: Mapping[str, str]
+        self, provider: HttpProvider, policy: PolicySettings, memory: Completions | None = None
     ) -> None:
-        """`learned`: how the server wants bodies to be."""
+        """`memory` keeps what is learned of how the server wants bodies to be."""
         self.provider, self._policy = provider, policy
-        self._learned = {**learned, STREAM: ""}  # a batch has none
+        self.lessons = Lessons(provider, policy, memory)
+        self.lessons.use(STREAM, "")  # a batch has none
         self._session = network.session()
         self._session.headers.update(provider.headers())
         self.limits = limits_of(provider.address.host)
@@ -130,7 +151,7 @@ class BatchClient:
             "custom_id": key.hex(),
             "method": "POST",
             "url": self._endpoint(self.provider.path(request)),
-            "body": self.provider.sent(self.provider.asked(request), self._learned),
+            "body": self.lessons.written(request),
         }
         return json.dumps(line).encode() + b"\n"
 
@@ -144,36 +165,39 @@ class BatchClient:
     def create(self, run: str, first: Request, lines: Sequence[bytes]) -> str:
         """Sends a batch; gives its name. Raises: RunStopped."""
         upload = {"file": ("requests.jsonl", b"".join(lines))}
-        file = self._call("POST", "/files", data={"purpose": "batch"}, files=upload)["id"]
+        file = self._send("POST", "/files", _name, data={"purpose": "batch"}, files=upload)
         body = {
             "input_file_id": file,
             "endpoint": self._endpoint(self.provider.path(first)),
             "completion_window": self._policy.batch_window,
             "metadata": {RUN: run},
         }
-        return str(self._call("POST", "/batches", json=body)["id"])
+        # Where the reply is lost, the batch may be there all the same.
+        return self._send("POST", "/batches", _name, lambda: self.find(run), json=body)
 
-    def state(self, batch: str) -> BatchState:
-        """Raises: RunStopped."""
-        return self._state_of(self._call("GET", f"/batches/{batch}"))
+    def state(self, batch: str) -> BatchState | None:
+        """How far it is; None where the server knows nothing of it. Raises: RunStopped."""
+        return self._looked_up(f"/batches/{batch}")
+
+    def _looked_up(self, path: str) -> BatchState | None:
+        try:
+            return self._state_of(self._send("GET", path, _object))
+        except _NotThere:
+            return None
 
     def cancel(self, batch: str) -> BatchState:
         """Raises: RunStopped."""
-        return self._state_of(self._call("POST", f"/batches/{batch}/cancel"))
+        return self._state_of(self._send("POST", f"/batches/{batch}/cancel", _object))
 
     def list(self) -> Iterator[BatchState]:
         """All batches that the server has, the newest first. Raises: RunStopped."""
         after = ""
         for _ in range(PAGES):
-            page = self._send("GET", f"/batches?limit={PAGE}{after}").json()
-            data = page if isinstance(page, list) else page.get("data") or []
-            yield from map(self._state_of, data)
-            if isinstance(page, list) or not page.get("has_more") or not data:
+            page = self._send("GET", f"/batches?limit={PAGE}{after}", _page)
+            yield from map(self._state_of, page.data)
+            if page.last is None:
                 return
-            after = f"&{self._after(page, data)}"
-
-    def _after(self, page: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> str:
-        return f"after={page.get('last_id') or data[-1]['id']}"
+            after = f"&after={page.last}"
 
     def find(self, run: str) -> str | None:
         """The batch of a run that was killed before it could note its name."""
@@ -198,29 +222,37 @@ class BatchClient:
             raw,
         )
 
-    def results(self, state: BatchState) -> Iterator[tuple[str, Completion | Verdict]]:
-        """The answers of a batch that has ended, each after its key, in any order."""
+    def results(self, state: BatchState) -> Iterator[tuple[str, Result]]:
+        """The answers of a batch that has ended, each after its key, in any order. What cannot be
+        read is left out, as if it were not there. Raises: RunStopped."""
         for name in ("output_file_id", "error_file_id"):
             if file := state.raw.get(name):
-                for line in self._lines(f"/files/{file}/content"):
-                    yield str(line.get("custom_id")), self._read(line)
+                yield from self._results_in(f"/files/{file}/content")
 
-    def _lines(self, path: str) -> Iterator[Mapping[str, Any]]:
-        answer = self._send("GET", path, stream=True)
-        for line in answer.iter_lines(chunk_size=1 << 16):
-            if line.strip():
-                yield load_json(line)
+    def _results_in(self, path: str) -> Iterator[tuple[str, Result]]:
+        with self._send("GET", path, _spooled, stream=True) as file:
+            for text in file:
+                try:
+                    line = load_json(text) if text.strip() else None
+                    if isinstance(line, Mapping):
+                        yield str(line.get("custom_id")), self._read(line)
+                except READING_FAULTS as error:
+                    log.debug("a line of %s is left out: %s", path, error)
 
-    def _read(self, line: Mapping[str, Any]) -> Completion | Verdict:
+    def _read(self, line: Mapping[str, Any]) -> Result:
         response = line.get("response")
         if not isinstance(response, Mapping):
             return AGAIN
         body = response.get("body")
-        if response.get("status_code") != 200 or not isinstance(body, Mapping):
-            return classify(int(response.get("status_code") or 500), {}, json.dumps(body).encode())
+        status = int(response.get("status_code") or 500)
+        if status != 200 or not isinstance(body, Mapping):
+            return Refusal(status, error_of(body))
         return self._completion(body)
 
-    def _completion(self, body: Mapping[str, Any]) -> Completion | Verdict:
+    def _completion(self, body: Mapping[str, Any]) -> Result:
+        """What a body that came with status 200 holds."""
+        if (verdict := classify_payload(body, {})) is not None:
+            return verdict
         try:
             completion = self.provider.completion(body)
         except MalformedResponse as error:
@@ -229,14 +261,25 @@ class BatchClient:
             return Verdict("fail", error.kind, str(error))
         return AGAIN if end_of(completion.finish_reason) is End.FAULT else completion
 
-    def _call(self, method: str, path: str, **body: Any) -> Mapping[str, Any]:
-        payload = self._send(method, path, **body).json()
-        if not isinstance(payload, Mapping):
-            raise RunStopped(f"{self.provider.address}: {path} gave no JSON object")
-        return payload
+    def judged(self, refusal: Refusal, request: Request) -> Verdict:
+        """What becomes of a request that a batch had refused."""
+        verdict = classify_error(refusal.status, refusal.error, {})
+        sent = self.lessons.written(request)
+        return self.lessons.judged(
+            verdict, refusal.status, refusal.error, request, sent, answered=False
+        )
 
-    def _send(self, method: str, path: str, **body: Any) -> requests.Response:
-        """One call, tried again while the server is away for no longer than it may."""
+    def _send(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[requests.Response], T],
+        found: Callable[[], T | None] = lambda: None,
+        **body: Any,
+    ) -> T:
+        """One call, and what `read` makes of its answer; tried again while the server is away, or
+        answers with nonsense, for no longer than it may. `found`: what it was for, where that came
+        about without an answer."""
         gone_since: float | None = None
         seconds = WAIT_SECONDS
         while True:
@@ -249,16 +292,23 @@ class BatchClient:
                     # A file's content may lie elsewhere, where our key is not to go.
                     answer = network.get(answer.headers["Location"], {}, self._policy.timeout)
                 if answer.ok:
-                    return answer
+                    return read(answer)
                 verdict = classify(answer.status_code, answer.headers, answer.content)
-            except requests.RequestException as error:
+                if answer.status_code == 404:
+                    raise _NotThere(f"{self.provider.address}: {verdict.message}")
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 verdict = Verdict("retry", "connection", type(error).__name__)
+            except READING_FAULTS as error:
+                message = f"{path} gave what is not of the protocol ({type(error).__name__})"
+                verdict = Verdict("retry", "malformed", message)
             now = time.monotonic()
             gone_since = gone_since or now
             if verdict.action != "retry" or now - gone_since > self._policy.give_up_after:
                 raise RunStopped(f"{self.provider.address}: {verdict.message}")
             time.sleep(max(seconds, verdict.wait or 0.0))
             seconds = min(WAIT_MOST, seconds * 2)
+            if (there := found()) is not None:
+                return there
 
 
 class MessageBatches(BatchClient):
@@ -266,28 +316,29 @@ class MessageBatches(BatchClient):
     keeps no metadata, so a batch whose name was never noted is not found again."""
 
     def line(self, key: bytes, request: Request) -> bytes:
-        body = self.provider.sent(self.provider.asked(request), self._learned)
-        return json.dumps({"custom_id": key.hex(), "params": body}).encode()
+        return json.dumps(
+            {"custom_id": key.hex(), "params": self.lessons.written(request)}
+        ).encode()
 
     def create(self, run: str, first: Request, lines: Sequence[bytes]) -> str:
         body = b'{"requests": [' + b",".join(lines) + b"]}"
         headers = {"Content-Type": "application/json"}
-        return str(self._call("POST", "/messages/batches", data=body, headers=headers)["id"])
+        return self._send("POST", "/messages/batches", _name, data=body, headers=headers)
 
-    def state(self, batch: str) -> BatchState:
-        return self._state_of(self._call("GET", f"/messages/batches/{batch}"))
+    def state(self, batch: str) -> BatchState | None:
+        return self._looked_up(f"/messages/batches/{batch}")
 
     def cancel(self, batch: str) -> BatchState:
-        return self._state_of(self._call("POST", f"/messages/batches/{batch}/cancel"))
+        return self._state_of(self._send("POST", f"/messages/batches/{batch}/cancel", _object))
 
     def list(self) -> Iterator[BatchState]:
         after = ""
         for _ in range(PAGES):
-            page = self._call("GET", f"/messages/batches?limit={PAGE}{after}")
-            yield from map(self._state_of, page.get("data") or [])
-            if not page.get("has_more"):
+            page = self._send("GET", f"/messages/batches?limit={PAGE}{after}", _page)
+            yield from map(self._state_of, page.data)
+            if page.last is None:
                 return
-            after = f"&after_id={page['last_id']}"
+            after = f"&after_id={page.last}"
 
     def find(self, run: str) -> str | None:
         return None
@@ -300,32 +351,88 @@ class MessageBatches(BatchClient):
         # Its counts stay at zero until the end.
         return BatchState(str(raw.get("id")), kind, word, raw=raw)
 
-    def results(self, state: BatchState) -> Iterator[tuple[str, Completion | Verdict]]:
-        if url := state.raw.get("results_url"):
-            for line in self._lines(str(url)):
-                yield str(line.get("custom_id")), self._read(line)
+    def results(self, state: BatchState) -> Iterator[tuple[str, Result]]:
+        # Where they are may be another server's address, where our key is not to go.
+        here = self.provider.address.parts
+        named = urljoin(self.provider.address.base, str(state.raw.get("results_url") or ""))
+        same = urlsplit(named)[:2] == (here.scheme, here.netloc.rpartition("@")[2])
+        own = f"/messages/batches/{state.name}/results"
+        if state.raw.get("results_url"):
+            yield from self._results_in(named if same else own)
 
-    def _read(self, line: Mapping[str, Any]) -> Completion | Verdict:
+    def _read(self, line: Mapping[str, Any]) -> Result:
         result = line.get("result")
         if not isinstance(result, Mapping) or result.get("type") not in ("succeeded", "errored"):
             return AGAIN
         if result["type"] == "succeeded":
-            return self._completion(result.get("message") or {})
-        error: Mapping[str, Any] = result.get("error") or {}
-        if isinstance(error.get("error"), Mapping):
-            error = error["error"]
-        status = {"invalid_request_error": 400, "authentication_error": 401}.get(
-            str(error.get("type")), 500
+            return self._completion(result["message"])
+        error = error_of(result["error"])
+        return Refusal(
+            next((_STATUSES[kind] for kind in error.codes & _STATUSES.keys()), 500), error
         )
-        return classify(status, {}, json.dumps({"error": error}).encode())
+
+
+_STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+}
+"""HTTP statuses that errors of these types have. Source: Anthropic API reference, "Errors"."""
 
 
 def batch_client(
-    provider: HttpProvider, policy: PolicySettings, learned: Mapping[str, str]
+    provider: HttpProvider, policy: PolicySettings, memory: Completions | None = None
 ) -> BatchClient:
     """The batch API that the provider's servers have."""
     kind = MessageBatches if provider.name == "anthropic" else BatchClient
-    return kind(provider, policy, learned)
+    return kind(provider, policy, memory)
+
+
+class _NotThere(RunStopped):
+    """A server knows nothing of what was asked for."""
+
+
+class _Page(NamedTuple):
+    """A part of a list; `last` names its end where there is more."""
+
+    data: Sequence[Mapping[str, Any]]
+    last: str | None
+
+
+def _object(answer: requests.Response) -> Mapping[str, Any]:
+    payload = answer.json()
+    if not isinstance(payload, Mapping):
+        raise TypeError("no JSON object")
+    return payload
+
+
+def _name(answer: requests.Response) -> str:
+    name = _object(answer)["id"]
+    if not isinstance(name, str | int):
+        raise TypeError("no name")
+    return str(name)
+
+
+def _page(answer: requests.Response) -> _Page:
+    payload = answer.json()
+    data = payload if isinstance(payload, list) else payload["data"] or []
+    if not all(isinstance(each, Mapping) for each in data):
+        raise TypeError("no list of objects")
+    has_more = bool(data) and isinstance(payload, Mapping) and bool(payload.get("has_more"))
+    return _Page(data, str(payload.get("last_id") or data[-1]["id"]) if has_more else None)
+
+
+def _spooled(answer: requests.Response) -> IO[bytes]:
+    """The body as a file, read to its end before any of it is looked at."""
+    file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - its reader closes it
+    for part in answer.iter_content(1 << 16):
+        file.write(part)
+    file.seek(0)
+    return cast(IO[bytes], file)
 
 
 def _number(counts: Mapping[str, Any], name: str) -> int | None:
@@ -349,6 +456,6 @@ def _failure_of(raw: Mapping[str, Any]) -> tuple[str, bool, dict[int, str]]:
     lines = {
         error["line"]: message
         for error, message in zip(errors, said, strict=True)
-        if isinstance(error.get("line"), int)
+        if type(error.get("line")) is int
     }
     return reason, bool(queued) or coded, lines

@@ -14,20 +14,13 @@ import aiohttp
 
 from fabe_ds import network
 from fabe_ds.config.sections import PolicySettings
+from fabe_ds.engine.lessons import TIER, Lessons
 from fabe_ds.engine.server_errors import ServerError, read_error
 from fabe_ds.engine.verdict import Verdict, classify_error, classify_payload
-from fabe_ds.errors import MalformedResponse, RecordFailed
+from fabe_ds.errors import READING_FAULTS, MalformedResponse, RecordFailed
 from fabe_ds.providers.dialects import DIALECT
 from fabe_ds.providers.finish import End, end_of
-from fabe_ds.providers.forms import (
-    FORMAT,
-    IN_PROMPT,
-    OLLAMA_FORMAT,
-    OUTPUT_CONFIG,
-    TEXT_FORMAT,
-    refused_form,
-)
-from fabe_ds.providers.http import STREAM, HttpProvider, refused_parameter, stream_parts
+from fabe_ds.providers.http import STREAM, HttpProvider, stream_parts
 from fabe_ds.request import Completion, Request
 from fabe_ds.store.completions import Completions
 from fabe_ds.text import encodable, load_json
@@ -42,8 +35,8 @@ AUTO, FLEX, FLEX_SECONDS = "auto", "flex", 900.0
 
 Source: OpenAI's guide, "Flex processing".
 """
-TIER = "service_tier"
-_PARAMETER_STATUSES = (400, 422)
+ANSWERED = "answered"
+"""The learned word for an endpoint that has answered."""
 
 
 class Reply(NamedTuple):
@@ -63,21 +56,17 @@ class HttpClient:
         self, provider: HttpProvider, policy: PolicySettings, memory: Completions | None
     ) -> None:
         """`memory` keeps, for later runs, what was learned of the endpoint."""
-        self.provider, self._policy, self._memory = provider, policy, memory
-        self._endpoint = (str(provider.address), provider.endpoint.model)
-        self._learned: dict[str, str] = {}
-        self.proven = False
+        self.provider, self._policy = provider, policy
+        self._lessons = Lessons(provider, policy, memory)
+        self.proven = ANSWERED in self._lessons
         """Whether this endpoint has answered a request for this model, in this run or earlier."""
-        if memory is not None:
-            self._learned |= memory.learned(*self._endpoint)
-            self.proven = bool(self._learned.pop("answered", ""))
         self._answered_before = self.proven
         self._has_told_tier = False
         self._answered_at: float | None = None  # on the monotonic clock: the latest answer
         if policy.stream == "on":
-            self._learned[STREAM] = "true"
+            self._lessons.use(STREAM, "true")
         elif policy.stream == "off":
-            self._learned.pop(STREAM, None)
+            self._lessons.use(STREAM, None)
         # Of a stream, each silence may be so long, and not the whole answer.
         self._seconds = policy.timeout
         if policy.service_tier == FLEX:
@@ -116,15 +105,14 @@ class HttpClient:
         self.provider.refuse_open_key()
         self.provider.preflight()
         if found := self.provider.detected:  # for processes that do not look themselves
-            self._learned[DIALECT] = found
-            self._remember(DIALECT, found)
+            self._lessons.remember(DIALECT, found)
 
     def answered(self) -> None:
         """A completion came: the key, the model and the parameters are good."""
         self._answered_at = time.monotonic()
         if not self.proven:
             self.proven = True
-            self._remember("answered", "1")
+            self._lessons.remember(ANSWERED, "1")
 
     @property
     def answered_ago(self) -> float | None:
@@ -135,20 +123,12 @@ class HttpClient:
 
     def learn(self, lesson: Mapping[str, str], why: str) -> None:
         """Sends bodies in another way from now on, and in later runs."""
-        for name, value in lesson.items():
-            if self._learned.get(name) != value:
-                self._learned[name] = value
-                self._remember(name, value)
-                log.info("%s: %s (%s)", self.provider.address, _in_words(name, value), why)
-
-    def _remember(self, name: str, value: str) -> None:
-        if self._memory is not None:
-            self._memory.learn(*self._endpoint, name, value)
+        self._lessons.learn(lesson, why)
 
     async def post(self, request: Request) -> Reply:
         """One try."""
         url = self.provider.address.url(self.provider.path(request))
-        sent = self._written(request, self._learned)
+        sent = self._lessons.written(request)
         started = time.monotonic()
         try:
             data = json.dumps(sent).encode()
@@ -168,14 +148,8 @@ class HttpClient:
             verdict = classify_error(status, said, headers, time.monotonic() - started)
             if verdict.proxy_cut and self._policy.stream == "auto" and not sent.get(STREAM):
                 return Reply(replace(verdict, lesson={STREAM: "true"}), headers)
-            return Reply(self._with_lesson(verdict, status, said, request, sent), headers)
+            return Reply(self._judged(verdict, status, said, request, sent), headers)
         return Reply(self._answer(data, headers, request, sent), headers)
-
-    def _written(self, request: Request, learned: Mapping[str, str]) -> Mapping[str, Any]:
-        """The body as it goes out."""
-        body = self.provider.sent(self.provider.asked(request), learned)
-        tier = self._policy.service_tier  # no part of the key
-        return body if tier is None else {**body, TIER: tier}
 
     def _broken(self, error: Exception) -> Verdict:
         """The verdict on a connection that failed."""
@@ -216,17 +190,30 @@ class HttpClient:
             payload = _payload(data, self.provider)
             verdict = classify_payload(payload, headers)
             if verdict is not None:
-                return self._with_lesson(verdict, 400, read_error(data), request, sent)
+                return self._judged(verdict, 400, read_error(data), request, sent)
             completion = self.provider.completion(payload)
         except MalformedResponse as error:
             return Verdict("retry", "malformed", str(error))
         except RecordFailed as error:
             return Verdict("fail", error.kind, str(error))
+        except READING_FAULTS as error:
+            return Verdict("retry", "malformed", unlike_protocol(error))
         if end_of(completion.finish_reason) is End.FAULT:
             message = f"the server broke the answer off (finish reason {completion.finish_reason})"
             return Verdict("retry", "server", message)
         self._compare_tier(payload)
         return completion
+
+    def _judged(
+        self,
+        verdict: Verdict,
+        status: int,
+        error: ServerError,
+        request: Request,
+        sent: Mapping[str, Any],
+    ) -> Verdict:
+        answered = self._answered_at is not None
+        return self._lessons.judged(verdict, status, error, request, sent, answered)
 
     def _compare_tier(self, payload: Mapping[str, Any]) -> None:
         """Says, once, that the server has answered in another tier than it was asked for."""
@@ -241,49 +228,6 @@ class HttpClient:
             asked,
             asked,
         )
-
-    def _with_lesson(
-        self,
-        verdict: Verdict,
-        status: int,
-        error: ServerError,
-        request: Request,
-        sent: Mapping[str, Any],
-    ) -> Verdict:
-        """The verdict, and how to send the body instead where a parameter of it is refused."""
-        if self._answered_at is not None:  # it took them all for another record
-            return verdict
-        name = refused_form(sent, status, error.parameter, error.message)
-        if name is None:
-            if verdict.kind not in ("rejected", "server") or status not in _PARAMETER_STATUSES:
-                return verdict
-            name = refused_parameter(sent, error.parameter, error.codes, error.message)
-        if name is None:
-            return verdict
-        # What the user asked for is for the user to change.
-        asked_for = name in self.provider.endpoint.given_params
-        asked_for = asked_for or (name == STREAM and self._policy.stream != "auto")
-        asked_for = asked_for or name == TIER
-        lesson = None if asked_for else self.provider.instead(name, sent, error.message)
-        if lesson is not None and name not in self._learned.values():
-            learned = {**self._learned, **dict([lesson])}
-            if self._written(request, learned) != sent:
-                return replace(verdict, action="retry", lesson=dict([lesson]))
-        message = f"the server does not take the parameter {name} ({verdict.message})"
-        return Verdict("stop", "parameter", message, refused=True)
-
-
-def _in_words(name: str, value: str) -> str:
-    if value == IN_PROMPT:
-        what = (
-            "no JSON schema"
-            if name in (FORMAT, OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG)
-            else "not this JSON schema"
-        )
-        return f"it takes {what}, so that goes into the prompt, and answers are checked"
-    if name == STREAM:
-        return "it wants to stream its answers" if value == "true" else "it knows no stream"
-    return f"{name} goes as {value}" if value else f"it takes no {name}, so none is sent"
 
 
 def _payload(data: bytes, provider: HttpProvider) -> Any:
@@ -306,7 +250,14 @@ def _payload(data: bytes, provider: HttpProvider) -> Any:
     return provider.joined(parts)
 
 
+def unlike_protocol(error: Exception) -> str:
+    """What to say of an answer that reading raised this at."""
+    return f"the answer is not as the protocol has it ({type(error).__name__})"
+
+
 def _is_chunk(part: Mapping[str, Any]) -> bool:
+    if str(part.get("type")).startswith(("response.", "message_")):  # of Responses, of Messages
+        return True
     choices: Any = part.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     return part.get("done") is False or (isinstance(first, Mapping) and "delta" in first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import Provider
@@ -102,9 +102,12 @@ class Coalescer:
         *,
         offline: bool = False,
         retry_all: bool = False,
+        passed_on: Collection[str] = (),
     ) -> None:
         """`offline`: nothing is sent, and what the cache lacks fails. `retry_all`: answers that
-        failed are asked for again even where they would fail the same."""
+        failed are asked for again even where they would fail the same. `passed_on`: classes of
+        failures that another model is asked about, so that they are not asked again here."""
+        self._passed_on = passed_on
         self._reask = reask
         self.provider, self.accept, self.stats = provider, accept, stats
         self.cache = cache if provider.cached else None
@@ -320,7 +323,8 @@ class Coalescer:
         again = self._retry_all and entry.key not in self._asked
         # An answer of reasoning alone is the model's; one of nothing at all may be the server's.
         lasting = outcome.kind in LASTING or (outcome.kind == "empty" and completion.text.strip())
-        if again or not lasting or not request.sampling.repeats:
+        repeats = request.sampling.repeats or outcome.kind in self._passed_on
+        if again or not (lasting or outcome.kind in self._passed_on) or not repeats:
             return False
         return self._reask(request, completion, outcome.kind, outcome.message or "") is None
 

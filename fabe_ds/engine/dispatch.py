@@ -20,7 +20,7 @@ from fabe_ds.engine.capacity import GO_ON
 from fabe_ds.engine.coalesce import Pending
 from fabe_ds.engine.endpoint import Endpoint, Endpoints, Task
 from fabe_ds.engine.local import POLL_SECONDS
-from fabe_ds.engine.retry import decide
+from fabe_ds.engine.retry import AT_ONCE_SECONDS, decide
 from fabe_ds.engine.verdict import Verdict, in_context
 from fabe_ds.errors import CacheError, FabeError, RecordFailed, RunStopped
 from fabe_ds.request import Completion, Item
@@ -33,6 +33,8 @@ CHUNK = 64
 WATCH_SECONDS = 0.5
 SUSPICIOUS = 20
 """Records that all failed before any went well: it is not the records."""
+OF_RECORDS = ("refused", "context", "too large")
+"""Kinds of failures that are a record's own, whichever server it is sent to."""
 FORBIDDEN = 3
 """Records that were refused with 403, and none answered: it is the key."""
 
@@ -93,7 +95,8 @@ class Pass:
         under way."""
         if not self._all.ready(asyncio.get_running_loop()):
             return None
-        endpoint, gate = self._all.choose(self._todo[0].request, busy)
+        task = self._todo[0]
+        endpoint, gate = self._all.choose(task.request, busy, task.failed_at)
         if gate.stop is not None:
             self.fatal(
                 RunStopped(f"{endpoint.address}: {gate.stop}" if gate.by_server else gate.stop)
@@ -193,6 +196,7 @@ class Pass:
     def _answered(self, task: Task, completion: Completion) -> None:
         self._forbidden_in_a_row = 0
         task.at.client.answered()
+        self._all.answered(task.at)
         capacity = task.at.capacity
         capacity.proven = True
         capacity.answered(task.request, task.sent_at, completion, task.at.busy)
@@ -223,6 +227,8 @@ class Pass:
             models = task.at.client.provider.models if verdict.kind == "model" else []
             hint = f"; it has {listed(models)}" if models else ""
             self._give_up([task], f"{verdict.message}{hint}", task.at)
+        elif verdict.action == "fail" and self._goes_elsewhere(task, verdict):
+            self._todo.appendleft(task)
         elif verdict.action == "fail":
             self._fail(task, verdict)
             if self._forbidden_in_a_row >= SUSPICIOUS:
@@ -234,6 +240,15 @@ class Pass:
                 )
         else:
             self._retry(task, verdict)
+
+    def _goes_elsewhere(self, task: Task, verdict: Verdict) -> bool:
+        """Whether a request that came to nothing at one server is to be sent to another: what is
+        wrong may be the server, and not the record."""
+        if verdict.kind in OF_RECORDS:
+            return False
+        self._all.failed(task.at, verdict.message)
+        task.failed_at = (*task.failed_at, task.at)
+        return self._all.others_for(task)
 
     def _give_up(self, tasks: Sequence[Task], message: str, at: Endpoint) -> None:
         """Ends the run, with these records unanswered; or goes on without that server."""
@@ -279,7 +294,14 @@ class Pass:
             outage.probed(verdict.wait)
             self._todo.append(task)
         else:
-            decision = decide(task.attempts, verdict, self._all.policy.retry, random.uniform)
+            if not verdict.unavailable and self._goes_elsewhere(task, verdict):
+                self._stats.retries += 1
+                self._sleep(task, AT_ONCE_SECONDS)
+                return
+            policy = self._all.policy
+            decision = decide(
+                task.attempts, verdict, policy.retry, random.uniform, policy.give_up_after
+            )
             task.attempts = decision.attempts
             if decision.after is None:
                 self._fail(task, verdict)
@@ -331,7 +353,7 @@ class Pass:
             late = late_at.get(task.at)
             is_late = late is not None and now - task.sent_at > late
             if is_late and room > 0 and not task.twin and not task.over:
-                endpoint, gate = self._all.choose(task.request, self._all.busy, task.at)
+                endpoint, gate = self._all.choose(task.request, self._all.busy, [task.at])
                 if not gate.opens:
                     return
                 task.twin = Task(task.entry, task.attempts)

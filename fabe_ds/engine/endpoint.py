@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from fabe_ds.request import Request
 
 log = logging.getLogger(__name__)
 
+FEWEST, REST_MOST = 5, 60.0
+"""Requests in a row that come to nothing before a server rests, and the most seconds of a rest."""
 CHECK_AGAIN_SECONDS = 5.0
 """Until a server that was not there, while others are, is looked for again."""
 
@@ -26,11 +29,12 @@ CHECK_AGAIN_SECONDS = 5.0
 class Task:
     """A record on its way: what its request has been through, and since when it is in flight.
 
-    `at` is the server that has it, or had it last. `twin` is the second request for the same
+    `at` is the server that has it, or had it last; `failed_at` those whose answers were no good.
+    `twin` is the second request for the same
     record, where the first does not answer; `over` says that the other one was first.
     """
 
-    __slots__ = ("at", "attempts", "entry", "over", "running", "sent_at", "twin")
+    __slots__ = ("at", "attempts", "entry", "failed_at", "over", "running", "sent_at", "twin")
 
     def __init__(self, entry: Pending, attempts: Attempts | None = None) -> None:
         self.entry, self.attempts = entry, attempts or Attempts()
@@ -39,6 +43,7 @@ class Task:
         self.twin: Task | None = None
         self.over = False
         self.at: Endpoint
+        self.failed_at: tuple[Endpoint, ...] = ()
 
     @property
     def request(self) -> Request:
@@ -67,6 +72,9 @@ class Endpoint:
         """What its last check found wrong."""
         self.is_looked_for = False
         """Whether it is asked again, later, if it is there."""
+        self.failures = 0
+        """Requests in a row that came to nothing there."""
+        self.rests_until = 0.0
         self.is_out = False
         """Whether nothing more is sent to it, as others can go on."""
 
@@ -77,7 +85,8 @@ class Endpoint:
 
     @property
     def is_up(self) -> bool:
-        return self.checked and not self.is_out and not self.capacity.outage.down
+        is_there = self.checked and not self.is_out and not self.capacity.outage.down
+        return is_there and time.monotonic() >= self.rests_until
 
     @property
     def load(self) -> tuple[int, int]:
@@ -155,16 +164,43 @@ class Endpoints:
             log.warning("%s: %s; the others go on without it", endpoint.address, why)
         return True
 
+    def answered(self, endpoint: Endpoint) -> None:
+        """A server has given a good answer."""
+        endpoint.failures = 0
+
+    def failed(self, endpoint: Endpoint, why: str) -> None:
+        """A request came to nothing at a server that is there: one that does so again and again,
+        while others answer, is left alone for a while."""
+        endpoint.failures += 1
+        if endpoint.failures < FEWEST or not self.others_go_on(endpoint):
+            return
+        seconds = min(REST_MOST, 2.0 ** (endpoint.failures - FEWEST + 1))
+        if endpoint.failures == FEWEST:
+            log.warning(
+                "%s: %d requests in a row came to nothing (%s); the others go on, and it is asked "
+                "again now and then",
+                endpoint.address,
+                endpoint.failures,
+                why,
+            )
+        endpoint.rests_until = time.monotonic() + seconds
+
+    def others_for(self, task: Task) -> bool:
+        """Whether there is a server that has not failed with this record yet."""
+        return any(each.is_up and each not in task.failed_at for each in self.each)
+
     def choose(
-        self, request: Request, busy: int, but: Endpoint | None = None
+        self, request: Request, busy: int, but: Sequence[Endpoint] = ()
     ) -> tuple[Endpoint, Gate]:
         """The server that is asked next, and whether it may be now: of those that may, the one
-        with the least to do, and not `but` where there is another."""
+        with the least to do, and none of `but` where there is another."""
         if len(self.each) == 1:
             return self.each[0], self.each[0].capacity.gate(request, self.each[0].busy, busy)
         shut: list[tuple[Endpoint, Gate]] = []
         there = [each for each in self._open if each.checked]
-        for endpoint in sorted(there, key=lambda each: (each is but, each.load)):
+        now = time.monotonic()
+        there = [each for each in there if now >= each.rests_until] or there
+        for endpoint in sorted(there, key=lambda each: (each in but, each.load)):
             gate = endpoint.capacity.gate(request, endpoint.busy, busy)
             if gate.opens:
                 return endpoint, gate

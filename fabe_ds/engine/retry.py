@@ -17,11 +17,13 @@ AT_ONCE_SECONDS = 0.005
 
 class Attempts(NamedTuple):
     """What a request has been through: tries that failed, answers that a proxy cut, and whether
-    its one free try is left."""
+    its one free try is left; how often, and for how many seconds, it waited for room."""
 
     tries: int = 0
     cuts: int = 0
     free: bool = True
+    waits: int = 0
+    waited: float = 0.0
 
 
 class Decision(NamedTuple):
@@ -34,9 +36,14 @@ class Decision(NamedTuple):
 
 
 def decide(
-    attempts: Attempts, verdict: Verdict, retries: int, chance: Callable[[float, float], float]
+    attempts: Attempts,
+    verdict: Verdict,
+    retries: int,
+    chance: Callable[[float, float], float],
+    patience: float = 0.0,
 ) -> Decision:
-    """What becomes of a request whose verdict is "retry", with `retries` tries after the first.
+    """What becomes of a request whose verdict is "retry", with `retries` tries after the first;
+    for so many seconds of `patience`, waiting for a tier's room costs none.
 
     `chance(low, high)` gives a number between both: full jitter, so that requests that were
     refused together do not come back together.
@@ -44,6 +51,11 @@ def decide(
     # A kept-alive connection that the server has closed meanwhile is nobody's fault.
     if verdict.local or (verdict.gone and attempts.free):
         return Decision(AT_ONCE_SECONDS, attempts._replace(free=False), counts=False)
+    if verdict.waits and attempts.waited < patience:
+        ceiling = min(BACKOFF_MAX, BACKOFF_SECONDS * 2 ** min(10, attempts.waits + 1))
+        after = max(chance(ceiling / 2, ceiling), verdict.wait or 0.0)
+        waits, waited = attempts.waits + 1, attempts.waited + after
+        return Decision(after, attempts._replace(waits=waits, waited=waited))
     spent = attempts._replace(tries=attempts.tries + 1, cuts=attempts.cuts + int(verdict.proxy_cut))
     if spent.tries > retries or spent.cuts > 1:  # the model ran for nothing, twice
         return Decision(None, spent)

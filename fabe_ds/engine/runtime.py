@@ -72,11 +72,12 @@ class Runtime:
         budget: Budget | None = None,
         tolerated: Sequence[str] = (),
         name: str = "",
+        passes_on: bool = False,
     ) -> None:
         """`accept` makes values of completions; `reask` says what is sent after one that failed.
         `budget` is what may be spent. `tolerated`: kinds of failures that are not the end, so that
-        a run in which the first records all have one goes on. `name` tells a part of a run from
-        its main one."""
+        a run in which the first records all have one goes on; `passes_on`: another model is asked
+        about these. `name` tells a part of a run from its main one."""
         self._budget, self._tolerated = budget or Budget(), tolerated
         self._told, self._name = Stats(), name
         self.pid = os.getpid()
@@ -93,6 +94,7 @@ class Runtime:
             reask,
             offline=config.offline,
             retry_all=config.retry_all,
+            passed_on=tolerated if passes_on else (),
         )
         self.engine = self._engine(config, provider)
 

@@ -31,6 +31,7 @@ class Verdict:
     `refused`: it said no before any model ran. `doubtful`: whether it holds for the run or for
     this request shows by what became of others (`in_context`). `proxy_cut`: a proxy cut the
     answer, so the model ran for nothing. `local`: this machine is why.
+    `waits`: the tier that was asked for has no room, which costs no try.
     `patience`: seconds after which it will not pass. `lesson`: how the body is to be sent instead.
     """
 
@@ -45,6 +46,7 @@ class Verdict:
     doubtful: bool = False
     proxy_cut: bool = False
     local: bool = False
+    waits: bool = False
     patience: float = math.inf
     lesson: Mapping[str, str] | None = None
 
@@ -115,7 +117,7 @@ RULES: tuple[Rule, ...] = (
         r"|\w+textriskdetection|sensitive_words_detected|prompt_blocked|sensitive_check_error"
         r"|invalid_prompt|moderation\w*|customroleblocked|refusal",
         texts=r"content exists risk|violates usage guidelines|considered high risk"
-        r"|input was flagged|new_sensitive|flagged (as|for|by)|不安全或敏感"
+        r"|filtering policy|input was flagged|new_sensitive|flagged (as|for|by)|不安全或敏感"
         r"|content management policy",
     ),
     Rule(
@@ -151,7 +153,7 @@ RULES: tuple[Rule, ...] = (
         r"|keep the first \d+ tokens|inputs` (tokens|must)|range of input length should"
         r"|(exceeds?|exceeded) model token limit|input token (length|count)|prompt is too long"
         r"|maximum prompt length|reduce the length of the messages|input is too long"
-        r"|message token length exceed",
+        r"|message token length exceed|exceed context limit",
     ),
     Rule(
         _REGION,
@@ -184,7 +186,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(_BUSY, "Anthropic, with whatever status", codes=r"overloaded_error"),
     Rule(
-        _BUSY,
+        replace(_BUSY, waits=True),
         "OpenAI's flex tier, with 429; Groq's, with 498",
         statuses=frozenset({429, 498}),
         codes=r"resource_?unavailable|capacity_exceeded",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from fabe_ds.errors import MalformedResponse
 from fabe_ds.providers.dialects import THINKING, anthropics_thinking
 from fabe_ds.providers.forms import OUTPUT_CONFIG
 from fabe_ds.providers.model_list import ListingProvider
-from fabe_ds.providers.usage import token_count
+from fabe_ds.providers.usage import billed, token_count
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
 
@@ -56,10 +57,9 @@ class AnthropicProvider(ListingProvider):
             "messages": [turn for turn in turns if turn["role"] != "system"],
         }
         body |= {"system": "\n\n".join(system)} if system else {}
-        if thinking in (None, "off"):  # a model that reasons samples as it likes
+        if sampling.is_sampling or thinking in (None, "off"):  # one that reasons takes no 0
             body["temperature"] = sampling.temperature if sampling.is_sampling else 0.0
-            if sampling.top_p is not None and sampling.is_sampling:
-                body["top_p"] = sampling.top_p
+        body |= {"top_p": sampling.top_p} if sampling.top_p is not None else {}
         body |= {"stop_sequences": list(sampling.stop)} if sampling.stop else {}
         body |= {THINKING: thinking} if thinking is not None else {}
         if request.form.schema is not None:
@@ -70,6 +70,13 @@ class AnthropicProvider(ListingProvider):
         limit = self.endpoint.max_new_tokens or 0
         return anthropics_thinking(level, limit, bool(learned.get(_BUDGET)))
 
+    def refused(self, sent: Mapping[str, Any], parameter: str | None, message: str) -> str | None:
+        if "thinking" in sent and re.search(r"effort|thinking\.type|adaptive", message):
+            return "thinking"
+        named = re.match(r"(\w+)(\.[\w.]+)?: ", message.removeprefix("Validation: "))
+        optional = sent.keys() - {"model", "messages", "system"}
+        return named[1] if named and named[1] in optional else None
+
     def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
         if name == "thinking" and sent[name].get("type") == "adaptive":
             return _BUDGET, "true"
@@ -78,39 +85,48 @@ class AnthropicProvider(ListingProvider):
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:
         blocks, usage = payload.get("content"), payload.get("usage")
-        if not isinstance(blocks, list):
-            raise MalformedResponse("the answer has no content")
+        if isinstance(blocks, str):  # as some gateways write it
+            blocks = [{"text": blocks}]
+        reason = payload.get("stop_reason")
+        if not isinstance(blocks, list) or not isinstance(reason, str):
+            raise MalformedResponse("the answer has no content, or does not say how it ended")
         # What was in a cache, or went into one, is counted apart from the rest.
         cached = token_count(usage, "cache_read_input_tokens")
         written = token_count(usage, "cache_creation_input_tokens") or 0
-        new, reason = token_count(usage, "input_tokens"), payload.get("stop_reason")
-        return Completion(
-            _joined(blocks, "text"),
-            reason if isinstance(reason, str) else None,
+        new = token_count(usage, "input_tokens")
+        counted = billed(
             None if new is None else new + written + (cached or 0),
             token_count(usage, "output_tokens"),
-            _joined(blocks, "thinking") or None,
-            None,
             cached,
             token_count(usage, "output_tokens_details", "thinking_tokens"),
         )
+        return Completion(
+            _joined(blocks, "text"),
+            reason,
+            counted.prompt,
+            counted.completion,
+            _joined(blocks, "thinking") or None,
+            None,
+            counted.cached,
+            counted.reasoning,
+        )
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        whole: dict[str, Any] = {"content": []}
+        usage: dict[str, Any] = {}
+        whole: dict[str, Any] = {"content": [], "usage": usage}
         for chunk in chunks:
-            kind, delta = chunk.get("type"), chunk.get("delta") or {}
-            if kind == "error":
+            if chunk.get("error"):
                 return chunk
-            if kind == "message_start":
-                whole["usage"] = dict(chunk["message"].get("usage") or {})
-            elif kind == "content_block_delta":
-                for name in ("text", "thinking"):
-                    if isinstance(delta.get(name), str):
-                        whole["content"].append({"type": name, name: delta[name]})
-            elif kind == "message_delta":
-                whole["stop_reason"] = delta.get("stop_reason")
-                whole["usage"] = {**whole.get("usage", {}), **(chunk.get("usage") or {})}
-        if chunks[-1].get("type") != "message_stop":
+            message = chunk.get("message") or {}
+            delta = chunk.get("delta") or chunk.get("content_block") or {}
+            for name in ("text", "thinking"):
+                if isinstance(delta.get(name), str):
+                    whole["content"].append({name: delta[name]})
+            if delta.get("stop_reason"):
+                whole["stop_reason"] = delta["stop_reason"]
+            counts = message.get("usage") or chunk.get("usage") or {}  # they come cumulated
+            usage |= {name: count for name, count in counts.items() if count is not None}
+        if not any(chunk.get("type") == "message_stop" for chunk in chunks):
             raise MalformedResponse("the stream broke off before its end")
         return whole
 

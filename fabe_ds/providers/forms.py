@@ -15,13 +15,13 @@ from typing import Any
 FORMAT, LOGPROBS = "response_format", "logprobs"
 OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG = "format", "text", "output_config"
 """Where others than OpenAI's chat completions have it: Ollama, OpenAI's Responses, Anthropic."""
-_FORMS = (FORMAT, OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG)
+FORMS = (FORMAT, OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG)
 IN_PROMPT = "in the prompt"
 """What is learned of a server that does not enforce schemas."""
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
 _about_schema = re.compile(
     r"invalid.{0,40}schema|schema.{0,60}(invalid|not valid|not a valid|not supported|feature)"
-    r"|unknown format|unsupported.{0,20}keyword",
+    r"|unknown format|unsupported.{0,20}keyword|additionalProperties|for type: object",
     re.IGNORECASE | re.DOTALL,
 )
 _about_type = re.compile(r"json_schema[`'\"]? (is|are) |type [`'\"]?json_schema|does not support")
@@ -29,7 +29,7 @@ _about_type = re.compile(r"json_schema[`'\"]? (is|are) |type [`'\"]?json_schema|
 
 _names_form = re.compile(
     r"response_?format|json_?schema|output_config|output_format|text\.format"
-    r"|structured output|unknown format|grammar"
+    r"|structured output|output format|unknown format|grammar"
     r"|handle the requested parameters|ChatRequest\.format|invalid format",
     re.IGNORECASE,
 )
@@ -47,14 +47,14 @@ def refused_form(
     if LOGPROBS in sent and re.search(r"logprobs", named, re.IGNORECASE):
         return LOGPROBS
     if _names_form.search(named) or (parameter or "").startswith("text.format"):
-        return next((name for name in _FORMS if name in sent), None)
+        return next((name for name in FORMS if name in sent), None)
     return None
 
 
 def schema_lesson(name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
     """What to learn of a server that refuses the schema `name` of a body: that it takes none, or
     not this one. None where that is no schema."""
-    if name not in _FORMS or ('"schema"' not in json.dumps(sent[name]) and name != OLLAMA_FORMAT):
+    if name not in FORMS or ('"schema"' not in json.dumps(sent[name]) and name != OLLAMA_FORMAT):
         return None
     of_this_one = _about_schema.search(message) and not _about_type.search(message)
     return (_name_of(name, sent[name]) if of_this_one else name), IN_PROMPT
@@ -67,7 +67,7 @@ def _name_of(name: str, asked: Mapping[str, Any]) -> str:
 
 def as_taken(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, Any]:
     """The body with its schema in the prompt, where the server takes none, or not this one."""
-    for name in _FORMS:
+    for name in FORMS:
         asked = body.get(name)
         if isinstance(asked, Mapping) and IN_PROMPT in (
             learned.get(name),
@@ -81,7 +81,7 @@ def as_taken(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, A
 
 def _with_schema_in_prompt(body: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     words = schema_words(schema)
-    others = {name: value for name, value in body.items() if name not in _FORMS}
+    others = {name: value for name, value in body.items() if name not in FORMS}
     place = next(name for name in ("messages", "input", "prompt") if name in body)
     if isinstance(body[place], str):
         return {**others, place: f"{body[place]}\n\n{words}"}

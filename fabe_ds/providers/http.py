@@ -117,6 +117,10 @@ class HttpProvider(Provider):
         host = dialect_of_host(self.address.host)
         return self.endpoint.dialect or host or learned.get(DIALECT) or self.detected
 
+    def refused(self, sent: Mapping[str, Any], parameter: str | None, message: str) -> str | None:
+        """The parameter of a body that an error refuses in this protocol's own way, or None."""
+        return None
+
     def instead(self, name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
         """What to learn where the server refuses the parameter `name` of a body, with this
         message: a pair for `learned`. None where it cannot do without."""
@@ -188,11 +192,13 @@ def _renamed(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, A
     return renamed
 
 
+_TIER = "service_tier"
 _refusing_code = re.compile(r"unsupported_(parameter|value)|unknown_parameter|extra_forbidden")
 _refusing = re.compile(
     r"unsupported|not supported|does not support|unrecognized|unknown (parameter|name|field)"
     r"|unexpected|not permitted|extra_forbidden|not allowed|only support|must be set to"
-    r"|unknown argument|no longer supported|is deprecated for|may only be",
+    r"|unknown argument|no longer supported|is deprecated for|may only be"
+    r"|cannot both be",
     re.IGNORECASE,
 )
 _stream_wanted = re.compile(
@@ -209,11 +215,14 @@ def refused_parameter(
     """
     if _stream_wanted.search(message) and not sent.get(STREAM):
         return STREAM
+    if _TIER in sent and _TIER in f"{parameter} {message}":  # one of its values, too
+        return _TIER
     if not _refusing.search(message) and not any(map(_refusing_code.fullmatch, codes)):
         return None
-    optional = [name for name in sent if name not in ("model", "messages", "prompt")]
-    if parameter is not None:
-        return parameter if parameter in optional else None
+    optional = [name for name in sent if name not in ("model", "messages", "input", "prompt")]
+    if parameter is not None:  # also reasoning.effort, or stop[0]
+        whole = re.split(r"[.\[]", parameter)[0]
+        return whole if whole in optional else None
     return next((name for name in optional if _names(name, message)), None)
 
 

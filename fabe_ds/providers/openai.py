@@ -62,7 +62,8 @@ class OpenAIProvider(ListingProvider):
         newer = self._is_openai and request.chat and self.endpoint.endpoint_name is None
         body[_NEW_LIMIT if newer else _LIMIT] = sampling.max_new_tokens
         body["temperature"] = sampling.temperature if sampling.is_sampling else 0.0
-        if sampling.top_p is not None and sampling.is_sampling:
+        leaves_temperature = self.endpoint.given_params.get("temperature", 0) is None
+        if sampling.top_p is not None and (sampling.is_sampling or leaves_temperature):
             body["top_p"] = sampling.top_p
         if sampling.seed is not None:
             body["seed"] = sampling.seed + request.sample

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +10,14 @@ from fabe_ds.providers.dialects import THINKING
 from fabe_ds.providers.forms import TEXT_FORMAT, told_logprobs
 from fabe_ds.providers.http import HttpProvider
 from fabe_ds.providers.openai import OpenAIProvider
-from fabe_ds.providers.usage import token_count
+from fabe_ds.providers.usage import billed, token_count
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
 
 LEAST_TOKENS = 16
 _INCLUDE = "include"
+_CALLS = ("function_call", "custom_tool_call", "computer_call", "local_shell_call", "shell_call")
+"""Items that wait for who asked."""
 _ENDED = ("response.completed", "response.incomplete", "response.failed")
 
 
@@ -42,7 +43,7 @@ class ResponsesProvider(OpenAIProvider):
             "temperature": sampling.temperature if sampling.is_sampling else 0.0,
             "store": False,
         }
-        if sampling.top_p is not None and sampling.is_sampling:
+        if sampling.top_p is not None:
             body["top_p"] = sampling.top_p
         if self.endpoint.thinking is not None:
             body[THINKING] = self.endpoint.thinking
@@ -67,7 +68,8 @@ class ResponsesProvider(OpenAIProvider):
         output, usage = payload.get("output"), payload.get("usage")
         if not isinstance(output, list):
             raise MalformedResponse("the answer has no output")
-        said = list(_parts(output, "message", "content"))
+        messages = [item for item in output if _phase(item) != "commentary"]
+        said = list(_parts(messages, "message", "content"))
         if refusal := "".join(str(part["refusal"]) for part in said if part.get("refusal")):
             raise RecordFailed("refused", f"the model refused: {refusal}")
         logprobs = [each for part in said for each in part.get("logprobs") or ()]
@@ -75,42 +77,63 @@ class ResponsesProvider(OpenAIProvider):
             *_parts(output, "reasoning", "summary"),
             *_parts(output, "reasoning", "content"),
         ]
-        return Completion(
-            _joined(said),
-            _reason(payload, output),
+        counted = billed(
             token_count(usage, "input_tokens"),
             token_count(usage, "output_tokens"),
-            _joined(thoughts) or None,
-            told_logprobs(logprobs) if logprobs else None,
             token_count(usage, "input_tokens_details", "cached_tokens"),
             token_count(usage, "output_tokens_details", "reasoning_tokens"),
         )
+        return Completion(
+            _joined(said),
+            _reason(payload, output),
+            counted.prompt,
+            counted.completion,
+            _joined(thoughts) or None,
+            told_logprobs(logprobs) if logprobs else None,
+            counted.cached,
+            counted.reasoning,
+        )
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        for chunk in reversed(chunks):
-            if chunk.get("type") in _ENDED and isinstance(chunk.get("response"), Mapping):
-                return dict(chunk["response"])
+        items = []
         for chunk in chunks:
-            if chunk.get("type") == "error":
-                return chunk
+            if chunk.get("type") == "response.output_item.done":
+                items.append(chunk.get("item"))
+            if chunk.get("type") == "error" or chunk.get("error"):
+                return {"error": chunk.get("error") or chunk}
+            if chunk.get("type") in _ENDED and isinstance(chunk.get("response"), Mapping):
+                # Some gateways leave the last event's output empty.
+                whole = dict(chunk["response"])
+                return whole if whole.get("output") else {**whole, "output": items}
         raise MalformedResponse("the stream broke off before its end")
 
 
-def _reason(payload: Mapping[str, Any], output: Sequence[Any]) -> str | None:
-    """How the answer ended, in a word of `finish.end_of`."""
+def _reason(payload: Mapping[str, Any], output: Sequence[Any]) -> str:
+    """How the answer ended, in a word of `finish.end_of`. Raises: MalformedResponse."""
     status, details = payload.get("status"), payload.get("incomplete_details")
     if isinstance(details, Mapping) and details.get("reason"):
         return str(details["reason"])
-    if any(isinstance(i, Mapping) and str(i.get("type")).endswith("_call") for i in output):
+    items = [item for item in output if isinstance(item, Mapping)]
+    if any(item.get("type") in _CALLS for item in items):
         return "tool_calls"
-    return status if isinstance(status, str | None) else json.dumps(status)
+    if any(item.get("status") == "incomplete" for item in items):
+        return "incomplete"
+    if not isinstance(status, str):
+        raise MalformedResponse("the answer does not say how it ended")
+    return status
+
+
+def _phase(item: Any) -> Any:
+    return item.get("phase") if isinstance(item, Mapping) else None
 
 
 def _parts(output: Sequence[Any], kind: str, key: str) -> Iterator[Mapping[str, Any]]:
     """The parts, below `key`, of the items of one kind."""
     for item in output:
         if isinstance(item, Mapping) and item.get("type") == kind:
-            yield from (part for part in item.get(key) or () if isinstance(part, Mapping))
+            parts = item.get(key) or ()
+            parts = [{"text": parts}] if isinstance(parts, str) else parts
+            yield from (part for part in parts if isinstance(part, Mapping))
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> str:

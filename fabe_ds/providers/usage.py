@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+MOST = 1 << 40
+"""No answer has as many tokens."""
+
 
 class Usage(NamedTuple):
     """Tokens as they are billed: `cached` are a part of `prompt`, `reasoning` one of `completion`.
@@ -26,8 +29,19 @@ def token_count(usage: Any, *path: str) -> int | None:
     """A count out of a server's usage report, which may lack it or hold nonsense."""
     for key in path:
         usage = usage.get(key) if isinstance(usage, Mapping) else None
-    is_count = isinstance(usage, int) and not isinstance(usage, bool) and usage >= 0
+    is_count = isinstance(usage, int) and not isinstance(usage, bool) and 0 <= usage < MOST
     return usage if is_count else None
+
+
+def billed(
+    prompt: int | None, completion: int | None, cached: int | None, reasoning: int | None
+) -> Usage:
+    """Counts put right: zeros throughout are what some gateways send who have not counted."""
+    if not prompt and not completion:
+        return Usage()
+    if cached is not None and prompt is not None:
+        cached = min(cached, prompt)
+    return Usage(prompt, completion, cached, reasoning)
 
 
 def usage_of(usage: Any) -> Usage:
@@ -45,16 +59,13 @@ def usage_of(usage: Any) -> Usage:
         token_count(usage, "completion_tokens_details", "reasoning_tokens"),
         token_count(usage, "reasoning_tokens"),
     )
-    if completion is None or prompt is None:
-        return Usage(prompt, completion, cached, reasoning)
     whole = token_count(usage, "total_tokens") or 0
-    if whole > prompt + completion:
-        completion = whole - prompt
-    elif reasoning is not None and reasoning > completion:
-        completion += reasoning
-    if cached is not None:
-        cached = min(cached, prompt)
-    return Usage(prompt, completion, cached, reasoning)
+    if completion is not None and prompt is not None:
+        if whole > prompt + completion:
+            completion = whole - prompt
+        elif reasoning is not None and reasoning > completion and whole != prompt + completion:
+            completion += reasoning
+    return billed(prompt, completion, cached, reasoning)
 
 
 def _first(*counts: int | None) -> int | None:

@@ -14,6 +14,9 @@ from fabe_ds.errors import UsageError
 from fabe_ds.providers import Endpoint, HttpProvider, build_provider, provider_class
 from fabe_ds.store.completions import OpenBatch, RecordCache
 
+PATIENCE = 10.0
+"""Seconds for which a server may be away: somebody waits."""
+
 
 class Listed(NamedTuple):
     """A batch: where and how far it is, and whether a run from this cache folder waits for it."""
@@ -88,4 +91,5 @@ def _provider(config: RunConfig, url: str) -> HttpProvider:
 
 
 def _client(config: RunConfig, endpoint: str) -> BatchClient:
-    return batch_client(_provider(config, endpoint), config.part(PolicySettings), {})
+    policy = config.part(PolicySettings).model_copy(update={"give_up_after": PATIENCE})
+    return batch_client(_provider(config, endpoint), policy)

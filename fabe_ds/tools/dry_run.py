@@ -52,6 +52,7 @@ class DryRun:
     tokens: PromptTokens | None = None
     """Those of the prompts to send."""
     most_completion_tokens: int = 0
+    has_fallbacks: bool = False
     most_cost: float | None = None
     """What the answers would cost, by the first model's price, where there is one."""
 
@@ -108,6 +109,7 @@ def _estimate(job: Job, seen: DryRun) -> None:
     tokens, config = seen.tokens, job.config
     if tokens is None or not tokens.requests:
         return
+    seen.has_fallbacks = bool(config.fallback_models)
     seen.most_completion_tokens = config.max_new_tokens * tokens.requests
     if config.prices is not None:
         each = math.ceil(tokens.total / tokens.requests)
@@ -124,6 +126,7 @@ class _Counter:
         if transform.provider.cached:
             seen.tokens = PromptTokens(transform.provider)
         fallbacks = map(transform.providers.fallback, transform.session.fallbacks)
+        asked = [transform.provider, *fallbacks]
         self._sorters = [
             Coalescer(
                 provider,
@@ -133,8 +136,9 @@ class _Counter:
                 asking_again(config),
                 offline=True,
                 retry_all=config.retry_all,
+                passed_on=ESCALATED if provider is not asked[-1] else (),
             )
-            for provider in (transform.provider, *fallbacks)
+            for provider in asked
         ]
 
     def count(self, items: Sequence[Item]) -> None:

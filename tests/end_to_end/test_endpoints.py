@@ -244,3 +244,69 @@ def test_a_map_asks_all_of_them(tmp_path, two, processes):
     assert one.calls
     assert other.calls
     assert len(one.calls) + len(other.calls) == 60
+
+
+def said(body: str, status: int = 200, kind: str = "application/json"):
+    def answer(call: Call) -> web.Response:
+        return web.Response(text=body, status=status, content_type=kind)
+
+    return answer
+
+
+BROKEN = {
+    "refuses all": said('{"error": {"message": "bad request"}}', 400),
+    "fails": said('{"error": {"message": "oops"}}', 500),
+    "a page": said("<html>hello</html>", 200, "text/html"),
+    "a list": said("[1, 2]"),
+    "no choice": said('{"choices": [null]}'),
+    "garbage": said("\x00\x01{"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_quick_and_broken_server_costs_no_record(box, name):
+    async def behave(call: Call) -> web.StreamResponse:
+        return BROKEN[name](call)
+
+    with ModelServer(latency=0.05) as good, ModelServer(behave) as bad:
+        records(box, 200)
+        ended = box.fabe(*run_at(good, bad))
+        assert ended.code == 0, ended
+        assert answers(box) == expected(200)
+        assert len(good.calls) == 200
+        assert len(bad.calls) < 60  # it is left alone, and asked now and then
+        assert "requests in a row came to nothing" in ended.err
+
+
+def test_a_server_that_hangs_costs_no_record(box):
+    async def hangs(call: Call) -> web.StreamResponse | None:
+        await asyncio.sleep(30)
+        return None
+
+    with ModelServer(latency=0.02) as good, ModelServer(hangs) as bad:
+        records(box, 100)
+        ended = box.fabe(*run_at(good, bad, more=["--timeout", 2, "--retry", 1]))
+        assert ended.code == 0, ended
+        assert answers(box) == expected(100)
+
+
+def test_a_record_that_all_servers_refuse_fails(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        return error(400, "no") if call.prompt.endswith("= 7") else None
+
+    with ModelServer(behave) as one, ModelServer(behave) as other:
+        records(box, 20)
+        ended = box.fabe(*run_at(one, other))
+        assert ended.code == 1
+        assert answers(box) == [f"X = {i}" if i != 7 else "x = 7" for i in range(20)]
+        asked = [call.prompt for call in [*one.calls, *other.calls]]
+        assert sum(prompt.endswith("= 7") for prompt in asked) == 2
+
+
+@pytest.mark.parametrize("words", [["--base-url", ""], ["--base-url", "URL", "--base-url", ""]])
+def test_an_empty_address_is_no_address(box, server, words):
+    records(box)
+    words = [server.url if word == "URL" else word for word in words]
+    ended = box.fabe(*openai_run(server, *words))
+    assert ended.code == 2
+    assert "--base-url: an empty one" in ended.err

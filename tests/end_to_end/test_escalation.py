@@ -86,8 +86,8 @@ def test_what_is_no_good_goes_to_the_next_model_alone(box, models):
     again = box.fabe(*run(models, "--fallback-model", "big"))
     assert again.code == 0, again
     assert codes(box) == EXPECTED
-    # Of another job, what was refused or empty is asked about once more, as in every run.
-    assert len(models.calls) - before == 3
+    # Of another job, what was refused, and so not kept, is asked about once more.
+    assert len(models.calls) - before == 2
     assert sent(models)["big"] == 6
 
 
@@ -216,9 +216,9 @@ def test_a_dry_run_knows_what_the_next_model_would_be_asked(box, models):
     assert "6 answered already\n" in dry.out, dry
     before = len(models.calls)
     assert box.fabe(*run(models, "--fallback-model", "big")).code == 0
-    assert len(models.calls) - before == 6 + 3  # and what was refused or empty
+    assert len(models.calls) - before == 6 + 2  # and what was refused
     dry = box.fabe(*run(models, "--fallback-model", "big", "--dry-run"))
-    assert "9 answered already" in dry.out, dry
+    assert "10 answered already" in dry.out, dry
 
 
 MAPPED = """
@@ -263,3 +263,31 @@ def test_a_killed_run_pays_neither_model_twice(box):
         }
         assert len(twice) <= 16
         assert sum(1 for code in codes(box) if code == "Y = 'big'") == 300
+
+
+def test_sampled_answers_that_were_passed_on_are_not_paid_for_again(box):
+    async def behave(call: Call) -> web.StreamResponse | None:
+        small = call.body["model"] == "small"
+        return completion(call, "cut", "length") if small else completion(call, "Y = 1")
+
+    with ModelServer(behave) as server:
+        server.models = ["small", "big"]
+        records(box, 10)
+        command = run(server, "--fallback-model", "big", "--temperature", 1)
+        assert box.fabe(*command).code == 0
+        assert sent(server) == {"small": 10, "big": 10}
+        # Another job over the same answers.
+        assert box.fabe(*command, "--backup-field", "was").code == 0
+        assert sent(server) == {"small": 10, "big": 10}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["", " ", "f@", "f@ftp://x", "f@http://", "f@127.0.0.1:9/v1", "@http://h/v1", "small"],
+)
+def test_what_is_no_fallback_model_is_said_at_once(box, models, wrong):
+    records(box)
+    ended = box.fabe(*run(models, "--fallback-model", wrong))
+    assert ended.code == 2, ended
+    assert ended.err.startswith("fabe-ds: --fallback-model")
+    assert not models.calls
