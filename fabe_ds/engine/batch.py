@@ -51,12 +51,14 @@ _TAKEN = ("in_progress", "finalizing")
 @dataclass(slots=True)
 class _Job:
     """A batch that is on its way. `lines` are the keys of its requests, in order; `entries` those
-    that are waited for, by their keys. `was_alone`: no other was on its way when it was sent."""
+    that are waited for, by their keys. `was_alone`: no other was on its way when it was sent, and
+    `known` what was known of the server then."""
 
     opened: OpenBatch
     lines: list[str]
     entries: dict[str, Pending] = field(default_factory=dict)
     was_alone: bool = False
+    known: dict[str, str] | None = None
     state: BatchState | None = None
     look_at: float = 0.0
     seconds: float = WAIT_SECONDS
@@ -225,7 +227,8 @@ class BatchEngine:
         log.info("batch %s: %d requests", opened.batch, len(part))
         look_at = time.monotonic() + WAIT_SECONDS
         entries = dict(zip(keys, part, strict=True))
-        self._jobs.append(_Job(opened, keys, entries, not self._wanted, look_at=look_at))
+        is_alone, known = not self._wanted, self._client.lessons.known
+        self._jobs.append(_Job(opened, keys, entries, is_alone, known, look_at=look_at))
 
     def _look(self) -> None:
         """Waits until something may have changed, and looks."""
@@ -297,7 +300,7 @@ class BatchEngine:
             entry = job.entries.pop(key, None)
             if isinstance(answer, Refusal) and entry is not None:
                 assert entry.request is not None
-                answer = self._client.judged(answer, entry.request)
+                answer = self._client.judged(answer, entry.request, job.known)
             if isinstance(answer, Completion):
                 rows.append((key, entry, answer))
                 if len(rows) >= STORED:

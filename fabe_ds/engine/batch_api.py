@@ -261,10 +261,13 @@ class BatchClient:
             return Verdict("fail", error.kind, str(error))
         return AGAIN if end_of(completion.finish_reason) is End.FAULT else completion
 
-    def judged(self, refusal: Refusal, request: Request) -> Verdict:
-        """What becomes of a request that a batch had refused."""
+    def judged(
+        self, refusal: Refusal, request: Request, known: Mapping[str, str] | None
+    ) -> Verdict:
+        """What becomes of a request of a batch that was refused; `known` is what was known of the
+        server when it was sent."""
         verdict = classify_error(refusal.status, refusal.error, {})
-        sent = self.lessons.written(request)
+        sent = self.lessons.written(request, known)
         return self.lessons.judged(
             verdict, refusal.status, refusal.error, request, sent, answered=False
         )

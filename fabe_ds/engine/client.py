@@ -256,7 +256,7 @@ def unlike_protocol(error: Exception) -> str:
 
 
 def _is_chunk(part: Mapping[str, Any]) -> bool:
-    if str(part.get("type")).startswith(("response.", "message_")):  # of Responses, of Messages
+    if str(part.get("type")).startswith(("response.", "message_", "error")):  # an event
         return True
     choices: Any = part.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None

@@ -49,9 +49,16 @@ class Lessons:
         if self._memory is not None:
             self._memory.learn(*self._endpoint, name, value)
 
-    def written(self, request: Request, more: Mapping[str, str] | None = None) -> Mapping[str, Any]:
-        """The body as it goes out; with `more`, as it would if that were learned too."""
-        learned = {**self._learned, **(more or {})}
+    @property
+    def known(self) -> dict[str, str]:
+        """What is known by now."""
+        return dict(self._learned)
+
+    def written(
+        self, request: Request, known: Mapping[str, str] | None = None
+    ) -> Mapping[str, Any]:
+        """The body as it goes out, or as it would where that is `known`."""
+        learned = self._learned if known is None else known
         body = self._provider.sent(self._provider.asked(request), learned)
         tier = self._policy.service_tier
         return body if tier is None else {**body, TIER: tier}
@@ -94,7 +101,7 @@ class Lessons:
         helps = (
             lesson is not None
             and name not in self._learned.values()
-            and self.written(request, dict([lesson])) != sent
+            and self.written(request, self.known | dict([lesson])) != sent
         )
         if lesson is not None and helps:
             return replace(verdict, action="retry", lesson=dict([lesson]))

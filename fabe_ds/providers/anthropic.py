@@ -10,10 +10,11 @@ from fabe_ds.errors import MalformedResponse
 from fabe_ds.providers.dialects import THINKING, anthropics_thinking
 from fabe_ds.providers.forms import OUTPUT_CONFIG
 from fabe_ds.providers.model_list import ListingProvider
-from fabe_ds.providers.usage import billed, token_count
+from fabe_ds.providers.usage import messages_usage
 from fabe_ds.request import Completion, Request
 from fabe_ds.text import encodable
 
+_about_thinking = r"effort|thinking\.type|adaptive thinking|'adaptive'"
 _BUDGET = "thinking budget"  # learned of models that are told how many tokens to reason with
 
 
@@ -41,8 +42,7 @@ class AnthropicProvider(ListingProvider):
         return "/messages"
 
     def key_headers(self, key: str) -> dict[str, str]:
-        is_token = key.startswith("sk-ant-oat")  # of OAuth
-        return super().key_headers(key) if is_token else {"x-api-key": key}
+        return super().key_headers(key) if key.startswith("sk-ant-oat") else {"x-api-key": key}
 
     def headers(self) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01", **super().headers()}
@@ -67,11 +67,10 @@ class AnthropicProvider(ListingProvider):
         return body
 
     def told_to_think(self, level: str, learned: Mapping[str, str]) -> dict[str, Any]:
-        limit = self.endpoint.max_new_tokens or 0
-        return anthropics_thinking(level, limit, bool(learned.get(_BUDGET)))
+        return anthropics_thinking(level, self.endpoint.max_new_tokens or 0, _BUDGET in learned)
 
     def refused(self, sent: Mapping[str, Any], parameter: str | None, message: str) -> str | None:
-        if "thinking" in sent and re.search(r"effort|thinking\.type|adaptive", message):
+        if "thinking" in sent and re.search(_about_thinking, message):
             return "thinking"
         named = re.match(r"(\w+)(\.[\w.]+)?: ", message.removeprefix("Validation: "))
         optional = sent.keys() - {"model", "messages", "system"}
@@ -84,31 +83,16 @@ class AnthropicProvider(ListingProvider):
         return (name, "") if drops else super().instead(name, sent, message)
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:
-        blocks, usage = payload.get("content"), payload.get("usage")
-        if isinstance(blocks, str):  # as some gateways write it
-            blocks = [{"text": blocks}]
-        reason = payload.get("stop_reason")
+        blocks, reason = payload.get("content"), payload.get("stop_reason")
+        blocks = [{"text": blocks}] if isinstance(blocks, str) else blocks  # of some gateways
         if not isinstance(blocks, list) or not isinstance(reason, str):
             raise MalformedResponse("the answer has no content, or does not say how it ended")
-        # What was in a cache, or went into one, is counted apart from the rest.
-        cached = token_count(usage, "cache_read_input_tokens")
-        written = token_count(usage, "cache_creation_input_tokens") or 0
-        new = token_count(usage, "input_tokens")
-        counted = billed(
-            None if new is None else new + written + (cached or 0),
-            token_count(usage, "output_tokens"),
-            cached,
-            token_count(usage, "output_tokens_details", "thinking_tokens"),
-        )
         return Completion(
             _joined(blocks, "text"),
             reason,
-            counted.prompt,
-            counted.completion,
-            _joined(blocks, "thinking") or None,
-            None,
-            counted.cached,
-            counted.reasoning,
+            reasoning=_joined(blocks, "thinking") or None,
+            logprobs=None,
+            **messages_usage(payload.get("usage")).counts,
         )
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 from fabe_ds import network
@@ -223,7 +224,9 @@ def refused_parameter(
     if parameter is not None:  # also reasoning.effort, or stop[0]
         whole = re.split(r"[.\[]", parameter)[0]
         return whole if whole in optional else None
-    return next((name for name in optional if _names(name, message)), None)
+    quoted = (name for name in optional if re.search(rf"['\"`]{name}['\"`]", message))
+    named = (name for name in optional if _names(name, message))
+    return next(chain(quoted, named), None)
 
 
 def _names(name: str, message: str) -> bool:

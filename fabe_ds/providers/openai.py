@@ -118,14 +118,11 @@ class OpenAIProvider(ListingProvider):
         usage = usage_of(payload.get("usage") or choice.get("usage"))
         reason = choice.get("finish_reason")
         return Completion(
-            _text(content),
+            text_of(content),
             reason if isinstance(reason, str | None) else json.dumps(reason),
-            usage.prompt,
-            usage.completion,
-            reasoning_in(message),
-            told_logprobs(choice.get("logprobs")),
-            usage.cached,
-            usage.reasoning,
+            reasoning=reasoning_in(message),
+            logprobs=told_logprobs(choice.get("logprobs")),
+            **usage.counts,
         )
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -151,7 +148,7 @@ class OpenAIProvider(ListingProvider):
             reason = choice.get("finish_reason") or reason
             part = choice.get("delta") or choice.get("message") or choice
             if isinstance(part, Mapping):
-                texts.append(_text(part["text"] if "text" in part else part.get("content")))
+                texts.append(text_of(part["text"] if "text" in part else part.get("content")))
                 thoughts.append(reasoning_in(part) or "")
                 told = choice.get("logprobs")
                 logprobs += (told.get("content") or []) if isinstance(told, Mapping) else []
@@ -168,7 +165,7 @@ class OpenAIProvider(ListingProvider):
         return {**whole, "choices": [choice]}
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
     """The text of a message's content, which may be null or a list of parts."""
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, Mapping)]

@@ -9,10 +9,9 @@ from fabe_ds.errors import MalformedResponse, RecordFailed
 from fabe_ds.providers.dialects import THINKING
 from fabe_ds.providers.forms import TEXT_FORMAT, told_logprobs
 from fabe_ds.providers.http import HttpProvider
-from fabe_ds.providers.openai import OpenAIProvider
-from fabe_ds.providers.usage import billed, token_count
+from fabe_ds.providers.openai import OpenAIProvider, text_of
+from fabe_ds.providers.usage import responses_usage
 from fabe_ds.request import Completion, Request
-from fabe_ds.text import encodable
 
 LEAST_TOKENS = 16
 _INCLUDE = "include"
@@ -65,33 +64,21 @@ class ResponsesProvider(OpenAIProvider):
         return (name, "") if drops else HttpProvider.instead(self, name, sent, message)
 
     def completion(self, payload: Mapping[str, Any]) -> Completion:
-        output, usage = payload.get("output"), payload.get("usage")
+        output = payload.get("output")
         if not isinstance(output, list):
             raise MalformedResponse("the answer has no output")
-        messages = [item for item in output if _phase(item) != "commentary"]
+        output = [item for item in output if isinstance(item, Mapping)]
+        messages = [item for item in output if item.get("phase") != "commentary"]
         said = list(_parts(messages, "message", "content"))
         if refusal := "".join(str(part["refusal"]) for part in said if part.get("refusal")):
             raise RecordFailed("refused", f"the model refused: {refusal}")
         logprobs = [each for part in said for each in part.get("logprobs") or ()]
-        thoughts = [
-            *_parts(output, "reasoning", "summary"),
-            *_parts(output, "reasoning", "content"),
-        ]
-        counted = billed(
-            token_count(usage, "input_tokens"),
-            token_count(usage, "output_tokens"),
-            token_count(usage, "input_tokens_details", "cached_tokens"),
-            token_count(usage, "output_tokens_details", "reasoning_tokens"),
-        )
         return Completion(
-            _joined(said),
+            text_of(said),
             _reason(payload, output),
-            counted.prompt,
-            counted.completion,
-            _joined(thoughts) or None,
-            told_logprobs(logprobs) if logprobs else None,
-            counted.cached,
-            counted.reasoning,
+            reasoning=text_of(list(_parts(output, "reasoning", "summary", "content"))) or None,
+            logprobs=told_logprobs(logprobs) if logprobs else None,
+            **responses_usage(payload.get("usage")).counts,
         )
 
     def joined(self, chunks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -108,12 +95,11 @@ class ResponsesProvider(OpenAIProvider):
         raise MalformedResponse("the stream broke off before its end")
 
 
-def _reason(payload: Mapping[str, Any], output: Sequence[Any]) -> str:
+def _reason(payload: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> str:
     """How the answer ended, in a word of `finish.end_of`. Raises: MalformedResponse."""
     status, details = payload.get("status"), payload.get("incomplete_details")
     if isinstance(details, Mapping) and details.get("reason"):
         return str(details["reason"])
-    items = [item for item in output if isinstance(item, Mapping)]
     if any(item.get("type") in _CALLS for item in items):
         return "tool_calls"
     if any(item.get("status") == "incomplete" for item in items):
@@ -123,19 +109,12 @@ def _reason(payload: Mapping[str, Any], output: Sequence[Any]) -> str:
     return status
 
 
-def _phase(item: Any) -> Any:
-    return item.get("phase") if isinstance(item, Mapping) else None
-
-
-def _parts(output: Sequence[Any], kind: str, key: str) -> Iterator[Mapping[str, Any]]:
-    """The parts, below `key`, of the items of one kind."""
-    for item in output:
-        if isinstance(item, Mapping) and item.get("type") == kind:
-            parts = item.get(key) or ()
-            parts = [{"text": parts}] if isinstance(parts, str) else parts
-            yield from (part for part in parts if isinstance(part, Mapping))
-
-
-def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
-    texts = (part.get("text") for part in parts)
-    return encodable("".join(text for text in texts if isinstance(text, str)))
+def _parts(
+    items: Sequence[Mapping[str, Any]], kind: str, *keys: str
+) -> Iterator[Mapping[str, Any]]:
+    """The parts, below these keys, of the items of one kind."""
+    for parts in (
+        item.get(key) or () for item in items for key in keys if item.get("type") == kind
+    ):
+        parts = [{"text": parts}] if isinstance(parts, str) else parts
+        yield from (part for part in parts if isinstance(part, Mapping))

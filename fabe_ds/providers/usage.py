@@ -3,7 +3,7 @@
 Sources: OpenAI API reference, "Usage" (`prompt_tokens_details`, `completion_tokens_details`);
 DeepSeek (`prompt_cache_hit_tokens`); Moonshot (`cached_tokens`); SGLang (`reasoning_tokens`); xAI,
 whose `completion_tokens` leave reasoning out; Gemini's layer for OpenAI's protocol, of which the
-total alone holds it.
+total alone holds it; Anthropic API reference, "Messages".
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ class Usage(NamedTuple):
     completion: int | None = None
     cached: int | None = None
     reasoning: int | None = None
+
+    @property
+    def counts(self) -> dict[str, int | None]:
+        """As a completion has them."""
+        return {f"{name}_tokens": count for name, count in self._asdict().items()}
 
 
 def token_count(usage: Any, *path: str) -> int | None:
@@ -66,6 +71,29 @@ def usage_of(usage: Any) -> Usage:
         elif reasoning is not None and reasoning > completion and whole != prompt + completion:
             completion += reasoning
     return billed(prompt, completion, cached, reasoning)
+
+
+def messages_usage(usage: Any) -> Usage:
+    """The usage of Anthropic's Messages: what was in a cache, or went into one, is counted apart
+    from the rest of the prompt."""
+    new, cached = token_count(usage, "input_tokens"), token_count(usage, "cache_read_input_tokens")
+    written = token_count(usage, "cache_creation_input_tokens") or 0
+    return billed(
+        None if new is None else new + written + (cached or 0),
+        token_count(usage, "output_tokens"),
+        cached,
+        token_count(usage, "output_tokens_details", "thinking_tokens"),
+    )
+
+
+def responses_usage(usage: Any) -> Usage:
+    """The usage of OpenAI's Responses."""
+    return billed(
+        token_count(usage, "input_tokens"),
+        token_count(usage, "output_tokens"),
+        token_count(usage, "input_tokens_details", "cached_tokens"),
+        token_count(usage, "output_tokens_details", "reasoning_tokens"),
+    )
 
 
 def _first(*counts: int | None) -> int | None:

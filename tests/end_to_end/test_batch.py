@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from tests.conftest import wait_for
-from tests.support.server import ModelServer, answer_to, openai_run
+from tests.support.server import ModelServer, answer_to, error, openai_run
 
 FULL = {
     "code": "token_limit_exceeded",
@@ -94,8 +94,8 @@ class BatchServer(ModelServer):
             yield json.loads(line)
 
     def finish(self, name: str, end: str | None = None) -> None:
-        state = self.batches[name]
-        if state["status"] != "in_progress":
+        state = self.batches.get(name, {})
+        if state.get("status") != "in_progress":
             return
         given = end or self.ends.get(int(name.partition("_")[2]), self.end)
         if isinstance(given, dict):
@@ -139,7 +139,8 @@ class BatchServer(ModelServer):
         return web.json_response({"object": "list", "data": page, "has_more": more})
 
     async def show(self, request: web.Request) -> web.Response:
-        return web.json_response(self.batches[request.match_info["id"]])
+        state = self.batches.get(request.match_info["id"])
+        return error(404, "No batch found") if state is None else web.json_response(state)
 
     async def download(self, request: web.Request) -> web.Response:
         return web.Response(body=self.files[request.match_info["id"]])
@@ -406,6 +407,156 @@ def test_a_kill_in_any_phase_costs_nothing(box, phase):
         assert ended.code == 0, ended
         assert codes(box) == expected(3000)
         assert set(server.answered.values()) == {1}
+
+
+ODD_LINES = {
+    "a page": b"<html>oops</html>\n",
+    "half a line": b'{"custom_id": "ab',
+    "a list": b"[1]\n",
+    "null": b"null\n",
+    "an unknown name": b'{"custom_id": "zz", "response": {"status_code": 200, "body": {}}}\n',
+    "no name": b'{"custom_id": null, "response": {"status_code": 200, "body": {}}}\n',
+    "a state that is none": b'{"custom_id": "'
+    + b"0" * 64
+    + b'", "response": {"status_code": "x"}}\n',
+    "text in a row": b'{"custom_id": "' + b"0" * 64 + b'", "response": "x"}\n',
+}
+
+
+@pytest.mark.parametrize("name", ODD_LINES)
+def test_lines_that_cannot_be_read_are_no_answers_and_harm_no_others(box, name):
+    class Odd(BatchServer):
+        def keep(self, data: bytes) -> str:
+            # Of the first batch's answers, one line is lost to nonsense.
+            if len(self.batches) == 1 and b'"response"' in data:
+                _, _, rest = data.partition(b"\n")
+                data = rest + ODD_LINES[name] if name == "half a line" else ODD_LINES[name] + rest
+            return super().keep(data)
+
+    with Odd() as server:
+        many(box, 6)
+        ended = box.fabe(*command(server))
+        assert ended.code == 0, ended
+        assert codes(box) == expected(6)
+        assert len(server.batches) == 2
+        assert len(list(server.requests("batch_1"))) == 1
+
+
+def test_a_parameter_that_is_refused_is_learned_from_a_batch_too(box, batches):
+    refusal = {
+        "message": "Unsupported value: 'temperature' does not support 0",
+        "param": "temperature",
+    }
+    body = {"error": {**refusal, "code": "unsupported_value", "type": "invalid_request_error"}}
+
+    def answer(prompt, batch):
+        return {"status_code": 400, "body": body} if batch == 1 else None
+
+    batches.answer = answer
+    many(box, 6)
+    ended = box.fabe(*command(batches))
+    assert ended.code == 0, ended
+    assert codes(box) == expected(6)
+    assert len(batches.batches) == 2
+    assert all("temperature" not in line["body"] for line in batches.requests("batch_1"))
+    assert ended.err.count("it takes no temperature") == 1
+    many(box, 7)
+    assert box.fabe(*command(batches)).code == 0
+    assert all("temperature" not in line["body"] for line in batches.requests("batch_2"))
+    ended = box.fabe(*command(batches, "--temperature", 0.5, "--seed", 1, "--no-resume"))
+    assert ended.code == 0
+
+
+def test_a_batch_that_the_server_has_forgotten_is_sent_again(box):
+    with BatchServer(seconds=60) as server:
+        many(box, 6)
+        process = box.start(*command(server))
+        wait_for(lambda: len(server.batches) == 1)
+        box.kill(process)
+        forgotten = server.batches.pop("batch_0")
+        server.batches["batch_other"] = {**forgotten, "id": "batch_other", "metadata": {}}
+        server.seconds = 0.2
+        ended = box.fabe(*command(server))
+        assert ended.code == 0, ended
+        assert codes(box) == expected(6)
+        assert "is not there any more" in ended.err
+
+
+@pytest.mark.parametrize("what", ["create", "upload", "show", "download"])
+def test_a_hiccup_in_passing_costs_nothing(box, what):
+    class Hiccup(BatchServer):
+        hiccups = 0
+
+        async def _handle(self, name: str, request: web.Request) -> web.StreamResponse:
+            good: web.StreamResponse = await getattr(BatchServer, name)(self, request)
+            if name != what or self.hiccups:
+                return good
+            self.hiccups += 1
+            if what == "show":
+                return web.Response(text="<html>", content_type="text/html")
+            if what == "upload":
+                return web.json_response({"object": "file"})
+            if what == "download":  # the connection breaks half way
+                response = web.StreamResponse(headers={"Content-Length": "100000"})
+                await response.prepare(request)
+                await response.write(b"{}\n")
+                assert request.transport is not None
+                request.transport.close()
+                return response
+            assert request.transport is not None
+            request.transport.close()  # the batch is there, and nobody was told
+            return good
+
+        async def create(self, request):
+            return await self._handle("create", request)
+
+        async def upload(self, request):
+            return await self._handle("upload", request)
+
+        async def show(self, request):
+            return await self._handle("show", request)
+
+        async def download(self, request):
+            return await self._handle("download", request)
+
+    with Hiccup() as server:
+        many(box, 6)
+        ended = box.fabe(*command(server))
+        assert ended.code == 0, ended
+        assert codes(box) == expected(6)
+        assert len(server.batches) == 1
+        assert server.hiccups == 1
+
+
+def test_what_a_run_does_about_batches_leaves_those_of_others_alone(box):
+    class Slow(BatchServer):
+        async def create(self, request: web.Request) -> web.Response:
+            if not self.batches:
+                await asyncio.sleep(1.5)
+            return await super().create(request)
+
+    with Slow() as server:
+        many(box, 3)
+        (box.path / "data.jsonl").rename(box.path / "one.jsonl")
+        box.lines("data.jsonl", [{"code": f"y = {i}"} for i in range(3)])
+        first = [*command(server), "--output", "one"]
+        first[first.index("data.jsonl")] = "one.jsonl"
+        process = box.start(*first)
+        wait_for(lambda: bool(server.files))
+        other = box.start(*command(server))  # while the first one's batch has no name yet
+        wait_for(lambda: len(server.batches) >= 1)
+        box.kill(process)
+        _, err = other.communicate(timeout=30)
+        assert other.returncode == 0, err
+        assert box.fabe(*first).code == 0
+        assert set(server.answered.values()) == {1}
+
+
+@pytest.mark.parametrize("words", [["list"], ["cancel", "b"]])
+def test_a_server_that_is_away_is_said_soon(box, words):
+    ended = box.fabe("batch", *words, "--base-url", "http://127.0.0.1:9/v1", timeout=30)
+    assert ended.code == 1
+    assert "http://127.0.0.1:9/v1" in ended.err
 
 
 def test_open_batches_of_other_data_hold_nothing_up(box):

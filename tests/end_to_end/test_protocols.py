@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 from collections import Counter
+from typing import Any, ClassVar
 
 import pytest
 from aiohttp import web
@@ -16,7 +17,7 @@ from fabe_ds.providers.responses import ResponsesProvider
 from fabe_ds.request import AnswerForm, Request, Sampling
 from tests.conftest import wait_for
 from tests.end_to_end.test_batch import BatchServer
-from tests.support.protocols import AnthropicServer, ResponsesServer, failure, refused
+from tests.support.protocols import AnthropicServer, ResponsesServer, events, failure, refused
 
 SERVERS = {"anthropic": AnthropicServer, "responses": ResponsesServer}
 SCHEMA = {
@@ -244,6 +245,246 @@ def test_a_fault_in_a_stream_is_no_answer(box):
         assert ended.code == 0, ended
         assert codes(box) == ["X = 0", "X = 1"]
         assert len(server.bodies) == 4
+
+
+class Streaming(AnthropicServer):
+    """Streams these events, whatever is asked."""
+
+    parts: ClassVar[list[dict[str, Any]]] = []
+
+    def stream(self, message):
+        return self.parts
+
+
+class StreamingResponses(ResponsesServer):
+    parts: ClassVar[list[dict[str, Any]]] = []
+
+    async def responses(self, request):
+        await self.taken(request)
+        return await events(request, self.parts)
+
+
+START = {"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 1}}}
+STOP = {"type": "message_stop"}
+ENDED = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {}}
+
+
+def said(text, kind="content_block_delta"):
+    part = {"type": "text_delta", "text": text}
+    return {"type": kind, "index": 0, "delta" if "delta" in kind else "content_block": part}
+
+
+def item(text, **more):
+    part = {"type": "output_text", "text": text}
+    return {"type": "message", "status": "completed", "content": [part], **more}
+
+
+def ended(*items, kind="completed", **more):
+    response = {"status": kind, "output": list(items), **more}
+    return {"type": f"response.{kind}", "response": response}
+
+
+# What comes, and the answer: a text, or the class of the failure.
+STREAMS = {
+    "a text at a block's start": (
+        Streaming,
+        [START, said("Hello ", "content_block_start"), said("you"), ENDED, STOP],
+        "Hello you",
+    ),
+    "an end that is told twice": (
+        Streaming,
+        [
+            START,
+            said("half"),
+            {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}},
+            {"type": "message_delta", "delta": {}, "usage": {"output_tokens": None}},
+            STOP,
+        ],
+        "truncated",
+    ),
+    "no end": (Streaming, [START, said("half"), STOP], "malformed"),
+    "an end that is null": (
+        Streaming,
+        [START, said("half"), {"type": "message_delta", "delta": {"stop_reason": None}}, STOP],
+        "malformed",
+    ),
+    "an error without a type": (
+        Streaming,
+        [START, said("hal"), {"type": "", "error": {"message": "died", "code": 500}}, ENDED, STOP],
+        "server",
+    ),
+    "no start": (Streaming, [{"type": "message_start"}, said("x"), ENDED, STOP], "x"),
+    "a delta that is a text": (
+        Streaming,
+        [START, {"type": "content_block_delta", "delta": "x"}, ENDED, STOP],
+        "malformed",
+    ),
+    "a ping behind the end": (Streaming, [START, said("x"), ENDED, STOP, {"type": "ping"}], "x"),
+    "items of their own, and an empty end": (
+        StreamingResponses,
+        [{"type": "response.output_item.done", "item": item("x")}, ended()],
+        "x",
+    ),
+    "nothing but the end": (StreamingResponses, [ended(item("x"))], "x"),
+    "nothing but a failure": (
+        StreamingResponses,
+        [ended(kind="failed", error={"code": "server_error", "message": "died"})],
+        "server",
+    ),
+    "an error without a code": (
+        StreamingResponses,
+        [{"type": "error", "code": None, "message": "died"}],
+        "server",
+    ),
+    "two ends": (
+        StreamingResponses,
+        [
+            ended(
+                item("half"), kind="incomplete", incomplete_details={"reason": "max_output_tokens"}
+            ),
+            ended(item("half")),
+        ],
+        "truncated",
+    ),
+    "an item that is not whole": (
+        StreamingResponses,
+        [ended(item("half", status="incomplete"))],
+        "unfinished",
+    ),
+    "no state": (StreamingResponses, [ended(item("half"), status=None)], "malformed"),
+    "parts that are none": (StreamingResponses, [ended(item("x", content=5))], "malformed"),
+    "a search, and an answer": (
+        StreamingResponses,
+        [ended({"type": "web_search_call", "status": "completed"}, item("x"))],
+        "x",
+    ),
+    "a comment, and an answer": (
+        StreamingResponses,
+        [ended(item("Let me see. ", phase="commentary"), item("x", phase="final_answer"))],
+        "x",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams_as_gateways_make_them(box, name):
+    kind, parts, expected = STREAMS[name]
+    with kind() as server:
+        kind.parts = parts
+        records(box, 1)
+        provider = "anthropic" if kind is Streaming else "responses"
+        ran = box.fabe(*run(provider, server, "--stream", "on", "--retry", 0))
+        failures = box.report()["failures_by_kind"]
+        assert ran.code == (1 if failures else 0), ran
+        assert [*failures, *(() if failures else codes(box))] == [expected]
+
+
+ODD = {
+    "no end": ("anthropic", {"stop_reason": None}, "malformed"),
+    "an end that is a number": ("anthropic", {"stop_reason": 3}, "malformed"),
+    "content that is a text": ("anthropic", {"content": "x"}, "x"),
+    "usage that is a list": ("anthropic", {"usage": [1]}, "X = 0"),
+    "more tokens than there are": ("anthropic", {"usage": {"input_tokens": 1 << 63}}, "X = 0"),
+    "content of a text": ("responses", {"output": [item("", content="x")]}, "x"),
+    "probabilities that are none": (
+        "responses",
+        {"output": [item("", content=[{"type": "output_text", "text": "x", "logprobs": 5}])]},
+        "malformed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_answers_as_gateways_make_them(box, name):
+    provider, given, expected = ODD[name]
+    with SERVERS[provider](lambda body: given) as server:
+        records(box, 1)
+        ran = box.fabe(*run(provider, server, "--retry", 0))
+        failures = box.report()["failures_by_kind"]
+        assert ran.code == (1 if failures else 0), ran
+        assert [*failures, *(() if failures else codes(box))] == [expected]
+
+
+INVALID = "invalid_request_error"
+# What a server says, the flags, and whether the run goes on without what it refuses.
+REFUSED_FLAGS = {
+    "a tier": ("anthropic", ["--service-tier", "flex"], "service_tier: Input should be 'auto'"),
+    "a temperature while it reasons": (
+        "anthropic",
+        ["--thinking", "on", "--max-new-tokens", 4000, "--temperature", 0.7],
+        "`temperature` may only be set to 1 when thinking is enabled or in adaptive mode.",
+    ),
+    "two ways to sample": (
+        "anthropic",
+        ["--temperature", 0.7, "--top-p", 0.9],
+        "`temperature` and `top_p` cannot both be specified for this model. Please use only one.",
+    ),
+    "a blank stop": (
+        "anthropic",
+        ["--stop", " "],
+        "stop_sequences: each stop sequence must contain non-whitespace",
+    ),
+    "no reasoning": (
+        "anthropic",
+        ["--thinking", "off"],
+        '"thinking.type.disabled" is not supported for this model.',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_FLAGS)
+def test_what_was_asked_for_and_is_refused_stops_with_one_line(box, name):
+    provider, flags, message = REFUSED_FLAGS[name]
+    with SERVERS[provider](lambda body: failure(400, INVALID, message)) as server:
+        records(box, 40)
+        ran = box.fabe(*run(provider, server, *flags))
+        assert ran.code == 1
+        assert "the server does not take the parameter" in ran.err
+        assert len([line for line in ran.err.splitlines() if line.startswith("fabe-ds:")]) == 1
+        assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model does not support the effort parameter.",
+        "thinking: Input tag 'adaptive' found using 'type' does not match any of the expected "
+        "tags: 'disabled', 'enabled'",
+        "Validation: thinking.type must be enabled or disabled",
+    ],
+)
+def test_models_of_a_budget_are_known_by_what_they_say(box, message):
+    def older(body):
+        is_new = body["thinking"]["type"] == "adaptive"
+        return failure(400, INVALID, message) if is_new else {}
+
+    with AnthropicServer(older) as server:
+        records(box)
+        ran = box.fabe(*run("anthropic", server, "--thinking", "high", "--max-new-tokens", 4000))
+        assert ran.code == 0, ran
+        assert len(server.bodies) == 5
+
+
+@pytest.mark.parametrize("parameter", ["reasoning.effort", "reasoning"])
+def test_a_level_that_responses_do_not_take_stops_with_one_line(box, parameter):
+    def answer(body):
+        return refused("Unsupported value: 'none' is not supported with this model.", parameter)
+
+    with ResponsesServer(answer) as server:
+        records(box, 40)
+        ran = box.fabe(*run("responses", server, "--thinking", "off"))
+        assert ran.code == 1
+        assert "the server does not take the parameter reasoning" in ran.err
+        assert len(server.bodies) == 1
+
+
+def test_more_cached_than_there_are_costs_no_less_than_nothing(box):
+    usage = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 99}, "output_tokens": 1}
+    with ResponsesServer(lambda body: {"usage": usage}) as server:
+        records(box)
+        box.write("p.yaml", "m: {prompt: 10, cached: 1, completion: 100}\n")
+        assert box.fabe(*run("responses", server, "--prices", "p.yaml")).code == 0
+        assert box.report()["cost"] == pytest.approx(4 * (10 * 1 + 100) / 1e6)
 
 
 def test_reasoning_is_told_apart(box, name):

@@ -110,6 +110,12 @@ WRONG = {
         "no price of 'm' for --service-tier flex",
     ),
     "a cap without prices": (["--max-cost", "1"], "m", "--max-cost needs --prices"),
+    "a blank tier": (["--service-tier", " "], "m", "--service-tier"),
+    "a tier twice": (
+        ["--service-tier", "flex", "--param", "service_tier=priority"],
+        "m",
+        "--service-tier and --param service_tier",
+    ),
     "a tier of a batch": (["--service-tier", "flex", "--batch-api"], "m", "--service-tier and"),
 }
 
@@ -148,6 +154,22 @@ def test_a_tier_without_room_is_asked_again(box, name):
         ended = box.fabe(*run(server, "--service-tier", "flex"))
         assert ended.code == 0, ended
         assert len(seen) == 8
+
+
+def test_patchy_room_costs_no_record_a_try(box):
+    seen = []
+
+    async def behave(call: Call) -> web.StreamResponse | None:
+        seen.append(call.prompt)
+        if call.prompt.endswith("= 2") and seen.count(call.prompt) <= 3:
+            return error(429, "Resource Unavailable", code="resource_unavailable")
+        return completion(call, answer_to(call.prompt))
+
+    with ModelServer(behave) as server:
+        records(box)
+        ended = box.fabe(*run(server, "--service-tier", "flex", "--retry", 1))
+        assert ended.code == 0, ended
+        assert len(seen) == 7
 
 
 def test_a_provider_without_tiers_refuses_them(box, server):
