@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from fabe_ds.config.sections import BudgetSettings
@@ -67,12 +67,14 @@ class Session:
         """Who asks the run's own model."""
         with self._lock():
             if self._runtime is None:
-                self._runtime = self._opened(self.provider, is_last=not self.fallbacks)
+                self._runtime = self._opened(self.provider, self._behind)
                 weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
             return self._runtime
 
-    def _opened(self, provider: Provider, name: str = "", is_last: bool = True) -> Runtime:
-        """`is_last`: nobody is asked behind it."""
+    def _opened(
+        self, provider: Provider, others: Sequence[Provider] = (), name: str = ""
+    ) -> Runtime:
+        """`others`: who is asked behind it."""
         config = self._config
         return Runtime(
             config,
@@ -83,8 +85,13 @@ class Session:
             self._budget_for(provider),
             ESCALATED if self.fallbacks else (),
             name,
-            passes_on=not is_last,
+            passes_on=others,
         )
+
+    @property
+    def _behind(self) -> list[Provider]:
+        """The models behind the run's own."""
+        return [self._providers.fallback(each, self._rank) for each in self.fallbacks]
 
     @property
     def judge(self) -> Judge | None:
@@ -108,12 +115,10 @@ class Session:
             return None
         with self._lock():
             if self._escalation is None:
-                models = []
-                for number, wanted in enumerate(self.fallbacks, 1):
-                    provider = self._providers.fallback(wanted, self._rank)
-                    is_last = number == len(self.fallbacks)
-                    opened = self._opened(provider, f"-fallback-{number}", is_last)
-                    models.append((wanted.model, opened))
+                models, behind = [], self._behind
+                for number, provider in enumerate(behind, 1):
+                    opened = self._opened(provider, behind[number:], f"-fallback-{number}")
+                    models.append((provider.endpoint.model, opened))
                 group = BATCH_GROUP if self._config.batch_api else GROUP
                 self._escalation = Escalation(models, group)
                 weakref.finalize(self, self._escalation.close)
@@ -157,7 +162,7 @@ class Session:
 
     def asked(self) -> list[Provider]:
         """Who may be asked: the run's own model, those that it turns to, its judge."""
-        others = [self._providers.fallback(each, self._rank) for each in self.fallbacks]
+        others = self._behind
         if self._config.judge_model is not None:
             others.append(self._providers.build(self._rank, self._config.judge_model))
         return [self.provider, *others]

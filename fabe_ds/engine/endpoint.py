@@ -7,8 +7,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.capacity import Capacity, Gate
@@ -16,6 +16,7 @@ from fabe_ds.engine.client import HttpClient
 from fabe_ds.engine.coalesce import Coalescer, Pending
 from fabe_ds.engine.retry import Attempts
 from fabe_ds.errors import RunStopped, ServerAway
+from fabe_ds.providers.http import HttpProvider
 from fabe_ds.request import Request
 
 log = logging.getLogger(__name__)
@@ -105,9 +106,12 @@ class Endpoints:
         policy: PolicySettings,
         patient: bool = False,
         tolerated: Sequence[str] = (),
+        others: Sequence[HttpProvider] = (),
     ) -> None:
         """`patient`: whether to go on where the first records all fail; `tolerated`: the kinds of
-        failures that in any case say nothing of the run."""
+        failures that in any case say nothing of the run. `others` are asked later, if at all, and
+        have to be there all the same."""
+        self._others, self._others_are_there = others, not others
         self.each, self.coalescer, self.policy = list(each), coalescer, policy
         self.patient, self.tolerated = patient, tolerated
         self.passes: list[Passing] = []  # several, where several threads call
@@ -234,14 +238,41 @@ class Endpoints:
         for each in self._open:
             if not (each.checked or each.checking or each.problem):
                 self._begin_check(each, loop)
-        return any(each.checked for each in self._open)
+        if self._others and not self._others_are_there:
+            others, self._others = self._others, ()
+            self._in_thread(self._check_others, others, loop)
+        return self._others_are_there and any(each.checked for each in self._open)
+
+    def _check_others(
+        self, others: Sequence[HttpProvider], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        problem: BaseException | None = None
+        try:
+            for provider in others:
+                provider.refuse_open_key()
+                provider.preflight()
+        except BaseException as error:
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(self._have_checked_others, problem, others)
+
+    def _have_checked_others(
+        self, problem: BaseException | None, others: Sequence[HttpProvider]
+    ) -> None:
+        self._others_are_there = problem is None
+        if problem is not None:
+            self._others = others  # the next pass asks again
+            for running in list(self.passes):
+                running.fatal(problem)
+        self.pump()
+
+    def _in_thread(self, work: Callable[..., None], *words: Any) -> None:
+        thread = threading.Thread(target=work, args=words, name="fabe-ds-preflight", daemon=True)
+        thread.start()
 
     def _begin_check(self, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -> None:
         endpoint.checking = True
-        check = threading.Thread(
-            target=self._check, args=(endpoint, loop), name="fabe-ds-preflight", daemon=True
-        )
-        check.start()
+        self._in_thread(self._check, endpoint, loop)
 
     def _check(self, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -> None:
         problem: BaseException | None = None

@@ -40,9 +40,11 @@ class HttpEngine:
         slots: SharedSlots | None = None,
         patient: bool = False,
         tolerated: Sequence[str] = (),
+        others: Sequence[HttpProvider] = (),
     ) -> None:
         """`providers`: one for each server. `patient`: whether to go on where the first records all
-        fail; `tolerated`: the kinds of failures that are never counted for that."""
+        fail; `tolerated`: the kinds of failures that are never counted for that. `others` may be
+        asked later, and have to be there before anything is spent."""
         self._thread = LoopThread.shared()
         pace = pace_of(policy, slots)
         each = [
@@ -52,7 +54,7 @@ class HttpEngine:
             )
             for provider in providers
         ]
-        self._endpoints = Endpoints(each, coalescer, policy, patient, tolerated)
+        self._endpoints = Endpoints(each, coalescer, policy, patient, tolerated, others)
         for endpoint in each:
             self._thread.call(endpoint.client.open())
 

@@ -69,6 +69,11 @@ def read_price(file: Path | None, model: str, base_url: str = "", tier: str | No
         return _published(model, base_url, tier)
     try:
         prices: Any = read_yaml(file)
+    except OSError as error:
+        raise UsageError(f"--prices {file}: {reason(error)}") from None
+    except ValueError as error:
+        raise UsageError(f"--prices {file}{error}") from None
+    try:
         entry = prices[model]
         if tier in entry:
             entry = entry[tier]
@@ -83,8 +88,6 @@ def read_price(file: Path | None, model: str, base_url: str = "", tier: str | No
         if not all(0 <= number < math.inf for number in numbers):
             raise ValueError("a price that is none")
         return FixedPrice(*numbers)
-    except OSError as error:
-        raise UsageError(f"--prices {file}: {reason(error)}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UsageError(
             f"--prices {file}: no price of {model!r}; write `{model}: {{prompt: 0.15, "

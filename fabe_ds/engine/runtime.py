@@ -72,14 +72,14 @@ class Runtime:
         budget: Budget | None = None,
         tolerated: Sequence[str] = (),
         name: str = "",
-        passes_on: bool = False,
+        passes_on: Sequence[Provider] = (),
     ) -> None:
         """`accept` makes values of completions; `reask` says what is sent after one that failed.
         `budget` is what may be spent. `tolerated`: kinds of failures that are not the end, so that
-        a run in which the first records all have one goes on; `passes_on`: another model is asked
-        about these. `name` tells a part of a run from its main one."""
+        a run in which the first records all have one goes on; `passes_on`: who is asked about
+        these. `name` tells a part of a run from its main one."""
         self._budget, self._tolerated = budget or Budget(), tolerated
-        self._told, self._name = Stats(), name
+        self._told, self._name, self._passes_on = Stats(), name, passes_on
         self.pid = os.getpid()
         self.closed = self.stopping = False
         self.stats = Stats()
@@ -135,6 +135,7 @@ class Runtime:
             slots=slots,
             patient=patient,
             tolerated=self._tolerated,
+            others=[each for each in self._passes_on if isinstance(each, HttpProvider)],
         )
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:

@@ -163,6 +163,28 @@ def test_a_password_in_an_address_is_not_written_down(box, models):
     assert not [path for path in written if b"hush" in path.read_bytes()]
 
 
+@pytest.mark.parametrize("where", ["gone", "no /v1"])
+def test_a_fallback_that_is_not_there_is_said_before_anything_is_spent(box, models, where):
+    with ModelServer() as other:
+        root = other.root
+        if where == "no /v1":
+            records(box)
+            ended = box.fabe(*run(models, "--fallback-model", f"big@{root}"))
+            assert f"--base-url {other.url}" in ended.err
+    if where == "gone":
+        records(box)
+        ended = box.fabe(*run(models, "--fallback-model", f"big@{root}/v1"))
+        assert "no server answers there" in ended.err
+    assert ended.code == 1
+    assert not models.calls
+    # With all answers there, nobody has to be.
+    assert box.fabe(*run(models)).code == 1
+    before = len(models.calls)
+    ended = box.fabe(*run(models, "--fallback-model", f"big@{root}/v1", "--offline"))
+    assert "no server answers" not in ended.err
+    assert len(models.calls) == before
+
+
 def test_a_model_here_turns_to_a_server(box, talkative):
     # Its answers are always cut.
     with ModelServer(by_model) as away:

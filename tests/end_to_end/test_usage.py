@@ -109,6 +109,8 @@ WRONG = {
         "m",
         "no price of 'm' for --service-tier flex",
     ),
+    "a file that is no YAML": (["--prices", "broken.yaml"], "m", "--prices broken.yaml:2"),
+    "a folder": (["--prices", "."], "m", "--prices .: Is a directory"),
     "a cap without prices": (["--max-cost", "1"], "m", "--max-cost needs --prices"),
     "a blank tier": (["--service-tier", " "], "m", "--service-tier"),
     "a tier twice": (
@@ -125,6 +127,7 @@ def test_what_has_no_price_is_refused(box, server, name):
     flags, model, said = WRONG[name]
     records(box)
     box.write("p.yaml", "m: {prompt: 1, completion: 2}\n")
+    box.write("broken.yaml", "m: {prompt: 1,\n")
     ended = box.fabe(*run(server, *flags, model=model))
     assert ended.code == 2
     assert said in ended.err
