@@ -116,6 +116,10 @@ class BatchEngine:
                     self._look()
         finally:  # whatever happened, nothing may wait for what we do not send
             self.coalescer.abandon(self._order)
+            for waiting in (self._order, self._todo, self._elsewhere, self._doubtful):
+                waiting.clear()
+            for job in self._jobs:  # they go on at the server
+                job.entries.clear()
             self._stats.state = ""
 
     def close(self) -> None:
@@ -143,7 +147,8 @@ class BatchEngine:
 
     def _wait_for(self, todo: Iterable[Pending]) -> None:
         """Sorts what is to be sent into what an open batch holds, and the rest."""
-        held = {key: job for job in self._jobs for key in job.lines if key not in job.entries}
+        earlier = [job for job in self._jobs if len(job.entries) < len(job.lines)]
+        held = {key: job for job in earlier for key in job.lines if key not in job.entries}
         for entry in todo:
             job = held.get(entry.key.hex())
             if job is not None and self._is_there(job):
@@ -179,7 +184,10 @@ class BatchEngine:
     def _take_up(self) -> None:
         """Finds the batches that killed runs left. They are asked for when a record wants them, so
         those of other data, or of a run that is still on its way, are left alone."""
+        here = {job.opened.run for job in self._jobs}
         for opened in self.cache.open_batches(self._endpoint):
+            if opened.run in here:
+                continue
             job = _Job(opened, self.cache.batch_keys(opened.run))
             self._jobs.append(job)
             if not job.lines and self._is_there(job):  # of a version that did not note them

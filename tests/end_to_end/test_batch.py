@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -12,6 +15,8 @@ from typing import Any, ClassVar
 import pytest
 from aiohttp import web
 
+import fabe_ds
+from fabe_ds.request import Request, Sampling
 from tests.conftest import wait_for
 from tests.support.server import ModelServer, answer_to, error, openai_run
 
@@ -658,3 +663,26 @@ def test_a_window_goes_to_the_server_and_a_line_says_how_far_each_is(box):
         assert server.windows == ["72h", "72h"]
         shown = re.search(r"2 batches: batch_0 (\d) of 10, batch_1 \d of 10", ended.err)
         assert shown, ended
+
+
+def test_a_pass_that_was_left_is_taken_up_by_the_next_in_the_same_process(tmp_path):
+    with BatchServer(seconds=2) as server:
+        fn = fabe_ds.transform_fn(
+            field="code",
+            instruction="Up",
+            provider="openai",
+            model="m",
+            base_url=server.url,
+            cache_dir=str(tmp_path),
+            batch_api=True,
+        )
+        asked = [Request(f"x = {i}", f"Up\n\nx = {i}", None, Sampling(128)) for i in range(5)]
+        outcomes = fn.answers(iter(asked))
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(outcomes)
+        outcomes.close()
+        assert [outcome.text for outcome in fn.answers(iter(asked))] == expected(5)
+        assert len(server.batches) == 1
+        fn.close()
