@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FEWEST, REST_MOST = 5, 60.0
 """Requests in a row that come to nothing before a server rests, and the most seconds of a rest."""
+SOON_SECONDS = 0.05
 CHECK_AGAIN_SECONDS = 5.0
 """Until a server that was not there, while others are, is looked for again."""
 
@@ -191,7 +192,8 @@ class Endpoints:
 
     def others_for(self, task: Task) -> bool:
         """Whether there is a server that has not failed with this record yet."""
-        return any(each.is_up and each not in task.failed_at for each in self.each)
+        others = (each for each in self._open if each not in task.failed_at)
+        return any(each.is_up or each.checking for each in others)
 
     def choose(
         self, request: Request, busy: int, but: Sequence[Endpoint] = ()
@@ -205,6 +207,8 @@ class Endpoints:
         now = time.monotonic()
         there = [each for each in there if now >= each.rests_until] or there
         for endpoint in sorted(there, key=lambda each: (each in but, each.load)):
+            if endpoint in but and any(each.checking for each in self._open):
+                return endpoint, Gate(wait=SOON_SECONDS)  # another may be there in a moment
             gate = endpoint.capacity.gate(request, endpoint.busy, busy)
             if gate.opens:
                 return endpoint, gate

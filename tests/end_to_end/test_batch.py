@@ -678,8 +678,12 @@ def test_a_pass_that_was_left_is_taken_up_by_the_next_in_the_same_process(tmp_pa
         )
         asked = [Request(f"x = {i}", f"Up\n\nx = {i}", None, Sampling(128)) for i in range(5)]
         outcomes = fn.answers(iter(asked))
-        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+
+        def interrupt() -> None:
+            wait_for(lambda: bool(server.batches))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             next(outcomes)
         outcomes.close()
