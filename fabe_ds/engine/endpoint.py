@@ -180,7 +180,7 @@ class Endpoints:
         if endpoint.failures < FEWEST or not self.others_go_on(endpoint):
             return
         seconds = min(REST_MOST, 2.0 ** (endpoint.failures - FEWEST + 1))
-        if endpoint.failures == FEWEST:
+        if not endpoint.rests_until:
             log.warning(
                 "%s: %d requests in a row came to nothing (%s); the others go on, and it is asked "
                 "again now and then",

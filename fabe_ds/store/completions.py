@@ -175,6 +175,12 @@ class RecordCache:
                 self._set_aside(error)
                 self._connection = self._connect()
                 return work(self._connection)
+            except BaseException:  # Ctrl-C in the middle of it: the next call finds all as it was
+                with contextlib.suppress(sqlite3.Error):
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    self._connection.execute("PRAGMA synchronous = FULL")
+                raise
 
     def get(self, keys: Sequence[bytes], since: float = 0.0) -> dict[bytes, Completion]:
         """The completions that are there, and were stored since a time (seconds since 1970)."""

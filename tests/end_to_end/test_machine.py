@@ -460,7 +460,9 @@ def test_ctrl_c_while_the_program_is_read(tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
         assert "fabe_ds/cli.py" not in err, err
-        assert process.returncode in (0, 130, -signal.SIGINT)
+        # In the first moments it is the interpreter that reads its own files, and says so with a 1.
+        is_before_us = process.returncode == 1 and "<frozen site>" in err
+        assert process.returncode in (0, 130, -signal.SIGINT) or is_before_us, err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
