@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 FEWEST, REST_MOST = 5, 60.0
 """Requests in a row that come to nothing before a server rests, and the most seconds of a rest."""
-SOON_SECONDS = 0.05
+SOON_SECONDS, SOON_MOST = 0.05, 2.0
+"""Until a server that is being asked whether it is there is thought of again, and the longest that
+a record waits for another server than the one that failed it."""
 CHECK_AGAIN_SECONDS = 5.0
 """Until a server that was not there, while others are, is looked for again."""
 
@@ -206,9 +208,12 @@ class Endpoints:
         there = [each for each in self._open if each.checked]
         now = time.monotonic()
         there = [each for each in there if now >= each.rests_until] or there
-        for endpoint in sorted(there, key=lambda each: (each in but, each.load)):
-            if endpoint in but and any(each.checking for each in self._open):
-                return endpoint, Gate(wait=SOON_SECONDS)  # another may be there in a moment
+        if but and any(each.checking for each in self._open):
+            return there[0], Gate(wait=SOON_SECONDS)  # another may be there in a moment
+        others = [each for each in there if each.is_up and each not in but] if but else []
+        for endpoint in sorted(there, key=lambda each: (each not in others, each.load)):
+            if others and endpoint not in others and _is_soon(shut):
+                break  # better a little later, and not where it came to nothing
             gate = endpoint.capacity.gate(request, endpoint.busy, busy)
             if gate.opens:
                 return endpoint, gate
@@ -324,6 +329,12 @@ class Endpoints:
             self._begin_check(endpoint, loop)
         else:
             endpoint.problem, endpoint.is_looked_for = None, False  # the next pass asks
+
+
+def _is_soon(shut: Sequence[tuple[Endpoint, Gate]]) -> bool:
+    """Whether one of these may be asked in a moment."""
+    gates = (gate for _, gate in shut if gate.stop is None)
+    return any(gate.wait is None or gate.wait <= SOON_MOST for gate in gates)
 
 
 def _said_of(endpoint: Endpoint) -> str:

@@ -84,7 +84,7 @@ def test_a_server_that_dies_and_comes_back_costs_nothing(box):
         dies = ModelServer(latency=0.05)
         dies.__enter__()
         port = dies._port
-        records(box, 1500)
+        records(box, 2500)
         process = box.start(*run_at(stays, dies, more=["--retry", 1]))
         wait_for(lambda: len(dies.calls) > 30)
         dies.__exit__()
@@ -93,9 +93,9 @@ def test_a_server_that_dies_and_comes_back_costs_nothing(box):
         with ModelServer(latency=0.05, port=port) as back:
             _, err = process.communicate(timeout=100)
             assert process.returncode == 0, err
-            assert answers(box) == expected(1500)
+            assert answers(box) == expected(2500)
             sent = sent_there + len(stays.calls) + len(back.calls)
-            assert 1500 <= sent <= 1500 + 8  # what was in flight there
+            assert 2500 <= sent <= 2500 + 8  # what was in flight there
             assert back.calls
             assert f"{back.url}: the server answers again" in err or "is gone" not in err
 
