@@ -683,9 +683,13 @@ def test_a_pass_that_was_left_is_taken_up_by_the_next_in_the_same_process(tmp_pa
             wait_for(lambda: bool(server.batches))
             os.kill(os.getpid(), signal.SIGINT)
 
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
         threading.Thread(target=interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            next(outcomes)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                next(outcomes)
+        finally:
+            signal.signal(signal.SIGINT, before)
         outcomes.close()
         assert [outcome.text for outcome in fn.answers(iter(asked))] == expected(5)
         assert len(server.batches) == 1
