@@ -136,6 +136,8 @@ class Endpoints:
     @property
     def limit(self) -> int:
         """Requests that may be in flight now."""
+        if len(self.each) == 1:  # asked for with every request
+            return self.each[0].capacity.limit
         return self._whole(each.capacity.limit for each in self._open)
 
     @property
@@ -149,7 +151,7 @@ class Endpoints:
 
     @property
     def _open(self) -> list[Endpoint]:
-        return [each for each in self.each if not each.is_out]
+        return self.each if len(self.each) == 1 else [each for each in self.each if not each.is_out]
 
     def others_go_on(self, endpoint: Endpoint) -> bool:
         """Whether another server is there."""
@@ -244,6 +246,8 @@ class Endpoints:
     def ready(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether a server is there. Where that is not known, it is asked: in a thread, as that
         blocks for seconds, and other endpoints share the loop."""
+        if self._others_are_there and len(self.each) == 1 and self.each[0].checked:
+            return True
         for each in self._open:
             if not (each.checked or each.checking or each.problem):
                 self._begin_check(each, loop)
