@@ -15,7 +15,13 @@ from typing import Any
 FORMAT, LOGPROBS = "response_format", "logprobs"
 OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG = "format", "text", "output_config"
 """Where others than OpenAI's chat completions have it: Ollama, OpenAI's Responses, Anthropic."""
-FORMS = (FORMAT, OLLAMA_FORMAT, TEXT_FORMAT, OUTPUT_CONFIG)
+FORMS: Mapping[str, tuple[str, ...]] = {
+    FORMAT: ("json_schema", "schema"),
+    OLLAMA_FORMAT: (),
+    TEXT_FORMAT: ("format", "schema"),
+    OUTPUT_CONFIG: ("format", "schema"),
+}
+"""Parameters that ask for a form of answers, each with where in it the schema stands."""
 IN_PROMPT = "in the prompt"
 """What is learned of a server that does not enforce schemas."""
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
@@ -54,7 +60,7 @@ def refused_form(
 def schema_lesson(name: str, sent: Mapping[str, Any], message: str) -> tuple[str, str] | None:
     """What to learn of a server that refuses the schema `name` of a body: that it takes none, or
     not this one. None where that is no schema."""
-    if name not in FORMS or ('"schema"' not in json.dumps(sent[name]) and name != OLLAMA_FORMAT):
+    if name not in FORMS or _schema_in(name, sent[name]) is None:
         return None
     of_this_one = _about_schema.search(message) and not _about_type.search(message)
     return (_name_of(name, sent[name]) if of_this_one else name), IN_PROMPT
@@ -73,10 +79,16 @@ def as_taken(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, A
             learned.get(name),
             learned.get(_name_of(name, asked)),
         ):
-            inner = asked.get("json_schema", asked.get("format", asked))
-            schema = inner.get("schema", inner) if inner is not asked else asked
-            return _with_schema_in_prompt(body, schema)
+            schema = _schema_in(name, asked)
+            return dict(body) if schema is None else _with_schema_in_prompt(body, schema)
     return dict(body)
+
+
+def _schema_in(name: str, asked: Any) -> Mapping[str, Any] | None:
+    """The schema of a parameter of `FORMS`; None where there is none in it."""
+    for key in FORMS[name]:
+        asked = asked.get(key) if isinstance(asked, Mapping) else None
+    return asked if isinstance(asked, Mapping) else None
 
 
 def _with_schema_in_prompt(body: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:

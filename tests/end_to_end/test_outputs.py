@@ -671,6 +671,26 @@ def test_what_does_not_follow_is_asked_again(box, server):
     assert "not one of: good, bad" in server.calls[1].prompt
 
 
+def test_a_schema_whose_own_keys_are_those_of_a_body_goes_into_the_prompt_whole(box, server):
+    async def older(call: Call):
+        if "format" in call.body:
+            return error(400, "invalid format: expected json")
+        return completion(call, '"2026-01-01"')
+
+    server.behaviour = older
+    # `format` is a word of JSON schemas, and of Ollama's bodies.
+    schema = {"type": "string", "format": "date", "json_schema": 1, "schema": 2}
+    box.write("s.json", json.dumps(schema))
+    box.lines("data.jsonl", [{"code": "today"}])
+    ended = box.fabe(
+        *("run", "--input", "data.jsonl", "--instruction", "When", "--provider", "ollama"),
+        *("--model", "llama3", "--base-url", server.root, "--response-format", "s.json"),
+    )
+    assert ended.code == 0, ended
+    assert json.dumps(schema) in server.calls[-1].prompt
+    assert len(server.calls) == 2
+
+
 def test_ollama_is_given_the_schema_and_asked_for_probabilities(box, server):
     async def answering(call: Call):
         choice = call.body["format"]["properties"]["choice"]["enum"][1]
