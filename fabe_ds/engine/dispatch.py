@@ -242,8 +242,8 @@ class Pass:
             self._retry(task, verdict)
 
     def _goes_elsewhere(self, task: Task, verdict: Verdict) -> bool:
-        """Whether a request that came to nothing at one server is to be sent to another: what is
-        wrong may be the server, and not the record."""
+        """Notes that a request came to nothing at a server; whether it is to be sent to another,
+        as what is wrong may be the server, and not the record."""
         if verdict.kind in OF_RECORDS:
             return False
         self._all.failed(task.at, verdict.message)

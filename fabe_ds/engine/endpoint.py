@@ -34,8 +34,8 @@ class Task:
     """A record on its way: what its request has been through, and since when it is in flight.
 
     `at` is the server that has it, or had it last; `failed_at` those whose answers were no good.
-    `twin` is the second request for the same
-    record, where the first does not answer; `over` says that the other one was first.
+    `twin` is the second request for the same record, where the first does not answer; `over` says
+    that the other one was first.
     """
 
     __slots__ = ("at", "attempts", "entry", "failed_at", "over", "running", "sent_at", "twin")
@@ -91,6 +91,11 @@ class Endpoint:
     def is_up(self) -> bool:
         is_there = self.checked and not self.is_out and not self.capacity.outage.down
         return is_there and time.monotonic() >= self.rests_until
+
+    @property
+    def may_come(self) -> bool:
+        """Whether it is being asked for the first time if it is there."""
+        return self.checking and not self.is_looked_for
 
     @property
     def load(self) -> tuple[int, int]:
@@ -197,7 +202,7 @@ class Endpoints:
     def others_for(self, task: Task) -> bool:
         """Whether there is a server that has not failed with this record yet."""
         others = (each for each in self._open if each not in task.failed_at)
-        return any(each.is_up or each.checking for each in others)
+        return any(each.is_up or each.may_come for each in others)
 
     def choose(
         self, request: Request, busy: int, but: Sequence[Endpoint] = ()
@@ -210,7 +215,7 @@ class Endpoints:
         there = [each for each in self._open if each.checked]
         now = time.monotonic()
         there = [each for each in there if now >= each.rests_until] or there
-        if but and any(each.checking for each in self._open):
+        if but and any(each.may_come for each in self._open):
             return there[0], Gate(wait=SOON_SECONDS)  # another may be there in a moment
         others = [each for each in there if each.is_up and each not in but] if but else []
         for endpoint in sorted(there, key=lambda each: (each not in others, each.load)):
