@@ -11,7 +11,6 @@ from functools import partial
 from fabe_ds.config.sections import BudgetSettings
 from fabe_ds.config.settings import TransformConfig
 from fabe_ds.engine.budget import Budget, budget_of
-from fabe_ds.engine.lessons import TIER
 from fabe_ds.engine.prices import BATCH, FREE, Price, is_auto, read_price
 from fabe_ds.engine.runtime import Runtime
 from fabe_ds.escalation import ESCALATED, Escalation
@@ -19,6 +18,7 @@ from fabe_ds.judging import Judge
 from fabe_ds.prompts.acceptance import acceptance, asking_again
 from fabe_ds.prompts.template import Instruction
 from fabe_ds.providers import HttpProvider, Provider
+from fabe_ds.providers.http import TIER
 from fabe_ds.request import Item, Outcome, Stats
 from fabe_ds.store.completions import Completions
 from fabe_ds.who_answers import Fallback, Providers
@@ -43,10 +43,14 @@ class Session:
         self._open_cache = open_cache
         self._budget = budget_of(config.part(BudgetSettings))
         self._rank = 0
-        self.provider = providers.build()
-        self.fallbacks = list(map(Fallback.parse, config.fallback_models))
-        """Who is asked where the run's own model gave no good answer, in order."""
+        self._build()
         self._forget()
+
+    def _build(self) -> None:
+        providers, wanted = self._providers, map(Fallback.parse, self._config.fallback_models)
+        self.provider = providers.build(self._rank)
+        self.behind = [providers.fallback(each, self._rank) for each in wanted]
+        """Who is asked where the run's own model gave no good answer, in order."""
 
     def _forget(self) -> None:
         self._runtime: Runtime | None = None
@@ -58,7 +62,7 @@ class Session:
     def _lock(self) -> threading.Lock:
         if self._opening[0] != os.getpid():
             if self._runtime is not None:
-                self.provider = self._providers.build(self._rank)
+                self._build()
             self._forget()
         return self._opening[1]
 
@@ -67,7 +71,7 @@ class Session:
         """Who asks the run's own model."""
         with self._lock():
             if self._runtime is None:
-                self._runtime = self._opened(self.provider, self._behind)
+                self._runtime = self._opened(self.provider, self.behind)
                 weakref.finalize(self, self._runtime.close)  # a map's callable has no last call
             return self._runtime
 
@@ -83,15 +87,10 @@ class Session:
             acceptance(config, provider),
             asking_again(config),
             self._budget_for(provider),
-            ESCALATED if self.fallbacks else (),
+            ESCALATED if self.behind else (),
             name,
             passes_on=others,
         )
-
-    @property
-    def _behind(self) -> list[Provider]:
-        """The models behind the run's own."""
-        return [self._providers.fallback(each, self._rank) for each in self.fallbacks]
 
     @property
     def judge(self) -> Judge | None:
@@ -111,13 +110,13 @@ class Session:
     @property
     def escalation(self) -> Escalation | None:
         """The models that are asked where the run's own gave no good answer."""
-        if not self.fallbacks:
+        if not self.behind:
             return None
         with self._lock():
             if self._escalation is None:
-                models, behind = [], self._behind
-                for number, provider in enumerate(behind, 1):
-                    opened = self._opened(provider, behind[number:], f"-fallback-{number}")
+                models = []
+                for number, provider in enumerate(self.behind, 1):
+                    opened = self._opened(provider, self.behind[number:], f"-fallback-{number}")
                     models.append((provider.endpoint.model, opened))
                 group = BATCH_GROUP if self._config.batch_api else GROUP
                 self._escalation = Escalation(models, group)
@@ -149,7 +148,7 @@ class Session:
         if rank != self._rank:
             self.close()
             self._rank = rank
-            self.provider = self._providers.build(rank)
+            self._build()
 
     def close(self) -> None:
         """Closes what is open in this process."""
@@ -160,16 +159,12 @@ class Session:
 
     # Money.
 
-    def asked(self) -> list[Provider]:
-        """Who may be asked: the run's own model, those that it turns to, its judge."""
-        others = self._behind
-        if self._config.judge_model is not None:
-            others.append(self._providers.build(self._rank, self._config.judge_model))
-        return [self.provider, *others]
-
     def prices(self) -> list[Price]:
         """The price of each model that may be asked, the run's own first. Raises: UsageError."""
-        return list(map(self._price, self.asked()))
+        asked = [self.provider, *self.behind]
+        if self._config.judge_model is not None:
+            asked.append(self._providers.build(self._rank, self._config.judge_model))
+        return list(map(self._price, asked))
 
     def _budget_for(self, provider: Provider) -> Budget:
         """The run's budget, of which each model takes its part at its own price."""

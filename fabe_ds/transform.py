@@ -112,7 +112,7 @@ class Transform:
 
     def spec(self) -> str:
         """All that can change what comes out, as canonical JSON."""
-        asked = [self.provider, *map(self.providers.fallback, self.session.fallbacks)]
+        asked = [self.provider, *self.session.behind]
         return spec_of(self.config, self.texts, self._chat_template, asked)
 
     def digest(self) -> str:

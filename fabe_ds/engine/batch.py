@@ -48,7 +48,7 @@ _TAKEN = ("in_progress", "finalizing")
 """What is said of a batch that has found its place in the queue."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     """A batch that is on its way. `lines` are the keys of its requests, in order; `entries` those
     that are waited for, by their keys. `was_alone`: no other was on its way when it was sent, and
@@ -90,6 +90,7 @@ class BatchEngine:
         self._todo: deque[Pending] = deque()
         self._elsewhere: list[Pending] = []
         self._jobs: list[_Job] = []
+        self._held: dict[str, _Job] = {}  # the batches of earlier runs, by what they hold
         self._doubtful: list[tuple[list[Pending], str]] = []  # of batches that failed, and why
         self._tries: Counter[bytes] = Counter()
         self._has_ended_well = False
@@ -147,10 +148,8 @@ class BatchEngine:
 
     def _wait_for(self, todo: Iterable[Pending]) -> None:
         """Sorts what is to be sent into what an open batch holds, and the rest."""
-        earlier = [job for job in self._jobs if len(job.entries) < len(job.lines)]
-        held = {key: job for job in earlier for key in job.lines if key not in job.entries}
         for entry in todo:
-            job = held.get(entry.key.hex())
+            job = self._held.get(entry.key.hex())
             if job is not None and self._is_there(job):
                 job.entries[entry.key.hex()] = entry
             else:
@@ -197,6 +196,7 @@ class BatchEngine:
                     job.seconds *= WAIT_GROWTH
                     job.state = self._client.state(job.batch)
                 self._ended(job, job.state)
+        self._held = {key: job for job in self._jobs for key in job.lines}
 
     def _send(self, whole: bool) -> None:
         """Starts batches while there may be more; `whole`: full ones only."""
@@ -337,8 +337,7 @@ class BatchEngine:
         self.coalescer.store(mine)
         for entry, got in mine:
             assert entry.request is not None
-            self._budget.reserve(entry.request)
-            self._budget.settle(entry.request, got, answered=True)
+            self._budget.used(entry.request, got)
         self._stats.cost = self._budget.cost
         again = [entry for entry, got in mine if not self.coalescer.answered(entry, got)]
         self._todo.extendleft(again)

@@ -21,11 +21,11 @@ import urllib3
 from fabe_ds import network
 from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.lessons import Lessons
+from fabe_ds.engine.reading import completion_in
 from fabe_ds.engine.server_errors import ServerError, error_of
 from fabe_ds.engine.verdict import Verdict, classify, classify_error, classify_payload
-from fabe_ds.errors import READING_FAULTS, MalformedResponse, RecordFailed, RunStopped
+from fabe_ds.errors import READING_FAULTS, RunStopped
 from fabe_ds.providers import Completion, HttpProvider, Request
-from fabe_ds.providers.finish import End, end_of
 from fabe_ds.providers.http import STREAM
 from fabe_ds.store.completions import Completions
 from fabe_ds.text import load_json
@@ -131,6 +131,10 @@ def limits_of(host: str) -> Limits:
 class BatchClient:
     """The batch API of a server that follows OpenAI's."""
 
+    path = "/batches"
+    after = "after"
+    """The parameter of a list's next page."""
+
     def __init__(
         self, provider: HttpProvider, policy: PolicySettings, memory: Completions | None = None
     ) -> None:
@@ -173,31 +177,28 @@ class BatchClient:
             "metadata": {RUN: run},
         }
         # Where the reply is lost, the batch may be there all the same.
-        return self._send("POST", "/batches", _name, lambda: self.find(run), json=body)
+        return self._send("POST", self.path, _name, lambda: self.find(run), json=body)
 
     def state(self, batch: str) -> BatchState | None:
         """How far it is; None where the server knows nothing of it. Raises: RunStopped."""
-        return self._looked_up(f"/batches/{batch}")
-
-    def _looked_up(self, path: str) -> BatchState | None:
         try:
-            return self._state_of(self._send("GET", path, _object))
+            return self._state_of(self._send("GET", f"{self.path}/{batch}", _object))
         except _NotThere:
             return None
 
     def cancel(self, batch: str) -> BatchState:
         """Raises: RunStopped."""
-        return self._state_of(self._send("POST", f"/batches/{batch}/cancel", _object))
+        return self._state_of(self._send("POST", f"{self.path}/{batch}/cancel", _object))
 
     def list(self) -> Iterator[BatchState]:
         """All batches that the server has, the newest first. Raises: RunStopped."""
-        after = ""
+        more = ""
         for _ in range(PAGES):
-            page = self._send("GET", f"/batches?limit={PAGE}{after}", _page)
+            page = self._send("GET", f"{self.path}?limit={PAGE}{more}", _page)
             yield from map(self._state_of, page.data)
             if page.last is None:
                 return
-            after = f"&after={page.last}"
+            more = f"&{self.after}={page.last}"
 
     def find(self, run: str) -> str | None:
         """The batch of a run that was killed before it could note its name."""
@@ -251,15 +252,7 @@ class BatchClient:
 
     def _completion(self, body: Mapping[str, Any]) -> Result:
         """What a body that came with status 200 holds."""
-        if (verdict := classify_payload(body, {})) is not None:
-            return verdict
-        try:
-            completion = self.provider.completion(body)
-        except MalformedResponse as error:
-            return Verdict("retry", "malformed", str(error))
-        except RecordFailed as error:
-            return Verdict("fail", error.kind, str(error))
-        return AGAIN if end_of(completion.finish_reason) is End.FAULT else completion
+        return classify_payload(body, {}) or completion_in(body, self.provider)
 
     def judged(
         self, refusal: Refusal, request: Request, known: Mapping[str, str] | None
@@ -268,9 +261,7 @@ class BatchClient:
         server when it was sent."""
         verdict = classify_error(refusal.status, refusal.error, {})
         sent = self.lessons.written(request, known)
-        return self.lessons.judged(
-            verdict, refusal.status, refusal.error, request, sent, answered=False
-        )
+        return self.lessons.judged(verdict, refusal.status, refusal.error, request, sent)
 
     def _send(
         self,
@@ -318,6 +309,9 @@ class MessageBatches(BatchClient):
     """Anthropic's: requests go without a file, results are read from an address of their own. It
     keeps no metadata, so a batch whose name was never noted is not found again."""
 
+    path = "/messages/batches"
+    after = "after_id"
+
     def line(self, key: bytes, request: Request) -> bytes:
         return json.dumps(
             {"custom_id": key.hex(), "params": self.lessons.written(request)}
@@ -326,22 +320,7 @@ class MessageBatches(BatchClient):
     def create(self, run: str, first: Request, lines: Sequence[bytes]) -> str:
         body = b'{"requests": [' + b",".join(lines) + b"]}"
         headers = {"Content-Type": "application/json"}
-        return self._send("POST", "/messages/batches", _name, data=body, headers=headers)
-
-    def state(self, batch: str) -> BatchState | None:
-        return self._looked_up(f"/messages/batches/{batch}")
-
-    def cancel(self, batch: str) -> BatchState:
-        return self._state_of(self._send("POST", f"/messages/batches/{batch}/cancel", _object))
-
-    def list(self) -> Iterator[BatchState]:
-        after = ""
-        for _ in range(PAGES):
-            page = self._send("GET", f"/messages/batches?limit={PAGE}{after}", _page)
-            yield from map(self._state_of, page.data)
-            if page.last is None:
-                return
-            after = f"&after_id={page.last}"
+        return self._send("POST", self.path, _name, data=body, headers=headers)
 
     def find(self, run: str) -> str | None:
         return None
@@ -359,7 +338,7 @@ class MessageBatches(BatchClient):
         here = self.provider.address.parts
         named = urljoin(self.provider.address.base, str(state.raw.get("results_url") or ""))
         same = urlsplit(named)[:2] == (here.scheme, here.netloc.rpartition("@")[2])
-        own = f"/messages/batches/{state.name}/results"
+        own = f"{self.path}/{state.name}/results"
         if state.raw.get("results_url"):
             yield from self._results_in(named if same else own)
 
@@ -391,8 +370,8 @@ def batch_client(
     provider: HttpProvider, policy: PolicySettings, memory: Completions | None = None
 ) -> BatchClient:
     """The batch API that the provider's servers have."""
-    kind = MessageBatches if provider.name == "anthropic" else BatchClient
-    return kind(provider, policy, memory)
+    kinds = {"files": BatchClient, "messages": MessageBatches}
+    return kinds[provider.batch_api](provider, policy, memory)
 
 
 class _NotThere(RunStopped):

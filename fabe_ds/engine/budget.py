@@ -58,15 +58,16 @@ class Budget:
         self._book(self._most(request), -1)
         if completion is None:
             self._book(self._amounts(0, 0), 1)
-        elif completion.completion_tokens is None or completion.prompt_tokens is None:
+        else:
+            self.used(request, completion)
+
+    def used(self, request: Request, completion: Completion) -> None:
+        """Books what an answer took that nothing was reserved for."""
+        prompt, answer = completion.prompt_tokens, completion.completion_tokens
+        if answer is None or prompt is None:
             self._book(self._most(request), 1)
         else:
-            amounts = self._amounts(
-                completion.prompt_tokens,
-                completion.completion_tokens,
-                completion.cached_tokens or 0,
-            )
-            self._book(amounts, 1)
+            self._book(self._amounts(prompt, answer, completion.cached_tokens or 0), 1)
 
     def _book(self, amounts: dict[str, float], sign: int) -> None:
         for name, amount in amounts.items():

@@ -14,16 +14,15 @@ import aiohttp
 
 from fabe_ds import network
 from fabe_ds.config.sections import PolicySettings
-from fabe_ds.engine.lessons import TIER, Lessons
-from fabe_ds.engine.server_errors import ServerError, read_error
+from fabe_ds.engine.lessons import Lessons
+from fabe_ds.engine.reading import completion_in, payload_of, unlike_protocol
+from fabe_ds.engine.server_errors import read_error
 from fabe_ds.engine.verdict import Verdict, classify_error, classify_payload
-from fabe_ds.errors import READING_FAULTS, MalformedResponse, RecordFailed
+from fabe_ds.errors import READING_FAULTS, MalformedResponse
 from fabe_ds.providers.dialects import DIALECT
-from fabe_ds.providers.finish import End, end_of
-from fabe_ds.providers.http import STREAM, HttpProvider, stream_parts
+from fabe_ds.providers.http import STREAM, TIER, HttpProvider
 from fabe_ds.request import Completion, Request
 from fabe_ds.store.completions import Completions
-from fabe_ds.text import encodable, load_json
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +109,7 @@ class HttpClient:
     def answered(self) -> None:
         """A completion came: the key, the model and the parameters are good."""
         self._answered_at = time.monotonic()
+        self._lessons.has_answered = True
         if not self.proven:
             self.proven = True
             self._lessons.remember(ANSWERED, "1")
@@ -148,7 +148,7 @@ class HttpClient:
             verdict = classify_error(status, said, headers, time.monotonic() - started)
             if verdict.proxy_cut and self._policy.stream == "auto" and not sent.get(STREAM):
                 return Reply(replace(verdict, lesson={STREAM: "true"}), headers)
-            return Reply(self._judged(verdict, status, said, request, sent), headers)
+            return Reply(self._lessons.judged(verdict, status, said, request, sent), headers)
         return Reply(self._answer(data, headers, request, sent), headers)
 
     def _broken(self, error: Exception) -> Verdict:
@@ -187,33 +187,18 @@ class HttpClient:
     ) -> Completion | Verdict:
         """What a body that came with status 200 holds."""
         try:
-            payload = _payload(data, self.provider)
+            payload = payload_of(data, self.provider)
             verdict = classify_payload(payload, headers)
-            if verdict is not None:
-                return self._judged(verdict, 400, read_error(data), request, sent)
-            completion = self.provider.completion(payload)
         except MalformedResponse as error:
             return Verdict("retry", "malformed", str(error))
-        except RecordFailed as error:
-            return Verdict("fail", error.kind, str(error))
         except READING_FAULTS as error:
             return Verdict("retry", "malformed", unlike_protocol(error))
-        if end_of(completion.finish_reason) is End.FAULT:
-            message = f"the server broke the answer off (finish reason {completion.finish_reason})"
-            return Verdict("retry", "server", message)
-        self._compare_tier(payload)
-        return completion
-
-    def _judged(
-        self,
-        verdict: Verdict,
-        status: int,
-        error: ServerError,
-        request: Request,
-        sent: Mapping[str, Any],
-    ) -> Verdict:
-        answered = self._answered_at is not None
-        return self._lessons.judged(verdict, status, error, request, sent, answered)
+        if verdict is not None:
+            return self._lessons.judged(verdict, 400, read_error(data), request, sent)
+        result = completion_in(payload, self.provider)
+        if isinstance(result, Completion):
+            self._compare_tier(payload)
+        return result
 
     def _compare_tier(self, payload: Mapping[str, Any]) -> None:
         """Says, once, that the server has answered in another tier than it was asked for."""
@@ -228,39 +213,6 @@ class HttpClient:
             asked,
             asked,
         )
-
-
-def _payload(data: bytes, provider: HttpProvider) -> Any:
-    """The JSON of a body, put together where the server streamed it.
-
-    Raises: MalformedResponse.
-    """
-    try:
-        return load_json(data)
-    except (ValueError, RecursionError):
-        pass
-    text = encodable(data.decode("utf-8-sig", "replace"))
-    if text.lstrip()[:1] == "<":
-        raise MalformedResponse("the answer is an HTML page, not JSON")
-    parts = stream_parts(text)
-    if parts is None:
-        raise MalformedResponse("the answer is not JSON, or cut off")
-    if len(parts) == 1 and not _is_chunk(parts[0]):
-        return parts[0]
-    return provider.joined(parts)
-
-
-def unlike_protocol(error: Exception) -> str:
-    """What to say of an answer that reading raised this at."""
-    return f"the answer is not as the protocol has it ({type(error).__name__})"
-
-
-def _is_chunk(part: Mapping[str, Any]) -> bool:
-    if str(part.get("type")).startswith(("response.", "message_", "error")):  # an event
-        return True
-    choices: Any = part.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    return part.get("done") is False or (isinstance(first, Mapping) and "delta" in first)
 
 
 class _TooLarge(Exception):

@@ -11,14 +11,12 @@ from fabe_ds.config.sections import PolicySettings
 from fabe_ds.engine.server_errors import ServerError
 from fabe_ds.engine.verdict import Verdict
 from fabe_ds.providers.forms import FORMS, IN_PROMPT, refused_form
-from fabe_ds.providers.http import STREAM, HttpProvider, refused_parameter
+from fabe_ds.providers.http import STREAM, TIER, HttpProvider, refused_parameter
 from fabe_ds.request import Request
 from fabe_ds.store.completions import Completions
 
 log = logging.getLogger(__name__)
 
-TIER = "service_tier"
-"""The parameter of --service-tier, which is no part of a request's key."""
 _PARAMETER_STATUSES = (400, 422)
 
 
@@ -31,6 +29,9 @@ class Lessons:
         """`memory` keeps, for later runs, what was learned."""
         self._provider, self._policy, self._memory = provider, policy, memory
         self._endpoint = (str(provider.address), provider.endpoint.model)
+        self.has_answered = False
+        """Whether the server took the parameters for a record of this run, so that what the user
+        asked for is not what is wrong."""
         self._learned = {} if memory is None else dict(memory.learned(*self._endpoint))
 
     def __contains__(self, name: str) -> bool:
@@ -77,11 +78,9 @@ class Lessons:
         error: ServerError,
         request: Request,
         sent: Mapping[str, Any],
-        answered: bool,
     ) -> Verdict:
         """The verdict on a body that was sent, with how to send it instead where a parameter of it
-        is refused. `answered`: the server has taken the parameters for another record, so that
-        what the user asked for is not what is wrong."""
+        is refused."""
         name = refused_form(sent, status, error.parameter, error.message)
         is_form = name is not None
         if name is None:
@@ -91,7 +90,7 @@ class Lessons:
             name = name or refused_parameter(sent, error.parameter, error.codes, error.message)
         # A record may speak of a parameter: behind an answer, the server has to name it by itself.
         told = error.parameter is not None and not is_form
-        if name is None or (answered and not told):
+        if name is None or (self.has_answered and not told):
             return verdict
         # What the user asked for is for the user to change.
         asked_for = name in self._provider.endpoint.given_params
@@ -105,7 +104,7 @@ class Lessons:
         )
         if lesson is not None and helps:
             return replace(verdict, action="retry", lesson=dict([lesson]))
-        if answered:
+        if self.has_answered:
             return verdict
         message = f"the server does not take the parameter {name} ({verdict.message})"
         return Verdict("stop", "parameter", message, refused=True)

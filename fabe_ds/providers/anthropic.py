@@ -25,7 +25,7 @@ class AnthropicProvider(ListingProvider):
     """
 
     name = "anthropic"
-    has_batches = has_tiers = True
+    has_batches, batch_api, has_tiers = True, "messages", True
     takes_forms = True
     lacks = ("seed",)
     needs = "a key from --api-key or ANTHROPIC_API_KEY"

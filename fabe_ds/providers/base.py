@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -73,6 +73,9 @@ class Provider(ABC):
     """Whether the model is in this process."""
     has_batches: ClassVar[bool] = False
     """Whether its servers take batches of requests (--batch-api)."""
+
+    batch_api: ClassVar[Literal["files", "messages"]] = "files"
+    """Whose these are: OpenAI's, of files, or Anthropic's, of messages."""
 
     lacks: ClassVar[tuple[str, ...]] = ()
     """Settings that its servers know nothing of; given, they are refused."""

@@ -22,6 +22,10 @@ STREAM = "stream"
 """The learned word for servers that have to stream: "true", or "" where they know no such field."""
 
 
+TIER = "service_tier"
+"""The parameter of --service-tier, which is no part of a request's key."""
+
+
 class HttpProvider(Provider):
     """A model behind an HTTP endpoint: pure functions that write a request and read its answer.
 
@@ -193,7 +197,6 @@ def _renamed(body: Mapping[str, Any], learned: Mapping[str, str]) -> dict[str, A
     return renamed
 
 
-_TIER = "service_tier"
 _refusing_code = re.compile(r"unsupported_(parameter|value)|unknown_parameter|extra_forbidden")
 _refusing = re.compile(
     r"unsupported|not supported|does not support|unrecognized|unknown (parameter|name|field)"
@@ -216,8 +219,8 @@ def refused_parameter(
     """
     if _stream_wanted.search(message) and not sent.get(STREAM):
         return STREAM
-    if _TIER in sent and _TIER in f"{parameter} {message}":  # one of its values, too
-        return _TIER
+    if TIER in sent and TIER in f"{parameter} {message}":  # one of its values, too
+        return TIER
     if not _refusing.search(message) and not any(map(_refusing_code.fullmatch, codes)):
         return None
     optional = [name for name in sent if name not in ("model", "messages", "input", "prompt")]

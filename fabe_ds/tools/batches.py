@@ -13,6 +13,7 @@ from fabe_ds.engine.batch_api import RUNNING, BatchClient, BatchState, batch_cli
 from fabe_ds.errors import UsageError
 from fabe_ds.providers import Endpoint, HttpProvider, build_provider, provider_class
 from fabe_ds.store.completions import OpenBatch, RecordCache
+from fabe_ds.who_answers import base_urls_of
 
 PATIENCE = 10.0
 """Seconds for which a server may be away: somebody waits."""
@@ -61,11 +62,7 @@ def _endpoints(config: RunConfig) -> dict[str, list[OpenBatch]]:
     cache = RecordCache.existing(config.cache_dir)
     with contextlib.closing(cache) if cache else contextlib.nullcontext():
         opened = cache.open_batches() if cache else []
-    kind = provider_class(config.provider)
-    urls = config.base_url
-    if not urls and issubclass(kind, HttpProvider):
-        named = (os.environ.get(name, "").strip() for name in kind.base_url_variables)
-        urls = [kind.base_url_of(text) for text in named if text][:1]
+    urls = base_urls_of(config, provider_class(config.provider))
     endpoints = [str(_provider(config, url).address) for url in urls]
     endpoints = endpoints or list(dict.fromkeys(each.endpoint for each in opened))
     if not endpoints:

@@ -125,8 +125,7 @@ class _Counter:
         self._keys: set[bytes] = set()
         if transform.provider.cached:
             seen.tokens = PromptTokens(transform.provider)
-        fallbacks = map(transform.providers.fallback, transform.session.fallbacks)
-        asked = [transform.provider, *fallbacks]
+        asked = [transform.provider, *transform.session.behind]
         self._sorters = [
             Coalescer(
                 provider,
