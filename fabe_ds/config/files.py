@@ -29,6 +29,11 @@ def on_or_off(value: Any) -> Any:
     return words.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
+def auto_or_off(value: Any) -> Any:
+    """The word of a setting that is auto, off or a number: YAML reads off as false."""
+    return ("auto" if value else "off") if isinstance(value, bool) else value
+
+
 def _text_of(name: str) -> str:
     """Raises: ValueError."""
     try:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr
 
-from fabe_ds.config.files import as_list, choices_of, examples_of, on_or_off, schema_of
+from fabe_ds.config.files import as_list, auto_or_off, choices_of, examples_of, on_or_off, schema_of
 from fabe_ds.config.params import headers_of, merged, object_of, params_of
 from fabe_ds.config.section import IO, Section, setting_field
 from fabe_ds.request import Sampling
@@ -316,6 +316,14 @@ class ModelSettings(Section):
         "Execution",
         "Tokens a local model holds at once, at most; by default what half the free memory holds.",
         gt=0,
+    )
+    speculate: Annotated[
+        Annotated[int, Field(gt=0, le=64)] | Literal["auto", "off"], BeforeValidator(auto_or_off)
+    ] = setting_field(
+        "Execution",
+        "Tokens that a local model drafts by copying from the record, to verify them in one step: "
+        "auto (as many as pay), off, or so many. Answers stay what they are.",
+        "auto",
     )
 
     @property

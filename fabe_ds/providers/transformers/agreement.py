@@ -145,27 +145,26 @@ def loop_agrees(model: Any, device: Any, pad: int, longest: int | None = None) -
     with _in_float32(model, device) as exactly, torch.inference_mode():
         try:
             ours = scores_of_two(model, device, pad, ids, shared, short)
-            with _attention(model, "eager"):
+            with attention_as(model, "eager"):
                 theirs = _whole(model, device, ids, shared, short)
             noise = 0.0
             if not exactly:
-                with contextlib.suppress(ValueError), _attention(model, "sdpa"):
-                    noise = _distance(_whole(model, device, ids, shared, short), theirs)
+                with contextlib.suppress(ValueError), attention_as(model, "sdpa"):
+                    noise = distance(_whole(model, device, ids, shared, short), theirs)
         except Exception as error:  # it does not run this way, whatever it raises
             log.debug("our own loop: %s: %s", type(error).__name__, error)
             return False
         far = max(_FAR.get(ours[0].dtype, 0.2), min(_NOISY, 2 * noise))
-        return _distance(ours, theirs) <= far
+        return distance(ours, theirs) <= far
 
 
 def _whole(model: Any, device: Any, ids: list[int], shared: int, short: int) -> list[torch.Tensor]:
     """The same scores by one forward over each row, alone and without a cache."""
     found: list[list[torch.Tensor]] = []
-    for row in ([*ids[:shared], *ids[short:]], ids[: short + 1]):
+    for row, count in (([*ids[:shared], *ids[short:]], 2), (ids[: short + 3], 4)):
         tokens = torch.tensor([row], device=device)
-        logits = model(input_ids=tokens, use_cache=False).logits[0]
-        found.append([logits[-2], logits[-1]])
-    return [found[0][0], found[1][0], found[0][1], found[1][1]]
+        found.append([*model(input_ids=tokens, use_cache=False).logits[0, -count:]])
+    return [found[0][0], found[1][0], found[0][1], *found[1][1:]]
 
 
 def takes_together(model: Any, device: Any, pad: int, longest: int, beyond: int = 0) -> Together:
@@ -239,10 +238,10 @@ def _same(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]]) -> b
 
 
 def _near(ours: torch.Tensor, theirs: torch.Tensor, far: float) -> bool:
-    return _distance([ours], [theirs]) <= far
+    return distance([ours], [theirs]) <= far
 
 
-def _distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+def distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """How far apart scores are at most, in standard deviations; infinity where some are no
     numbers."""
     worst = 0.0
@@ -264,7 +263,7 @@ def _vocabulary(model: Any) -> int:
 
 
 @contextlib.contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
+def attention_as(model: Any, name: str) -> Iterator[None]:
     """The model with another attention while the block runs. Raises: ValueError where it has no
     such."""
     before = attention_of(model)

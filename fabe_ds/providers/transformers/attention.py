@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
 
+from fabe_ds.providers.transformers.drafts import Copies
 from fabe_ds.providers.transformers.grammar import Matcher
 
 ATTENTION = "fabe_ds"
 
 
 ALIGN = 16  # tokens; kernels read masks in blocks
+
+
+APART = 0.5  # of a block's rows: where fewer have drafts, these go by themselves on a CPU
 
 
 NOT_NUMBERS = -1  # instead of a token, where its scores are not
@@ -59,12 +64,14 @@ class DecodingRules:
 
 
 class _Row:
-    __slots__ = ("generator", "ids", "last", "matcher", "new", "prompt")
+    __slots__ = ("answer", "copies", "draft", "generator", "ids", "matcher", "new", "prompt")
 
     def __init__(self, prompt: Prompt, plan: DecodingRules, device: Any) -> None:
         self.prompt = prompt
-        self.new: list[int] = []
-        self.last = -1  # the newest token, not yet taken in
+        self.new: list[int] = []  # the last of them is not yet in the cache
+        self.draft: list[int] = []  # what may follow: computed in the same step
+        self.copies: Copies | None = None  # where drafts are looked up
+        self.answer: Answer | None = None  # once it has ended
         self.ids = torch.tensor(prompt.ids, device=device) if plan.each else None
         self.matcher = prompt.grammar.fresh() if prompt.grammar is not None else None
         self.generator = None
@@ -77,14 +84,13 @@ class _Block:
     """A few rows of like length, and their keys and values after the shared beginning.
 
     `stored` has a pair of [rows, key heads, length, width] for each layer; the rows in use come
-    first. `mask` is zero where a row has a token: it is added to scores.
+    first, and a row's tokens stand one behind another from its first place on.
     """
 
     def __init__(self, rows: list[_Row], length: int, dtype: Any, device: Any) -> None:
         self.rows, self.size, self.length = rows, len(rows), length
-        self.mask = torch.full((len(rows), length), float("-inf"), dtype=dtype, device=device)
+        self.dtype, self.device = dtype, device
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.places: torch.Tensor | None = None  # in a step, where each row's token goes
 
     @property
     def tokens(self) -> int:
@@ -105,35 +111,114 @@ class _Block:
         """Takes a row out; the last one moves to its place."""
         last = len(self.rows) - 1
         if place != last:
-            self.mask[place] = self.mask[last]
             for pair in self.stored.values():
                 for kept in pair:
                     kept[place] = kept[last]
             self.rows[place] = self.rows[last]
         self.rows.pop()
 
+    def step(self, shared: int) -> tuple[list[_Part], list[list[int]]]:
+        """The parts of a step, and where each row's tokens stand among those of all parts.
+        `shared`: tokens of the shared beginning."""
+        rows = self.rows
+        first = [len(r.prompt.ids) - shared + len(r.new) - 1 for r in rows]
+        drafting = [number for number, row in enumerate(rows) if row.draft]
+        if not drafting or len(drafting) > APART * len(rows) or str(self.device) != "cpu":
+            counts = [1 + len(row.draft) for row in rows]
+            ends = list(accumulate(counts))
+            where = [list(range(e - c, e)) for e, c in zip(ends, counts, strict=True)]
+            return [_Part(self, range(len(rows)), first, counts)], where
+        counts = [len(rows[number].draft) for number in drafting]
+        parts = [
+            _Part(self, range(len(rows)), first, [1] * len(rows)),
+            _Part(self, drafting, [first[number] + 1 for number in drafting], counts),
+        ]
+        where = [[number] for number in range(len(rows))]
+        behind = count(len(rows))
+        for number in drafting:
+            where[number] += islice(behind, len(rows[number].draft))
+        return parts, where
+
+
+class _Part:
+    """Some tokens of a block's rows that take a step together: `counts` of each row of `rows`, from
+    its place `first` on. Attention is computed as if all rows had as many as the one with most.
+
+    `mask` is zero where a token of a row sees a place: it is added to scores. A part of all rows
+    of a block uses its keys and values where they are; another copies those of its rows.
+    """
+
+    def __init__(
+        self, block: _Block, rows: Sequence[int], first: Sequence[int], counts: Sequence[int]
+    ) -> None:
+        self.block, self.rows, self.most, device = block, len(rows), max(counts), block.device
+        self._all = self.rows == len(block.rows)
+        of = [place for place, count in enumerate(counts) for _ in range(count)]
+        nth = [token for count in counts for token in range(count)]
+        at = [first[place] + token for place, token in zip(of, nth, strict=True)]
+        numbers = [rows[place] for place in of]
+        self.places, self._of, self._nth, self._numbers = torch.tensor(
+            [at, of, nth, numbers], device=device
+        )
+        self._chosen = torch.tensor(list(rows), device=device)
+        last = torch.tensor(first, device=device)[:, None] + torch.arange(self.most, device=device)
+        places = torch.arange(block.length, device=device)
+        self.mask = torch.zeros(
+            self.rows, self.most, block.length, dtype=block.dtype, device=device
+        )
+        self.mask.masked_fill_(places > last[..., None], float("-inf"))
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The keys and values of the tokens: [tokens, key heads, 1, width]."""
+        numbers, places = self._numbers.to(keys.device), self.places.to(keys.device)
+        for kept, given in zip(self.block.stored[layer], (keys, values), strict=True):
+            kept[numbers, :, places] = given[:, :, 0]
+
+    def spread(self, query: torch.Tensor) -> torch.Tensor:
+        """[tokens, key heads, queries, width] -> [rows, key heads, queries of all tokens of a row,
+        width]; rows with fewer tokens have zeros."""
+        if self.most == 1:
+            return query
+        _, heads, queries, width = query.shape
+        each = query.new_zeros(self.rows, heads, queries, self.most, width)
+        each[self._of.to(query.device), :, :, self._nth.to(query.device)] = query
+        return each.view(self.rows, heads, queries * self.most, width)
+
+    def gather(self, output: torch.Tensor) -> torch.Tensor:
+        """The inverse of spread."""
+        if self.most == 1:
+            return output
+        rows, heads, queries, width = output.shape
+        each = output.view(rows, heads, queries // self.most, self.most, width)
+        return each[self._of.to(output.device), :, :, self._nth.to(output.device)]
+
     def attend(
         self, layer: int, query: torch.Tensor, beginning: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query [rows, key heads, queries, width] -> what its rows' own tokens add to the output,
         and the weights of the shared beginning, whose scores are given."""
-        keys, values = self.stored[layer]
+        keys, values = (
+            kept[: self.rows] if self._all else kept.index_select(0, self._chosen.to(kept.device))
+            for kept in self.block.stored[layer]
+        )
         rows, heads, queries, width = query.shape
+        length = self.block.length
         # Products of whole, contiguous matrices: others would be copied first.
         own = torch.bmm(
-            keys[:rows].view(rows * heads, self.length, -1),
+            keys.view(rows * heads, length, -1),
             query.reshape(rows * heads, queries, width).transpose(1, 2),
-        ).view(rows, heads, self.length, queries)
+        ).view(rows, heads, length, queries)
         shared = 0 if beginning is None else beginning.shape[3]
-        scores = query.new_empty(rows, heads, queries, shared + self.length)
-        mask = self.mask[:rows, None, None].to(query.device)
-        torch.add(own.transpose(2, 3), mask, out=scores[..., shared:])
+        scores = query.new_empty(rows, heads, queries, shared + length)
+        each = (rows, heads, queries // self.most, self.most, -1)
+        mask = self.mask[:, None, None].to(query.device)
+        torch.add(own.transpose(2, 3).view(each), mask, out=scores.view(each)[..., shared:])
         if beginning is not None:
             scores[..., :shared] = beginning
         weights = scores.softmax(3)
         output = torch.bmm(
-            weights[..., shared:].reshape(rows * heads, queries, self.length),
-            values[:rows].view(rows * heads, self.length, -1),
+            weights[..., shared:].reshape(rows * heads, queries, length),
+            values.view(rows * heads, length, -1),
         ).view(rows, heads, queries, -1)
         return output, None if beginning is None else weights[..., :shared]
 
@@ -148,64 +233,73 @@ class _Attended(Cache):  # type: ignore[misc]  # transformers is untyped here
         super().__init__(layers=[])
         self.beginning: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.begins = False  # the forward computes the shared beginning
-        self.blocks: list[_Block] = []  # those that take a step; or the one that new rows are for
-        self.first: int | None = None  # the first new row; None in a step
+        self.parts: list[_Part] = []  # of a step
+        self.block: _Block | None = None  # the one that new rows are for; None in a step
+        self.first = 0  # the first new row of it
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.begins:
             self.beginning[layer] = (keys[0].clone(), values[0].clone())
-        elif self.first is not None:
-            self.blocks[0].add(layer, self.first, keys, values)
+        elif self.block is not None:
+            self.block.add(layer, self.first, keys, values)
             if layer in self.beginning:
                 keys, values = (
                     torch.cat([shared.expand(len(new), -1, -1, -1), new], dim=2)
                     for shared, new in zip(self.beginning[layer], (keys, values), strict=True)
                 )
         else:
-            start = 0
-            for block in self.blocks:
-                end = start + len(block.rows)
-                assert block.places is not None
-                places = block.places.to(keys.device)
-                numbers = torch.arange(end - start, device=keys.device)
-                for kept, given in zip(block.stored[layer], (keys, values), strict=True):
-                    kept[numbers, :, places] = given[start:end, :, 0]
-                start = end
+            for part, span in self._spans():
+                part.write(layer, keys[span], values[span])
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0, *_: Any) -> int:
         return 0
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Attention of one token a row: [rows, key heads, queries, width], queries being the
+        """Attention of a step's tokens: [tokens, key heads, queries, width], queries being the
         query heads that share a key head, already scaled.
 
         The scores of all rows with the shared beginning are one product; those with the rows' own
         tokens go by blocks. One call to torch's own attention, as wide as the longest row of all,
         takes three times as long on a CPU.
         """
-        rows, heads, queries, width = query.shape
-        scores: torch.Tensor | None = None
+        spread = [part.spread(query[span]) for part, span in self._spans()]
+        scores: Sequence[torch.Tensor | None] = [None] * len(spread)
         if layer in self.beginning:
             keys, values = self.beginning[layer]
-            flat = query.transpose(0, 1).reshape(heads, rows * queries, width)
-            scores = torch.bmm(flat, keys.transpose(1, 2)).view(heads, rows, queries, -1)
-            scores = scores.transpose(0, 1)
-        parts, weights, start = [], [], 0
-        for block in self.blocks:
-            end = start + len(block.rows)
-            shared = None if scores is None else scores[start:end]
-            part, weight = block.attend(layer, query[start:end], shared)
-            parts.append(part)
-            weights.append(weight)
+            scores = _product(spread, keys.transpose(1, 2))
+        outputs, weights = [], []
+        for part, asked, score in zip(self.parts, spread, scores, strict=True):
+            output, weight = part.attend(layer, asked, score)
+            outputs.append(output)
+            if weight is not None:
+                weights.append(weight)
+        if weights:
+            for output, more in zip(outputs, _product(weights, values), strict=True):
+                output += more
+        return torch.cat([p.gather(out) for p, out in zip(self.parts, outputs, strict=True)])
+
+    def _spans(self) -> Iterator[tuple[_Part, slice]]:
+        """The parts, each with where its tokens are among those of a step."""
+        start = 0
+        for part in self.parts:
+            end = start + len(part.places)
+            yield part, slice(start, end)
             start = end
-        output = torch.cat(parts)
-        if scores is not None:
-            flat = torch.cat(weights).transpose(0, 1).reshape(heads, rows * queries, -1)
-            output += torch.bmm(flat, values).view(heads, rows, queries, -1).transpose(0, 1)
-        return output
+
+
+def _product(parts: Sequence[torch.Tensor], matrix: torch.Tensor) -> list[torch.Tensor]:
+    """Each [rows, heads, queries, width] by a matrix that is the same for all rows, [heads, width,
+    size], in one product: [rows, heads, queries, size]."""
+    heads = len(matrix)
+    flat = [part.transpose(0, 1).reshape(heads, -1, part.shape[3]) for part in parts]
+    product = torch.bmm(torch.cat(flat, 1), matrix).split([part.shape[1] for part in flat], 1)
+    return [
+        found.reshape(heads, len(part), part.shape[2], -1).transpose(0, 1)
+        for found, part in zip(product, parts, strict=True)
+    ]
 
 
 def _attention(
@@ -221,7 +315,8 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, [rows, heads, tokens, width] -> [rows, tokens, heads, width].
 
-    The query heads that share a key head are put below one another as more queries of that head:
+    In a step, each token is a row of its own. The query heads that share a key head are put below
+    one another as more queries of that head:
     the same numbers, and keys and values are never expanded (14 times faster on a CPU, for a step
     of 48 rows with three query heads a key head).
     """
@@ -232,7 +327,7 @@ def _attention(
     groups = key.shape[1]
     if scaling is None:
         scaling = width**-0.5
-    if attended.first is None and not attended.begins:
+    if attended.block is None and not attended.begins:
         grouped = query.reshape(rows, groups, heads // groups, width) * scaling
         return attended.attend(module.layer_idx, grouped).reshape(rows, 1, heads, -1), None
     reach = key.shape[2]

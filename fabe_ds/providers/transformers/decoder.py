@@ -2,13 +2,15 @@
 
 What generate() does for one padded batch, this does for a stream of prompts: the beginning they
 share is computed once, the rest in small groups of like length, and then all rows take their
-steps together. Rows that end leave at once, and blocks of new ones take their places.
+steps together, several tokens at once where these are copied (see drafts). Rows that end leave at
+once, and blocks of new ones take their places.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +28,11 @@ from fabe_ds.providers.transformers.attention import (
     _Attended,
     _attention,
     _Block,
+    _Part,
     _Row,
 )
 from fabe_ds.providers.transformers.choosing import Scores, Way
+from fabe_ds.providers.transformers.drafts import Copies, Drafts
 from fabe_ds.providers.transformers.grammar import constrained
 
 BLOCK = 16  # rows, on a CPU: fewer are less padding, more are fewer and larger products
@@ -55,6 +59,7 @@ class Work:
     new: int = 0
     steps: int = 0
     row_steps: int = 0
+    drafted: int = 0
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
@@ -71,6 +76,7 @@ class Decoder:
     pad: int
     device: Any
     work: Work = field(default_factory=Work)
+    drafts: Drafts = field(default_factory=Drafts)
     sound: bool = False
     """Whether any row's scores were numbers yet."""
     _attended: _Attended = field(default_factory=_Attended)
@@ -129,7 +135,7 @@ class Decoder:
     def _fitting(self, waiting: list[Prompt], blocks: list[_Block]) -> list[Prompt]:
         """Takes the prompts of the next block out of those that wait: none while there is too
         little room for one worth its while."""
-        most = max(1, min(BLOCK, self.room.rows // 3)) if self._on_cpu else self.room.rows // 2 or 1
+        most = max(1, min(BLOCK, self.room.rows // 2)) if self._on_cpu else self.room.rows // 2 or 1
         most = min(most, len(waiting))
         free = self.room.rows - sum(len(block.rows) for block in blocks)
         length = self._length(waiting[-1])
@@ -161,10 +167,12 @@ class Decoder:
             most = max(1, self.room.prefill // widths[0])
             count = sum(width > ALIKE * widths[0] for width in widths[:most])
             part = rows[first : first + count]
-            tokens = self._choose(self._prefill(block, first, part), part)
-            for row, token in zip(part, tokens, strict=True):
-                row.last = token
+            scores = self._prefill(block, first, part)
+            self._take(scores, [[number] for number in range(len(part))], part)
             first += len(part)
+        if self.drafts.most:
+            for row in rows:
+                row.copies = Copies([*row.prompt.ids, *row.new])
         return block
 
     def _prefill(self, block: _Block, first: int, rows: list[_Row]) -> torch.Tensor:
@@ -184,11 +192,10 @@ class Decoder:
         ids = torch.full((len(parts), width), self.pad)
         for number, part in enumerate(parts):  # padding stands behind, where nothing looks at it
             ids[number, : len(part)] = torch.tensor(part)
-            block.mask[first + number, : len(part)] = 0
         lengths = torch.tensor([len(part) for part in parts])
         self.work.prompt += int(lengths.sum())
         self.work.padding += ids.numel() - int(lengths.sum())
-        self._attended.blocks, self._attended.first = [block], first
+        self._attended.block, self._attended.first = block, first
         positions = torch.arange(shared, shared + width, device=self.device)[None]
         wanted = sorted({token - shared for tokens in behind for token in tokens})
         keep = torch.tensor(wanted, device=self.device)
@@ -221,24 +228,45 @@ class Decoder:
             ]
 
     def _step(self, blocks: list[_Block]) -> None:
-        """The next token of every row."""
-        rows = [row for block in blocks for row in block.rows]
+        """The next token of every row, and more where its draft was right."""
+        started, rows = time.perf_counter(), [row for block in blocks for row in block.rows]
+        copies = [row.copies for row in rows if row.copies is not None]
+        room = [self.plan.most_new - len(row.new) - 1 for row in rows]
+        if copies:
+            for row, draft in zip(rows, self.drafts.draft(copies, room), strict=True):
+                row.draft = draft
+        drafted, before = [len(row.draft) for row in rows], [len(row.new) for row in rows]
+        self._take(*self._scores(blocks), rows)
+        new = [len(row.new) - had for row, had in zip(rows, before, strict=True)]
+        for row, count, more in zip(rows, drafted, new, strict=True):
+            if row.copies is not None and row.answer is None:
+                self.drafts.learn(row.copies, count, more - 1)
         self.work.steps += 1
         self.work.row_steps += len(rows)
-        for row, token in zip(rows, self._choose(self._scores(blocks), rows), strict=True):
-            row.last = token
+        self.work.drafted += sum(drafted)
+        seconds = time.perf_counter() - started
+        self.drafts.costs.took(len(rows), len(rows) + sum(drafted), sum(new), seconds)
 
-    def _scores(self, blocks: list[_Block]) -> torch.Tensor:
-        """Scores of each row's token after its newest, [rows, vocabulary]."""
+    def _scores(self, blocks: list[_Block]) -> tuple[torch.Tensor, list[list[int]]]:
+        """Scores of what follows each token of the rows' step, [tokens, vocabulary], and where
+        those of each row are."""
         shared = len(self._shared)
-        self._attended.blocks, self._attended.first = blocks, None
+        parts: list[_Part] = []
+        where: list[list[int]] = []
         for block in blocks:
-            lengths = [len(row.prompt.ids) - shared + len(row.new) for row in block.rows]
-            block.places = torch.tensor(lengths, device=self.device).sub_(1)
-            block.mask[torch.arange(len(lengths), device=self.device), block.places] = 0
-        places = torch.cat([block.places for block in blocks if block.places is not None])
-        ids = torch.tensor([row.last for block in blocks for row in block.rows], device=self.device)
-        return self._forward(ids[:, None], (places + shared)[:, None], 1)[:, -1]
+            start = sum(len(part.places) for part in parts)
+            more, places = block.step(shared)
+            parts += more
+            where += [[start + place for place in row] for row in places]
+        ids = [0] * sum(map(len, where))
+        rows = [row for block in blocks for row in block.rows]
+        for row, at in zip(rows, where, strict=True):
+            for place, token in zip(at, [row.new[-1], *row.draft], strict=True):
+                ids[place] = token
+        self._attended.parts, self._attended.block = parts, None
+        positions = torch.cat([part.places for part in parts]) + shared
+        given = torch.tensor(ids, device=self.device)
+        return self._forward(given[:, None], positions[:, None], 1)[:, -1], where
 
     def _forward(self, ids: Any, positions: Any, logits_to_keep: Any) -> torch.Tensor:
         _Attended.active = self._attended
@@ -282,25 +310,57 @@ class Decoder:
                     chosen[number] = int(token)
         return [NOT_NUMBERS if wrong[n] else token for n, token in enumerate(chosen)]
 
+    def _take(self, scores: torch.Tensor, where: list[list[int]], rows: list[_Row]) -> None:
+        """Takes in each row's next token, and those after it for as long as its draft has them too.
+
+        `scores`: [tokens, vocabulary]; `where`: those of each row, behind its newest token and each
+        token of its draft.
+        """
+        plan = self.plan
+        free = not (plan.each or plan.samples or any(row.matcher is not None for row in rows))
+        every = self._choose(scores, rows) if free else []
+        going, depth = list(zip(rows, where, strict=True)), 0
+        while going:
+            # What a row chooses may depend on what it has taken in: one token after another.
+            places = [at[depth] for _, at in going]
+            if free:
+                chosen = [every[place] for place in places]
+            else:
+                those = scores if len(places) == len(scores) else scores[places]
+                chosen = self._choose(those, [row for row, _ in going])
+            for (row, _), token in zip(going, chosen, strict=True):
+                row.answer = self._ended(row, token)
+            going = [
+                (row, at)
+                for (row, at), token in zip(going, chosen, strict=True)
+                if row.answer is None and row.draft[depth : depth + 1] == [token]
+            ]
+            depth += 1
+        for row in rows:
+            row.draft = []
+
     def _leave(self, blocks: list[_Block]) -> list[Answer]:
-        """Takes in the newest token of each row; rows that end by it leave."""
+        """Takes the rows out that have ended."""
         ended = []
         for block in blocks:
             for place in range(len(block.rows) - 1, -1, -1):
                 row = block.rows[place]
-                if (answer := self._ended(row)) is not None:
-                    ended.append(answer)
+                if row.answer is not None:
+                    ended.append(row.answer)
                     self.work.new += len(row.new)
                     block.remove(place)
         return ended
 
-    def _ended(self, row: _Row) -> Answer | None:
-        plan, number, token = self.plan, row.prompt.number, row.last
+    def _ended(self, row: _Row, token: int) -> Answer | None:
+        """Takes a row's next token in; its answer, where it ends by it."""
+        plan, number = self.plan, row.prompt.number
         if token in plan.ends:
             return Answer(number, row.new, "stop")
         if token == NOT_NUMBERS:
             return Answer(number, row.new, "not numbers")
         row.new.append(token)
+        if row.copies is not None:
+            row.copies.take(token)
         if row.matcher is not None:
             row.matcher.take(token)
             if row.matcher.is_over:
@@ -318,8 +378,8 @@ def scores_of_two(
     """The loop's scores of two rows that begin alike, for a trial.
 
     One row is the ids without those from `shared` to `short`, the other the first `short` of them,
-    each with one more as its first new token. Scores: of both prompts' next token, then of both
-    rows' token after the new one.
+    each with one more as its first new token, the other with two drafted ones behind. Scores: of
+    both prompts' next token, then of what follows the new and the drafted ones.
     """
     prompts = [Prompt(0, [*ids[:shared], *ids[short:-1]]), Prompt(1, ids[:short])]
     decoder = Decoder(model, DecodingRules(1, frozenset()), Room(2, 1 << 20), pad, device)
@@ -328,9 +388,10 @@ def scores_of_two(
     block = _Block(rows, len(ids) + ALIGN, model.dtype, device)
     first = decoder._prefill(block, 0, rows)
     for row, token in zip(rows, (ids[-1], ids[short]), strict=True):
-        row.new, row.last = [token], token
-    second = decoder._scores([block])
-    return [*first, *second]
+        row.new = [token]
+    rows[1].draft = ids[short + 1 : short + 3]
+    second, where = decoder._scores([block])
+    return [*first, *(second[place] for row in where for place in row)]
 
 
 def seed_of(seed: int | None, sample: int, ids: Sequence[int]) -> int:

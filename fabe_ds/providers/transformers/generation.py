@@ -29,6 +29,7 @@ from fabe_ds.providers.transformers.amendments import LEFT, LEFT_SAMPLING
 from fabe_ds.providers.transformers.attention import ATTENTION, Answer, DecodingRules, Prompt
 from fabe_ds.providers.transformers.checkpoint import context
 from fabe_ds.providers.transformers.decoder import Decoder, Room, Work
+from fabe_ds.providers.transformers.drafts import Drafts
 from fabe_ds.providers.transformers.grammar import GrammarProcessor
 from fabe_ds.providers.transformers.loaded_model import (
     _OF_ALL_IDS,
@@ -40,6 +41,7 @@ from fabe_ds.providers.transformers.loaded_model import (
     _said,
     _tokens_that_fit,
 )
+from fabe_ds.providers.transformers.packing import Packing
 from fabe_ds.providers.transformers.stops import stop_tokens, stopper
 from fabe_ds.request import Sampling
 
@@ -64,6 +66,7 @@ class Generation:
         if loaded.device.startswith("cuda"):
             self.room.prefill = 16384
         self.limits = Limits.of(loaded.model.config)
+        self._packing = Packing(loaded.model, loaded.device)
         self._decoder: Decoder | None = None
         self._together: dict[Stretch, Together] = {}
         self._left: Counter[str] = Counter()
@@ -219,7 +222,11 @@ class Generation:
         )
         if self._decoder is None:
             pad = loaded.tokenizer.pad_token_id
-            self._decoder = Decoder(loaded.model, plan, self.room, pad, loaded.device, self.work)
+            self._packing.pack(self.room.rows)
+            drafts = Drafts(loaded.speculate)
+            self._decoder = Decoder(
+                loaded.model, plan, self.room, pad, loaded.device, self.work, drafts
+            )
         self._decoder.plan, self._decoder.room = plan, self.room
         return self._decoder
 
@@ -260,7 +267,8 @@ class Generation:
             longest = self.limits.first if stretch.kind == "short" else None
             longest = min(filter(None, (longest, context(config))), default=1 << 30)
             pad = loaded.tokenizer.pad_token_id
-            found = takes_together(loaded.model, loaded.device, pad, longest, stretch.limit)
+            with self._packing.undone(self.room.rows):
+                found = takes_together(loaded.model, loaded.device, pad, longest, stretch.limit)
             self._together[stretch] = found
             if found != "padded":
                 self._note(_EQUAL if found == "equal" else _ALONE)

@@ -14,6 +14,7 @@ from transformers.generation import logits_process
 from fabe_ds.errors import first_line
 from fabe_ds.providers.transformers.agreement import free
 from fabe_ds.providers.transformers.amendments import LEFT, LEFT_SAMPLING
+from fabe_ds.providers.transformers.drafts import Speculation
 from fabe_ds.request import Sampling
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class LoadedModel:
     ends: frozenset[int]
     most_tokens: int | None = None
     plain: bool = False
+    speculate: Speculation = "auto"
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         """The generation settings: the user's, over the model's own."""

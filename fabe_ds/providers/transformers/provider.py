@@ -323,6 +323,7 @@ class TransformersProvider(CheckpointProvider):
                 self._ends(own),
                 self.endpoint.max_batch_tokens,
                 plain=self.endpoint.attn_implementation != "auto",
+                speculate=self.endpoint.speculate,
             )
         )
 

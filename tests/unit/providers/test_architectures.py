@@ -61,12 +61,13 @@ def run(box: Any, name: str, batch_sizes: list[int], tokenizer: Any = None, **se
     folder = saved(name, box.path / "model", tokenizer, **settings)
     box.lines("data.jsonl", [{"code": text} for text in texts()])
     answers, way = [], "loop"
-    for size in batch_sizes:
+    for size, drafts in zip(batch_sizes, (3, "off", "auto"), strict=True):
         ended = box.fabe(
             *("run", "--input", "data.jsonl", "--instruction", "Say", "--provider", "hf"),
             *("--model", folder, "--dtype", "float32", "--batch-size", size, "--no-resume"),
             *("--no-use-chat-template", "--system-prompt", "", "--max-new-tokens", NEW),
             *("--on-truncated", "keep", "--no-strip-fences", "--backup-field", ""),
+            *("--speculate", drafts),
         )
         if ended.code == 1 and "looks at the whole text" in ended.err:
             return "refused", []
