@@ -10,7 +10,7 @@ import typer
 
 from fabe_ds.cli.batch import batch_app
 from fabe_ds.cli.cache import cache_app
-from fabe_ds.cli.display import print_dry_run, print_preview
+from fabe_ds.cli.display import print_dry_run, print_preview, print_tuned
 from fabe_ds.cli.flags import ValuedFlags, run_signature
 from fabe_ds.cli.running import config_of, run_and_report, settings_of
 from fabe_ds.cli.terminal import log_to_stderr
@@ -68,6 +68,39 @@ app.command(
     cls=ValuedFlags,
     help="Rewrite a few records for real, show before and after, and what all would take.",
 )(_preview)
+
+
+def _tune(config: Path | None, number: int, **flags: Any) -> None:
+    from fabe_ds.tools.tune import tune, write_setting
+
+    tuned = tune(settings_of(config, flags), number)
+    print_tuned(tuned)
+    size = tuned.best.batch_size
+    if config is None:
+        print(f"use it: --batch-size {size} --concurrency {tuned.concurrency}")
+        return
+    write_setting(config, "batch_size", size)
+    write_setting(config, "concurrency", tuned.concurrency)
+    print(f"written to {config}: batch_size: {size}, concurrency: {tuned.concurrency}")
+
+
+_tune.__signature__ = _run.__signature__.replace(  # type: ignore[attr-defined]
+    parameters=[
+        inspect.Parameter(
+            "number",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=200,
+            annotation=Annotated[int, typer.Option("-n", help="How many records.", min=1)],
+        ),
+        *_run.__signature__.parameters.values(),  # type: ignore[attr-defined]
+    ]
+)
+app.command(
+    "tune",
+    cls=ValuedFlags,
+    help="Find out on some records how many a local model is quickest with at once, and write that "
+    "into --config.",
+)(_tune)
 
 
 @app.command("providers")

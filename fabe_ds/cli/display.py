@@ -42,6 +42,18 @@ def print_dry_run(seen: Any) -> None:
         print(f"left out: {error}")
 
 
+def print_tuned(tuned: Any) -> None:
+    print(f"{'batch size':>10} {'in flight':>9} {'records':>7} {'records/s':>9} {'tokens/s':>9}")
+    for trial in tuned.trials:
+        best = "  <- best" if trial is tuned.best else ""
+        print(
+            f"{trial.batch_size:10} {trial.in_flight:9} {trial.records:7} "
+            f"{trial.records_per_second:9.2f} {trial.tokens_per_second:9.0f}{best}"
+        )
+    if tuned.ended:
+        print(f"no more are tried: {tuned.ended}")
+
+
 def print_preview(seen: Any) -> None:
     from rich.console import Console
     from rich.text import Text

@@ -198,7 +198,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             values[name] = base / values[name]
     for name in MAYBE_FILES:
         value = values.get(name)
-        if isinstance(value, str) and "\n" not in value and len(value) < 1024:
+        if isinstance(value, str) and value and "\n" not in value and len(value) < 1024:
             beside = base / value
             if value.startswith(("./", "../")) or os.path.lexists(beside):
                 values[name] = str(beside)

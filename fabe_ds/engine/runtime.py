@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fabe_ds.engine.batch import BatchEngine
     from fabe_ds.engine.http import HttpEngine
 
-WINDOW_BATCHES = 32
 SENT = (
     *("requests", "retries", "reasks"),
     *("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"),
@@ -106,8 +105,7 @@ class Runtime:
             die_with_parent()
         if isinstance(provider, LocalProvider):
             refuse_caps(config, f"--provider {provider.name}")
-            # Many batches at once, so that prompts of like lengths find one another.
-            window = WINDOW_BATCHES * config.batch_size if provider.cached else 1000
+            window = provider.window if provider.cached else 1000
             return LocalEngine(provider, self.coalescer, window)
         if not isinstance(provider, HttpProvider):
             raise UsageError(f"provider {provider.name}: neither an HTTP nor a local provider")

@@ -59,6 +59,10 @@ class Requirement(FabeError):
     exit_code = 2
 
 
+WINDOW_ROWS = 16
+"""Records that a local model looks at together, for each that it holds at once."""
+
+
 class Provider(ABC):
     """Base of all providers. One instance serves one run; it is built anew in every process."""
 
@@ -180,6 +184,22 @@ class LocalProvider(Provider):
     """A model in this process."""
 
     is_local = True
+    resizes: bool = False
+    """Whether it may be told how many records to hold at once."""
+
+    @property
+    def rows(self) -> int:
+        """Records that it holds at once, at most."""
+        return self.endpoint.batch_size * self.endpoint.batches
+
+    @property
+    def window(self) -> int:
+        """Records to look at together, so that those of like length find one another."""
+        return WINDOW_ROWS * self.rows
+
+    def resize(self, rows: int) -> None:
+        """Holds so many records at once from now on."""
+        raise NotImplementedError
 
     def asked(self, request: Request) -> dict[str, Any]:
         given = self.endpoint.given_params

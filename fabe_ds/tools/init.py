@@ -47,7 +47,8 @@ concurrency: 4                       # as many as OLLAMA_NUM_PARALLEL""",
 model: path/or/hub-id                # a folder, a .gguf file, or an id of the Hub
 local_files_only: true               # false fetches it
 device: auto
-batch_size: 48                       # records at once, at most""",
+batch_size: 8                        # times concurrency: the records at once, at most
+concurrency: 4                       # `fabe-ds tune` finds out what is quickest""",
 }
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+VLLM_WINDOW = 8192
+"""Records that vLLM is given at once: the more, the less often its places stand empty."""
 CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
 """The parameter that holds variables of the chat template, as vLLM's server calls it."""
 
@@ -103,9 +105,32 @@ class TransformersProvider(CheckpointProvider):
             body["schema"] = request.form.schema
         return body
 
+    def asked(self, request: Request) -> dict[str, Any]:
+        from fabe_ds.providers.transformers.vllm import without_machine
+
+        given = without_machine(self.endpoint.given_params)
+        return {**self.body(request), "params": given} if given else self.body(request)
+
     def _is_cut(self, request: Request) -> bool:
         """Whether a prompt is longer than the model takes."""
         return self._room.is_over(self.chat, request)
+
+    @property
+    def resizes(self) -> bool:  # type: ignore[override]  # vLLM plans its batches itself
+        return self.endpoint.engine == "transformers"
+
+    @property
+    def rows(self) -> int:
+        loaded: Any = self.__dict__.get("generation")
+        return loaded.room.rows if loaded is not None and self.resizes else super().rows
+
+    @property
+    def window(self) -> int:
+        return super().window if self.resizes else VLLM_WINDOW
+
+    def resize(self, rows: int) -> None:
+        generation: Any = self.generation
+        generation.room = replace(generation.room, rows=rows)
 
     # Loading.
 
@@ -319,7 +344,7 @@ class TransformersProvider(CheckpointProvider):
                 self.tokenizer,
                 self.device,
                 own,
-                self.endpoint.batch_size * self.endpoint.batches,
+                super().rows,
                 self._ends(own),
                 self.endpoint.max_batch_tokens,
                 plain=self.endpoint.attn_implementation != "auto",

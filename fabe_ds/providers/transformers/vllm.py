@@ -9,11 +9,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.errors import RecordFailed, RunStopped, first_line
+from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
 from fabe_ds.providers.base import Endpoint
 from fabe_ds.providers.transformers.attention import Answer, Prompt
 from fabe_ds.providers.transformers.stops import stop_tokens
 from fabe_ds.request import FREE, AnswerForm, Sampling
+
+_VLLM_ROWS = 256  # sequences at once that vLLM plans for by itself, at least
+_NGRAM = 4  # tokens of a match that a draft follows, at most
 
 
 def sampling_arguments(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[str, Any]:
@@ -57,16 +60,49 @@ def read_output(output: Any) -> tuple[int, Answer | RecordFailed]:
     return index, Answer(index, tokens, reason, best.text if by_string else None)
 
 
-def engine_arguments(path: Path, endpoint: Endpoint) -> Mapping[str, Any]:
-    """The arguments of vllm.LLM."""
-    return {
+ENGINE = "engine"
+"""The parameter that holds arguments of the engine itself: --param engine.max_model_len=4096."""
+_OF_THE_MACHINE = (
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    *("distributed_executor_backend", "gpu_memory_utilization", "cpu_offload_gb", "swap_space"),
+    *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "enforce_eager"),
+    *("enable_prefix_caching", "enable_chunked_prefill", "speculative_config", "load_format"),
+)
+"""Those that say how the machine is used, and nothing of what is answered."""
+
+
+def without_machine(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as a key has them."""
+    engine = params.get(ENGINE)
+    if not isinstance(engine, Mapping):
+        return dict(params)
+    kept = {name: value for name, value in engine.items() if name not in _OF_THE_MACHINE}
+    others = {name: value for name, value in params.items() if name != ENGINE}
+    return others | ({ENGINE: kept} if kept else {})
+
+
+def engine_arguments(path: Path, endpoint: Endpoint) -> dict[str, Any]:
+    """The arguments of vllm.LLM: the user's own over ours. Raises: UsageError."""
+    given = endpoint.given_params.get(ENGINE) or {}
+    if not isinstance(given, Mapping):
+        raise UsageError(f"--param {ENGINE}: give its arguments by name, {ENGINE}.NAME=VALUE")
+    arguments = {
         "model": str(path),
         "dtype": endpoint.dtype,
         "trust_remote_code": endpoint.trust_remote_code,
         "enable_prefix_caching": True,
-        "max_num_seqs": max(endpoint.batch_size, 64),
         "disable_log_stats": True,
     }
+    if (rows := endpoint.batch_size * endpoint.batches) > _VLLM_ROWS:
+        arguments["max_num_seqs"] = rows
+    if isinstance(endpoint.speculate, int):
+        arguments["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": endpoint.speculate,
+            "prompt_lookup_max": _NGRAM,
+            "prompt_lookup_min": 1,
+        }
+    return {**arguments, **given}
 
 
 class VllmGeneration:
@@ -84,10 +120,10 @@ class VllmGeneration:
         from vllm import LLM, SamplingParams
 
         self._params, self._tokenizer, self._ends = SamplingParams, tokenizer, ends
-        self._given = dict(given or {})
+        self._given = {name: value for name, value in (given or {}).items() if name != ENGINE}
         try:
             self._engine = LLM(**engine_arguments(path, endpoint)).llm_engine
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
             raise RunStopped(
                 f"--model {endpoint.model}: vLLM cannot load it: {first_line(error)}"
             ) from None
