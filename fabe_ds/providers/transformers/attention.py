@@ -8,6 +8,7 @@ from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
 from fabe_ds.providers.transformers.drafts import Copies
@@ -84,11 +85,16 @@ class _Block:
     """A few rows of like length, and their keys and values after the shared beginning.
 
     `stored` has a pair of [rows, key heads, length, width] for each layer; the rows in use come
-    first, and a row's tokens stand one behind another from its first place on.
+    first, and a row's tokens stand one behind another. The first `copied` places are those of the
+    shared beginning, where each row has a copy of it; None where it is kept apart, once.
     """
 
-    def __init__(self, rows: list[_Row], length: int, dtype: Any, device: Any) -> None:
-        self.rows, self.size, self.length = rows, len(rows), length
+    def __init__(
+        self, rows: list[_Row], length: int, dtype: Any, device: Any, copied: int | None = None
+    ) -> None:
+        self.rows, self.size = rows, len(rows)
+        self.is_whole, self.copied = copied is not None, copied or 0
+        self.length = -(-(self.copied + length) // ALIGN) * ALIGN
         self.dtype, self.device = dtype, device
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -96,16 +102,26 @@ class _Block:
     def tokens(self) -> int:
         return self.size * self.length
 
-    def add(self, layer: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The keys and values of new prompts, from row `first` on."""
+    def add(
+        self,
+        layer: int,
+        first: int,
+        new: tuple[torch.Tensor, torch.Tensor],
+        beginning: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """The keys and values of new prompts, from row `first` on; `beginning`: those before."""
+        keys, values = new
         if layer not in self.stored:
             heads, width = keys.shape[1], (keys.shape[3], values.shape[3])
             self.stored[layer] = (
                 keys.new_zeros(self.size, heads, self.length, width[0]),
                 values.new_zeros(self.size, heads, self.length, width[1]),
             )
-        for kept, given in zip(self.stored[layer], (keys, values), strict=True):
-            kept[first : first + len(given), :, : given.shape[2]] = given
+            for kept, copy in zip(self.stored[layer], beginning or (), strict=False):
+                kept[:, :, : self.copied] = copy[:, : self.copied]
+        for kept, given in zip(self.stored[layer], new, strict=True):
+            end = self.copied + given.shape[2]
+            kept[first : first + len(given), :, self.copied : end] = given
 
     def remove(self, place: int) -> None:
         """Takes a row out; the last one moves to its place."""
@@ -121,7 +137,8 @@ class _Block:
         """The parts of a step, and where each row's tokens stand among those of all parts.
         `shared`: tokens of the shared beginning."""
         rows = self.rows
-        first = [len(r.prompt.ids) - shared + len(r.new) - 1 for r in rows]
+        before = self.copied - shared
+        first = [len(r.prompt.ids) + before + len(r.new) - 1 for r in rows]
         drafting = [number for number, row in enumerate(rows) if row.draft]
         if not drafting or len(drafting) > APART * len(rows) or str(self.device) != "cpu":
             counts = [1 + len(row.draft) for row in rows]
@@ -153,6 +170,7 @@ class _Part:
     ) -> None:
         self.block, self.rows, self.most, device = block, len(rows), max(counts), block.device
         self._all = self.rows == len(block.rows)
+        self._mask: torch.Tensor | None = None
         of = [place for place, count in enumerate(counts) for _ in range(count)]
         nth = [token for count in counts for token in range(count)]
         at = [first[place] + token for place, token in zip(of, nth, strict=True)]
@@ -167,6 +185,12 @@ class _Part:
             self.rows, self.most, block.length, dtype=block.dtype, device=device
         )
         self.mask.masked_fill_(places > last[..., None], float("-inf"))
+
+    def _mask_of(self, queries: int) -> torch.Tensor:
+        """The mask of all query heads that share a key head, [rows, 1, queries, length]."""
+        if self._mask is None or self._mask.shape[2] != queries:
+            self._mask = self.mask.repeat(1, queries // self.most, 1)[:, None]
+        return self._mask
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The keys and values of the tokens: [tokens, key heads, 1, width]."""
@@ -203,6 +227,9 @@ class _Part:
         )
         rows, heads, queries, width = query.shape
         length = self.block.length
+        if self.block.is_whole:
+            mask = self._mask_of(queries).to(query.device)
+            return scaled_dot_product_attention(query, keys, values, mask, scale=1.0), None
         # Products of whole, contiguous matrices: others would be copied first.
         own = torch.bmm(
             keys.view(rows * heads, length, -1),
@@ -243,7 +270,7 @@ class _Attended(Cache):  # type: ignore[misc]  # transformers is untyped here
         if self.begins:
             self.beginning[layer] = (keys[0].clone(), values[0].clone())
         elif self.block is not None:
-            self.block.add(layer, self.first, keys, values)
+            self.block.add(layer, self.first, (keys, values), self.beginning.get(layer))
             if layer in self.beginning:
                 keys, values = (
                     torch.cat([shared.expand(len(new), -1, -1, -1), new], dim=2)
@@ -267,7 +294,7 @@ class _Attended(Cache):  # type: ignore[misc]  # transformers is untyped here
         """
         spread = [part.spread(query[span]) for part, span in self._spans()]
         scores: Sequence[torch.Tensor | None] = [None] * len(spread)
-        if layer in self.beginning:
+        if layer in self.beginning and not self.parts[0].block.is_whole:
             keys, values = self.beginning[layer]
             scores = _product(spread, keys.transpose(1, 2))
         outputs, weights = [], []
@@ -332,7 +359,7 @@ def _attention(
         return attended.attend(module.layer_idx, grouped).reshape(rows, 1, heads, -1), None
     reach = key.shape[2]
     seen = torch.ones(tokens, reach, dtype=torch.bool, device=query.device).tril(reach - tokens)
-    output = torch.nn.functional.scaled_dot_product_attention(
+    output = scaled_dot_product_attention(
         query.reshape(rows, groups, heads // groups * tokens, width),
         key,
         value,

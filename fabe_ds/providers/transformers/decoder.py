@@ -140,7 +140,7 @@ class Decoder:
         free = self.room.rows - sum(len(block.rows) for block in blocks)
         length = self._length(waiting[-1])
         tokens = self.room.tokens - len(self._shared) - sum(block.tokens for block in blocks)
-        fitting = tokens // length
+        fitting = tokens // (length + self._copied)
         if not blocks:
             fitting = max(1, fitting)
         if free < most or fitting < (most if blocks else 1):
@@ -153,14 +153,24 @@ class Decoder:
         return group
 
     @property
+    def _copied(self) -> int:
+        """Tokens of the shared beginning that each row has a copy of: on a GPU, where a step takes
+        as long as it takes to start what it consists of, attention is one call so."""
+        return 0 if self._on_cpu else len(self._shared)
+
+    @property
     def _on_cpu(self) -> bool:
         return str(self.device) == "cpu"
+
+    def _block(self, rows: list[_Row], length: int) -> _Block:
+        copied = None if self._on_cpu else self._copied
+        return _Block(rows, length, self.model.dtype, self.device, copied)
 
     def _new_block(self, prompts: list[Prompt]) -> _Block:
         """Computes prompts, a few of like length at a time, and their first new tokens."""
         rows = [_Row(prompt, self.plan, self.device) for prompt in prompts]
         length = max(map(self._length, prompts))
-        block = _Block(rows, length, self.model.dtype, self.device)
+        block = self._block(rows, length)
         first = 0
         while first < len(rows):
             widths = [len(row.prompt.ids) - len(self._shared) for row in rows[first:]]
@@ -219,7 +229,7 @@ class Decoder:
             whole = [Prompt(p.number, [*p.ids, *way]) for p, way in group]
             rows = [_Row(prompt, self.plan, self.device) for prompt in whole]
             length = max(map(self._length, whole))
-            block = _Block(rows, length, self.model.dtype, self.device)
+            block = self._block(rows, length)
             behind = [list(range(len(p.ids) - 1, len(p.ids) + len(way))) for p, way in group]
             scores = self._scores_behind(block, 0, rows, behind)
             yield [
@@ -264,7 +274,7 @@ class Decoder:
             for place, token in zip(at, [row.new[-1], *row.draft], strict=True):
                 ids[place] = token
         self._attended.parts, self._attended.block = parts, None
-        positions = torch.cat([part.places for part in parts]) + shared
+        positions = torch.cat([part.places for part in parts]) + shared - self._copied
         given = torch.tensor(ids, device=self.device)
         return self._forward(given[:, None], positions[:, None], 1)[:, -1], where
 
@@ -385,7 +395,7 @@ def scores_of_two(
     decoder = Decoder(model, DecodingRules(1, frozenset()), Room(2, 1 << 20), pad, device)
     decoder._begin(ids[:shared])
     rows = [_Row(prompt, decoder.plan, device) for prompt in prompts]
-    block = _Block(rows, len(ids) + ALIGN, model.dtype, device)
+    block = decoder._block(rows, len(ids) + ALIGN)
     first = decoder._prefill(block, 0, rows)
     for row, token in zip(rows, (ids[-1], ids[short]), strict=True):
         row.new = [token]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabe_ds.providers import Completion, Endpoint, Request, Sampling
+from fabe_ds.providers.transformers.decoder import Decoder
 from fabe_ds.providers.transformers.drafts import LONGEST, Copies, Drafts, StepCosts
 from fabe_ds.providers.transformers.hf import HFProvider
 from tests.unit.providers.test_decode import KINDS as OTHER_KINDS
@@ -169,6 +170,21 @@ def test_drafts_change_no_token(talkative, speculate, sampling):
     if sampling == "greedy" and speculate != "auto":
         assert faster.row_steps < work.row_steps
         assert faster.new == work.new
+
+
+@pytest.mark.parametrize("speculate", ["off", 3])
+def test_as_on_a_gpu_each_row_has_the_shared_beginning(talkative, monkeypatch, speculate):
+    """where attention is one call over all of a row's tokens."""
+    asked = requests(prompts(20), 40)
+    plain, work = answers_with(talkative, "off", asked)
+    monkeypatch.setattr(Decoder, "_on_cpu", False)
+    found, faster = answers_with(talkative, speculate, asked)
+    assert found == plain
+    assert faster.prefix == work.prefix > 0
+    short = requests(["fox", "the quick brown fox"], 20)  # nothing is shared with one alone
+    assert [answers_with(talkative, speculate, [one])[0][0] for one in short] == answers_with(
+        talkative, "off", short
+    )[0]
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, _, ours) in OTHER_KINDS.items() if ours])
