@@ -19,7 +19,8 @@ import torch
 from transformers import GenerationConfig
 
 from fabe_ds.errors import RunStopped
-from fabe_ds.providers.transformers.decoder import scores_of_two
+from fabe_ds.providers.transformers.attention import ALIGN, DecodingRules, Prompt, _Row
+from fabe_ds.providers.transformers.decoder import Decoder, Room
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def loop_agrees(model: Any, device: Any, pad: int, longest: int | None = None) -
     shared, short = most // 4, most // 2
     with _in_float32(model, device) as exactly, torch.inference_mode():
         try:
-            ours = scores_of_two(model, device, pad, ids, shared, short)
+            ours = _of_two_rows(model, device, pad, ids, shared, short)
             with attention_as(model, "eager"):
                 theirs = _whole(model, device, ids, shared, short)
             noise = 0.0
@@ -156,6 +157,28 @@ def loop_agrees(model: Any, device: Any, pad: int, longest: int | None = None) -
             return False
         far = max(_FAR.get(ours[0].dtype, 0.2), min(_NOISY, 2 * noise))
         return distance(ours, theirs) <= far
+
+
+def _of_two_rows(
+    model: Any, device: Any, pad: int, ids: list[int], shared: int, short: int
+) -> list[torch.Tensor]:
+    """The loop's scores of two rows that begin alike, for a trial.
+
+    One row is the ids without those from `shared` to `short`, the other the first `short` of them,
+    each with one more as its first new token, the other with two drafted ones behind. Scores: of
+    both prompts' next token, then of what follows the new and the drafted ones.
+    """
+    prompts = [Prompt(0, [*ids[:shared], *ids[short:-1]]), Prompt(1, ids[:short])]
+    decoder = Decoder(model, DecodingRules(1, frozenset()), Room(2, 1 << 20), pad, device)
+    decoder._begin(ids[:shared])
+    rows = [_Row(prompt, decoder.plan, device) for prompt in prompts]
+    block = decoder._block(rows, len(ids) + ALIGN)
+    first = decoder._prefill(block, 0, rows)
+    for row, token in zip(rows, (ids[-1], ids[short]), strict=True):
+        row.new = [token]
+    rows[1].draft = ids[short + 1 : short + 3]
+    second, where = decoder._scores([block])
+    return [*first, *(second[place] for row in where for place in row)]
 
 
 def _whole(model: Any, device: Any, ids: list[int], shared: int, short: int) -> list[torch.Tensor]:

@@ -20,6 +20,9 @@ ATTENTION = "fabe_ds"
 ALIGN = 16  # tokens; kernels read masks in blocks
 
 
+FEW_SHAPES = 4
+
+
 APART = 0.5  # of a block's rows: where fewer have drafts, these go by themselves on a CPU
 
 
@@ -162,15 +165,21 @@ class _Part:
     its place `first` on. Attention is computed as if all rows had as many as the one with most.
 
     `mask` is zero where a token of a row sees a place: it is added to scores. A part of all rows
-    of a block uses its keys and values where they are; another copies those of its rows.
+    of a block uses its keys and values where they are; another copies those of its rows. On a CPU,
+    rows and tokens are made up to few numbers: each new shape of a product is compiled anew.
     """
 
     def __init__(
         self, block: _Block, rows: Sequence[int], first: Sequence[int], counts: Sequence[int]
     ) -> None:
-        self.block, self.rows, self.most, device = block, len(rows), max(counts), block.device
-        self._all = self.rows == len(block.rows)
+        self.block, self.most, device = block, max(counts), block.device
+        self._all = len(rows) == len(block.rows)
         self._mask: torch.Tensor | None = None
+        more = 0
+        if (str(device) == "cpu" and self.most > 1) or not self._all:
+            self.most = 1 << (self.most - 1).bit_length()
+            more = 0 if self._all else -len(rows) % FEW_SHAPES
+        self.rows = len(rows) + more
         of = [place for place, count in enumerate(counts) for _ in range(count)]
         nth = [token for count in counts for token in range(count)]
         at = [first[place] + token for place, token in zip(of, nth, strict=True)]
@@ -178,8 +187,9 @@ class _Part:
         self.places, self._of, self._nth, self._numbers = torch.tensor(
             [at, of, nth, numbers], device=device
         )
-        self._chosen = torch.tensor(list(rows), device=device)
-        last = torch.tensor(first, device=device)[:, None] + torch.arange(self.most, device=device)
+        self._chosen = torch.tensor([*rows, *[rows[-1]] * more], device=device)
+        starts = torch.tensor([*first, *[first[-1]] * more], device=device)
+        last = starts[:, None] + torch.arange(self.most, device=device)
         places = torch.arange(block.length, device=device)
         self.mask = torch.zeros(
             self.rows, self.most, block.length, dtype=block.dtype, device=device
@@ -201,7 +211,7 @@ class _Part:
     def spread(self, query: torch.Tensor) -> torch.Tensor:
         """[tokens, key heads, queries, width] -> [rows, key heads, queries of all tokens of a row,
         width]; rows with fewer tokens have zeros."""
-        if self.most == 1:
+        if self.most == 1 and self.rows == len(query):
             return query
         _, heads, queries, width = query.shape
         each = query.new_zeros(self.rows, heads, queries, self.most, width)
@@ -211,7 +221,7 @@ class _Part:
     def gather(self, output: torch.Tensor) -> torch.Tensor:
         """The inverse of spread."""
         if self.most == 1:
-            return output
+            return output[: len(self.places)]
         rows, heads, queries, width = output.shape
         each = output.view(rows, heads, queries // self.most, self.most, width)
         return each[self._of.to(output.device), :, :, self._nth.to(output.device)]
@@ -306,7 +316,9 @@ class _Attended(Cache):  # type: ignore[misc]  # transformers is untyped here
         if weights:
             for output, more in zip(outputs, _product(weights, values), strict=True):
                 output += more
-        return torch.cat([p.gather(out) for p, out in zip(self.parts, outputs, strict=True)])
+        given = [p.gather(out) for p, out in zip(self.parts, outputs, strict=True)]
+        more = len(query) - sum(map(len, given))  # tokens that only make the step's shape up
+        return torch.cat([*given, query.new_zeros(more, *given[0].shape[1:])] if more else given)
 
     def _spans(self) -> Iterator[tuple[_Part, slice]]:
         """The parts, each with where its tokens are among those of a step."""

@@ -2,8 +2,8 @@
 
 What generate() does for one padded batch, this does for a stream of prompts: the beginning they
 share is computed once, the rest in small groups of like length, and then all rows take their
-steps together, several tokens at once where these are copied (see drafts). Rows that end leave at
-once, and blocks of new ones take their places.
+steps together, several tokens at once where these are copied (see drafts). Rows that end leave, and
+blocks of new ones take their places.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fabe_ds.providers.transformers.drafts import Copies, Drafts
 from fabe_ds.providers.transformers.grammar import constrained
 
 BLOCK = 16  # rows, on a CPU: fewer are less padding, more are fewer and larger products
+EVEN = 8  # tokens of a step with drafts, on a CPU: each new shape of a product is compiled anew
 ALIKE = 0.7  # a block's shortest row takes at least this much of what its longest takes
 
 
@@ -275,11 +276,15 @@ class Decoder:
                 ids[place] = token
         self._attended.parts, self._attended.block = parts, None
         positions = torch.cat([part.places for part in parts]) + shared - self._copied
-        given = torch.tensor(ids, device=self.device)
-        return self._forward(given[:, None], positions[:, None], 1)[:, -1], where
+        spare = -len(ids) % EVEN if self._on_cpu and len(ids) > len(rows) else 0
+        given = torch.tensor(ids + [self.pad] * spare, device=self.device)
+        positions = torch.nn.functional.pad(positions, (0, spare))
+        return self._forward(given[:, None], positions[:, None], 1)[: len(ids), -1], where
 
     def _forward(self, ids: Any, positions: Any, logits_to_keep: Any) -> torch.Tensor:
         _Attended.active = self._attended
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, for half a step
         try:
             output = self.model(
                 input_ids=ids,
@@ -290,6 +295,7 @@ class Decoder:
             )
         finally:
             _Attended.active = None
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
         logits: torch.Tensor = output.logits
         return logits
 
@@ -380,28 +386,6 @@ class Decoder:
         if len(row.new) >= plan.most_new:
             return Answer(number, row.new, "length")
         return None
-
-
-def scores_of_two(
-    model: Any, device: Any, pad: int, ids: list[int], shared: int, short: int
-) -> list[torch.Tensor]:
-    """The loop's scores of two rows that begin alike, for a trial.
-
-    One row is the ids without those from `shared` to `short`, the other the first `short` of them,
-    each with one more as its first new token, the other with two drafted ones behind. Scores: of
-    both prompts' next token, then of what follows the new and the drafted ones.
-    """
-    prompts = [Prompt(0, [*ids[:shared], *ids[short:-1]]), Prompt(1, ids[:short])]
-    decoder = Decoder(model, DecodingRules(1, frozenset()), Room(2, 1 << 20), pad, device)
-    decoder._begin(ids[:shared])
-    rows = [_Row(prompt, decoder.plan, device) for prompt in prompts]
-    block = decoder._block(rows, len(ids) + ALIGN)
-    first = decoder._prefill(block, 0, rows)
-    for row, token in zip(rows, (ids[-1], ids[short]), strict=True):
-        row.new = [token]
-    rows[1].draft = ids[short + 1 : short + 3]
-    second, where = decoder._scores([block])
-    return [*first, *(second[place] for row in where for place in row)]
 
 
 def seed_of(seed: int | None, sample: int, ids: Sequence[int]) -> int:

@@ -24,7 +24,9 @@ _FORGETS = 0.9
 _SHARE = 0.5
 """What a position more costs, as a share of a position's mean cost, before it is known."""
 _STEP_FORGETS = 0.97
-_KNOWN = 3  # steps of a kind whose cost is known
+_RATE_FORGETS = 0.7
+_ODD = 3.0  # a step that took so many times what was expected counts as that
+_KNOWN = 2  # steps of a kind whose rate is known
 _TRIES = 24  # steps after which the kind is tried that seems worse
 
 Speculation = Literal["auto", "off"] | int
@@ -82,28 +84,24 @@ class Drafts:
     a second than none.
     """
 
-    def __init__(self, most: Speculation = "auto") -> None:
+    def __init__(self, most: Speculation = "auto", promising: int = 1 << 30) -> None:
+        """`promising`: rows up to which drafts are expected to pay, before it is known."""
         self.most = 0 if most == "off" else LONGEST if most == "auto" else most
         self._learns = most == "auto"
         self._hits = [_PRIOR_WEIGHT * chance for chance in (*_PRIOR, *[0.92] * _MATCH)[:_MATCH]]
         self._tries = [_PRIOR_WEIGHT] * _MATCH
-        self.costs = StepCosts()
+        self.costs = StepCosts(promising)
 
     def draft(self, rows: Sequence[Copies], room: Sequence[int]) -> list[list[int]]:
         """What each row may go on with, `room` tokens at most, in the next step."""
-        found = [self._of(*given) for given in zip(rows, room, strict=True)]
-        drafts = [draft for draft, _ in found]
-        if self._learns and any(drafts):
-            kept = sum(expected for _, expected in found)
-            if not self.costs.pays(len(rows), sum(map(len, drafts)), kept):
-                return [[] for _ in rows]
-        return drafts
+        if self._learns and not self.costs.pays(len(rows)):
+            return [[] for _ in rows]
+        return [self._of(*given) for given in zip(rows, room, strict=True)]
 
-    def _of(self, row: Copies, room: int) -> tuple[list[int], float]:
-        """A row's draft, and how many of it will be kept on average."""
-        most, expected = min(self.most, room), 0.0
+    def _of(self, row: Copies, room: int) -> list[int]:
+        most = min(self.most, room)
         if most <= 0 or not (place := row.find()):
-            return [], 0.0
+            return []
         if self._learns:
             least, lean = self.costs.least_chance, self._lean(row)
             chance, worth = 1.0, 0
@@ -111,10 +109,9 @@ class Drafts:
                 chance *= self._chance(row.matched + worth) ** lean
                 if chance < least:
                     break
-                expected += chance
                 worth += 1
             most = worth
-        return row.copied(place, most) if most else [], expected
+        return row.copied(place, most) if most else []
 
     def learn(self, row: Copies, drafted: int, kept: int) -> None:
         """What became of a draft."""
@@ -136,66 +133,67 @@ class Drafts:
         return (row.missed + _ROW_WEIGHT) / (row.expected + _ROW_WEIGHT)
 
 
-class _Line:
-    """Seconds of a step by its positions: a line through the steps lately taken, whose slope counts
-    for more the more their widths differ."""
+class _Rate:
+    """Tokens a second of the steps of one kind, lately."""
 
     def __init__(self) -> None:
         self.steps = 0
-        self._sums = [0.0] * 5  # of 1, positions, seconds, and products with positions
-
-    def took(self, positions: int, seconds: float) -> bool:
-        """Whether the step counts: not one beside which the machine did something else."""
-        count, _, total, _, _ = self._sums
-        if self.steps > 4 and seconds > 4 * total / count:
-            return False
-        self.steps += 1
-        new = (1.0, positions, seconds, positions * positions, positions * seconds)
-        self._sums = [_STEP_FORGETS * old + more for old, more in zip(self._sums, new, strict=True)]
-        return True
+        self._tokens = self._seconds = 0.0
 
     @property
-    def slope(self) -> float:
-        """Seconds that a position more takes."""
-        count, width, total, squares, products = self._sums
-        spread = max(0.0, squares / count - (width / count) ** 2)
-        found = (products / count - width * total / count**2) / spread if spread > 1e-9 else 0.0
-        trust = spread * count / (spread * count + (0.3 * width / count) ** 2)
-        share = trust * found * width / total + (1 - trust) * _SHARE
-        return min(0.95, max(0.02, share)) * total / width
+    def known(self) -> float:
+        return self._tokens / self._seconds
 
-    def at(self, positions: int) -> float:
-        """Seconds that a step of so many takes."""
-        count, width, total, _, _ = self._sums
-        return total / count + self.slope * (positions - width / count)
+    def took(self, tokens: int, seconds: float) -> None:
+        if self.steps >= _KNOWN:  # beside an odd step the machine did something else
+            seconds = min(seconds, _ODD * tokens / self.known)
+        self.steps += 1
+        self._tokens = _RATE_FORGETS * self._tokens + tokens
+        self._seconds = _RATE_FORGETS * self._seconds + seconds
 
 
 class StepCosts:
-    """What steps cost here, with drafts and without, which take other ways through attention."""
+    """What steps give here, with drafts and without, by how many rows they have."""
 
-    def __init__(self) -> None:
+    def __init__(self, promising: int = 1 << 30) -> None:
+        self.promising = promising
         self.least_chance = 0.5 * _SHARE
         """Of a token that is worth a place."""
-        self._plain, self._wide = _Line(), _Line()
+        self._rates: dict[tuple[int, bool], _Rate] = {}  # by the binary digits of rows; with drafts
+        self._sums = [0.0] * 6  # of 1, positions, seconds, tokens, and products with positions
         self._steps = 0
-        self._kept = self._seconds = 0.0  # lately: new tokens, and what they took
 
     def took(self, rows: int, positions: int, tokens: int, seconds: float) -> None:
         """A step of so many rows, at so many positions, gave so many tokens."""
         self._steps += 1
-        if not (self._plain if positions == rows else self._wide).took(positions, seconds):
-            return
-        self._kept = _STEP_FORGETS * self._kept + tokens
-        self._seconds = _STEP_FORGETS * self._seconds + seconds
-        if self._wide.steps:
-            rate = self._kept / self._seconds
-            self.least_chance = min(0.9, max(0.02, self._wide.slope * rate))
+        drafting = positions > rows
+        self._rate(rows, drafting).took(tokens, seconds)
+        if drafting:
+            self._weigh(positions, tokens, seconds)
 
-    def pays(self, rows: int, drafted: int, kept: float) -> bool:
-        """Whether drafts that will give so many tokens more are worth their step; now and then what
+    def pays(self, rows: int) -> bool:
+        """Whether a step of so many rows gives more tokens a second with drafts; now and then what
         seems worse is tried, to know."""
-        if min(self._plain.steps, self._wide.steps) < _KNOWN:
-            return self._wide.steps <= self._plain.steps
-        plain, wide = max(1e-9, self._plain.at(rows)), max(1e-9, self._wide.at(rows + drafted))
-        better = (rows + kept) / wide > rows / plain
+        plain, drafting = self._rate(rows, False), self._rate(rows, True)
+        if min(plain.steps, drafting.steps) >= _KNOWN:
+            better = drafting.known > plain.known
+        elif rows <= self.promising:
+            return drafting.steps <= plain.steps
+        else:
+            better = False
         return better if self._steps % _TRIES else not better
+
+    def _rate(self, rows: int, drafting: bool) -> _Rate:
+        return self._rates.setdefault((rows.bit_length(), drafting), _Rate())
+
+    def _weigh(self, positions: int, tokens: int, seconds: float) -> None:
+        """Fits a line to what steps with drafts took by their positions: one position more costs
+        its slope, which counts for more the more the positions differ."""
+        new = (1, positions, seconds, tokens, positions * positions, positions * seconds)
+        self._sums = [_STEP_FORGETS * old + more for old, more in zip(self._sums, new, strict=True)]
+        count, width, total, kept, squares, products = self._sums
+        spread = max(0.0, squares / count - (width / count) ** 2)
+        slope = (products / count - width * total / count**2) / spread if spread > 1e-9 else 0.0
+        trust = spread * count / (spread * count + (0.3 * width / count) ** 2)
+        share = trust * slope * width / total + (1 - trust) * _SHARE
+        self.least_chance = min(0.9, max(0.02, share)) * min(1.0, kept / width)

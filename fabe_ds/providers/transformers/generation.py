@@ -53,6 +53,7 @@ Given = tuple[int, Answer | RecordFailed]
 """Values beside None, 0 and False that say the same as no value."""
 _EQUAL = "padding changes this model's answers: prompts of one length are answered together"
 _ALONE = "what stands beside changes this model's answers: prompts are answered one by one"
+_FEW = 8  # rows
 _HOPELESS = 3  # records that fail in the model's own code before anything is answered
 
 
@@ -223,7 +224,8 @@ class Generation:
         if self._decoder is None:
             pad = loaded.tokenizer.pad_token_id
             self._packing.pack(self.room.rows)
-            drafts = Drafts(loaded.speculate)
+            # Few rows leave a processor waiting for memory; many keep it busy without drafts.
+            drafts = Drafts(loaded.speculate, _FEW if loaded.device == "cpu" else 1 << 30)
             self._decoder = Decoder(
                 loaded.model, plan, self.room, pad, loaded.device, self.work, drafts
             )

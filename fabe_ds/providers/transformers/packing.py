@@ -51,7 +51,9 @@ class Packing:
 
     def __init__(self, model: Any, device: str) -> None:
         self._model = model
-        self._wanted = device == "cpu" and cpu_has_bf16() and model.dtype == torch.bfloat16
+        compiled = getattr(model, "_compiled_call_impl", None) is not None  # which may pack itself
+        fits = device == "cpu" and cpu_has_bf16() and model.dtype == torch.bfloat16
+        self._wanted = fits and not compiled
         self._plain: list[tuple[nn.Module, str, Any]] = []
 
     def pack(self, rows: int) -> None:

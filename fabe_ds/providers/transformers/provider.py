@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,10 +15,10 @@ from fabe_ds.providers.transformers import checkpoint as checkpoints
 from fabe_ds.providers.transformers.amendments import PASSED_OVER
 from fabe_ds.providers.transformers.checkpoint import Checkpoint
 from fabe_ds.providers.transformers.devices import cpu_has_bf16, device_of
-from fabe_ds.providers.transformers.identity import CheckpointProvider
+from fabe_ds.providers.transformers.keys import KeyedProvider
 from fabe_ds.providers.transformers.reading import AnswerReader
 from fabe_ds.providers.transformers.room import PromptRoom
-from fabe_ds.providers.transformers.turns import all_ends, any_of, special_ids, split_controls
+from fabe_ds.providers.transformers.turns import all_ends
 from fabe_ds.quiet import quiet_transformers
 from fabe_ds.request import AnswerForm, Completion, Request, Sampling
 
@@ -38,78 +37,10 @@ CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
 """The parameter that holds variables of the chat template, as vLLM's server calls it."""
 
 
-class TransformersProvider(CheckpointProvider):
+class TransformersProvider(KeyedProvider):
     """What hf and modelscope share: all but how a model's name becomes a folder."""
 
     takes_forms = True
-
-    # Identity.
-
-    def former_key(self, request: Request) -> tuple[bytes, float] | None:
-        former = self.former_identity()
-        if former is None or self._amended or self.endpoint.given_params:
-            return None
-        if self._control_pattern.search(request.prompt):
-            return None  # with transformers before 5.20, it became a control token
-        body = self.body(request)
-        if not body.keys().isdisjoint(("cut", "control", "choices", "schema")):
-            return None
-        return self._key_of(former, body, request.sample), self._changed
-
-    @cached_property
-    def _controls(self) -> dict[str, int]:
-        """The special tokens of the tokenizer, read from its files."""
-        return special_ids(amendments.added_tokens(self._speaking, self._digests))
-
-    def _brings_controls(self, request: Request) -> bool:
-        """Whether a record names control tokens."""
-        instruction = self.endpoint.instruction
-        pattern, plain = self._control_pattern, request.plain
-        return bool(split_controls(pattern, plain, request.text, instruction)[1])
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        return any_of(self._controls)
-
-    def body(self, request: Request) -> dict[str, Any]:
-        endpoint, sampling = self.endpoint, request.sampling
-        body: dict[str, Any] = (
-            {"messages": request.messages} if request.chat else {"prompt": request.plain}
-        )
-        body |= {"max_new_tokens": sampling.max_new_tokens, "dtype": endpoint.dtype}
-        body["do_sample"] = sampling.is_sampling
-        if sampling.is_sampling:
-            own = self._own_settings.get("temperature", 0.0)
-            body |= {"temperature": sampling.temperature or own, "top_p": sampling.top_p}
-            body["seed"] = sampling.seed
-        if sampling.stop:
-            body["stop"] = list(sampling.stop)
-            if not self._controls.keys().isdisjoint(sampling.stop):
-                body["control"] = "stops"  # earlier versions passed them over
-        if not request.chat and self._brings_controls(request):
-            body["control"] = "text"  # which earlier versions took for control tokens
-        if endpoint.engine != "transformers":
-            body["engine"] = endpoint.engine
-        if endpoint.on_long_prompt != "fail":
-            body["on_long_prompt"] = endpoint.on_long_prompt
-            if self._is_cut(request):
-                body["cut"] = "value"
-        if request.chat and endpoint.chat_template is not None:
-            body["chat_template"] = endpoint.chat_template
-        if request.chat and endpoint.thinks is not None:
-            level = endpoint.thinking
-            body["thinking"] = level if level in EFFORTS else endpoint.thinks
-        if request.form.choices:
-            body["choices"] = list(request.form.choices)
-        elif request.form.schema is not None:
-            body["schema"] = request.form.schema
-        return body
-
-    def asked(self, request: Request) -> dict[str, Any]:
-        from fabe_ds.providers.transformers.vllm import without_machine
-
-        given = without_machine(self.endpoint.given_params)
-        return {**self.body(request), "params": given} if given else self.body(request)
 
     def _is_cut(self, request: Request) -> bool:
         """Whether a prompt is longer than the model takes."""
@@ -176,11 +107,6 @@ class TransformersProvider(CheckpointProvider):
         if ends := sorted(self._ends(self._own_settings)):
             own["eos_token_id"] = ends
         return own
-
-    @cached_property
-    def _own_settings(self) -> dict[str, Any]:
-        """The generation settings that came with the model's folder."""
-        return amendments.own_settings(self.base)
 
     @cached_property
     def _given_settings(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from fabe_ds.errors import RecordFailed, RunStopped, UsageError, first_line
 from fabe_ds.providers.base import Endpoint
 from fabe_ds.providers.transformers.attention import Answer, Prompt
+from fabe_ds.providers.transformers.keys import ENGINE
 from fabe_ds.providers.transformers.stops import stop_tokens
 from fabe_ds.request import FREE, AnswerForm, Sampling
 
@@ -60,8 +61,6 @@ def read_output(output: Any) -> tuple[int, Answer | RecordFailed]:
     return index, Answer(index, tokens, reason, best.text if by_string else None)
 
 
-ENGINE = "engine"
-"""The parameter that holds arguments of the engine itself: --param engine.max_model_len=4096."""
 _OF_THE_MACHINE = (
     *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
     *("distributed_executor_backend", "gpu_memory_utilization", "cpu_offload_gb", "swap_space"),

@@ -98,7 +98,7 @@ def steps(costs: StepCosts, count: int, plain: Any, wide: Any, kept: float = 0.4
     pick, chosen = random.Random(0), []
     for _ in range(count):
         rows = pick.randint(32, 64)
-        drafting = costs.pays(rows, rows, kept * rows)
+        drafting = costs.pays(rows)
         fixed, each = wide if drafting else plain
         width = rows * (1 + drafting)
         seconds = (fixed + each * width) * pick.uniform(0.95, 1.05)
@@ -123,10 +123,27 @@ def test_a_step_has_drafts_where_they_pay(plain, wide, drafting):
     assert late.count(not drafting) > 0.02 * len(late)  # what seems worse is tried still
 
 
+def test_where_drafts_promise_little_they_are_tried_rarely():
+    costs = StepCosts(promising=8)
+    assert costs.pays(8)
+    assert steps(costs, 60, (0.05, 0.002), (0.25, 0.006)).count(True) <= 4
+    assert steps(costs, 500, (0.05, 0.0001), (0.05, 0.0001))[300:].count(False) < 20
+
+
 def test_what_pays_is_found_out_anew_where_it_changes():
     costs = StepCosts()
     steps(costs, 100, (0.05, 0.0001), (0.05, 0.0001))
     assert steps(costs, 400, (0.05, 0.0001), (0.20, 0.0001))[200:].count(True) < 20
+
+
+def test_many_rows_after_a_few_are_measured_anew():
+    """A window's last rows take short steps: what they give says little of 64."""
+    costs = StepCosts()
+    for step in range(60):
+        costs.took(2, 2 + step % 2 * 4, 2 + step % 2 * 2, 0.05)
+    assert costs.pays(2)
+    chosen = steps(costs, 60, (0.05, 0.002), (0.25, 0.006))
+    assert chosen[20:].count(True) <= 4
 
 
 @pytest.mark.parametrize(("fixed", "each", "share"), [(0.05, 0.0002, 0.25), (0.001, 0.002, 0.95)])
@@ -136,7 +153,6 @@ def test_a_token_is_worth_a_place_that_costs_less(fixed, each, share):
     for _ in range(60):
         width = pick.randint(40, 120)
         costs.took(32, width, width // 2, (fixed + each * width) * pick.uniform(0.97, 1.03))
-    costs.took(32, 64, 32, 10.0)  # something else had the processor
     assert costs.least_chance == pytest.approx(share / 2, abs=0.12)
 
 
