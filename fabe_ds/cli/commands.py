@@ -50,19 +50,21 @@ def _preview(config: Path | None, number: int, **flags: Any) -> None:
         raise RunStopped(seen.stopped)
 
 
-_run.__signature__ = run_signature()  # type: ignore[attr-defined]
+def _counted(default: int) -> inspect.Signature:
+    """The flags of a run, and -n."""
+    number = inspect.Parameter(
+        "number",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[int, typer.Option("-n", help="How many records.", min=1)],
+    )
+    return _FLAGS.replace(parameters=[number, *_FLAGS.parameters.values()])
+
+
+_FLAGS = run_signature()
+_run.__signature__ = _FLAGS  # type: ignore[attr-defined]
 app.command("run", cls=ValuedFlags, help="Rewrite a field of every record.")(_run)
-_preview.__signature__ = _run.__signature__.replace(  # type: ignore[attr-defined]
-    parameters=[
-        inspect.Parameter(
-            "number",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=5,
-            annotation=Annotated[int, typer.Option("-n", help="How many records.", min=1)],
-        ),
-        *_run.__signature__.parameters.values(),  # type: ignore[attr-defined]
-    ]
-)
+_preview.__signature__ = _counted(5)  # type: ignore[attr-defined]
 app.command(
     "preview",
     cls=ValuedFlags,
@@ -84,17 +86,7 @@ def _tune(config: Path | None, number: int, **flags: Any) -> None:
     print(f"written to {config}: batch_size: {size}, concurrency: {tuned.concurrency}")
 
 
-_tune.__signature__ = _run.__signature__.replace(  # type: ignore[attr-defined]
-    parameters=[
-        inspect.Parameter(
-            "number",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=200,
-            annotation=Annotated[int, typer.Option("-n", help="How many records.", min=1)],
-        ),
-        *_run.__signature__.parameters.values(),  # type: ignore[attr-defined]
-    ]
-)
+_tune.__signature__ = _counted(200)  # type: ignore[attr-defined]
 app.command(
     "tune",
     cls=ValuedFlags,

@@ -20,10 +20,10 @@ ATTENTION = "fabe_ds"
 ALIGN = 16  # tokens; kernels read masks in blocks
 
 
-FEW_SHAPES = 4
-
-
 APART = 0.5  # of a block's rows: where fewer have drafts, these go by themselves on a CPU
+
+
+EVEN_ROWS = 4  # those with drafts are made up to a multiple, with copies of the last
 
 
 NOT_NUMBERS = -1  # instead of a token, where its scores are not
@@ -178,7 +178,7 @@ class _Part:
         more = 0
         if (str(device) == "cpu" and self.most > 1) or not self._all:
             self.most = 1 << (self.most - 1).bit_length()
-            more = 0 if self._all else -len(rows) % FEW_SHAPES
+            more = 0 if self._all else -len(rows) % EVEN_ROWS
         self.rows = len(rows) + more
         of = [place for place, count in enumerate(counts) for _ in range(count)]
         nth = [token for count in counts for token in range(count)]
