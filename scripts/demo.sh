@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Rewrites the sample records with a real model (SmolLM2-135M, on the CPU), and shows one of them.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/fabe-ds ] || scripts/setup.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A run in short options; settings may come from the environment too. What follows -- goes to
 # fabe-ds as it is:   scripts/run_infer.sh -m MODEL -i data.jsonl -o outputs -- --seed 7
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 
 usage() {

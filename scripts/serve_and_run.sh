@@ -7,6 +7,7 @@
 #       --input data.jsonl --instruction 'Rewrite it.' --model Qwen/Qwen2.5-7B-Instruct --concurrency 64
 #
 # The exit code is that of fabe-ds, or 2 where the server did not come up.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 
 fail() { echo "serve_and_run.sh: $1" >&2; exit 2; }

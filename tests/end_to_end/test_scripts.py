@@ -68,3 +68,20 @@ def test_what_is_wrong_is_one_line(box, args, said):
     assert ended.returncode == 2
     assert said in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_a_run_in_short_options_in_whatever_shell(box, shell):
+    """as the seed starts it, with a shell that knows no pipefail."""
+    box.lines("data.jsonl", [{"code": "x = 1"}])
+    script = REPO / "scripts/run_infer.sh"
+    ended = subprocess.run(
+        [shell, script, "-i", "data.jsonl", "-P", "echo", "-o", "out"],
+        cwd=box.path,
+        env=box.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert box.read("out/data.jsonl")[0]["original_code"] == "x = 1"
