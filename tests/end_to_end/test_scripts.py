@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_a_run_in_short_options_in_whatever_shell(box, shell):
     ended = subprocess.run(
         [shell, script, "-i", "data.jsonl", "-P", "echo", "-o", "out"],
         cwd=box.path,
-        env=box.environment,
+        env={**box.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=60,
