@@ -115,10 +115,10 @@ def _tried(
             for outcome in outcomes
             if (answer := outcome.completion) is not None
         )
-        trials.append(Trial(size, rows, len(part), len(part) / seconds, tokens / seconds))
-        if provider.rows < rows:
-            ended = "more do not fit into memory"
+        if provider.rows < rows and trials:
+            ended = f"{rows} in flight do not fit into memory"
             break
+        trials.append(Trial(size, rows, len(part), len(part) / seconds, tokens / seconds))
         if len(trials) > 2 and trials[-1].tokens_per_second < trials[-3].tokens_per_second:
             ended = "more are slower"
             break
