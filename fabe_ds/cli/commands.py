@@ -73,16 +73,18 @@ app.command(
 
 
 def _tune(config: Path | None, number: int, **flags: Any) -> None:
-    from fabe_ds.tools.tune import tune, write_setting
+    from fabe_ds.tools.tune import tune, write_settings
 
-    tuned = tune(settings_of(config, flags), number)
+    settings = settings_of(config, flags)
+    if settings.dry_run:
+        raise UsageError("tune asks the model; `fabe-ds run --dry-run` does not")
+    tuned = tune(settings, number)
     print_tuned(tuned)
     size = tuned.best.batch_size
     if config is None:
         print(f"use it: --batch-size {size} --concurrency {tuned.concurrency}")
         return
-    write_setting(config, "batch_size", size)
-    write_setting(config, "concurrency", tuned.concurrency)
+    write_settings(config, {"batch_size": size, "concurrency": tuned.concurrency})
     print(f"written to {config}: batch_size: {size}, concurrency: {tuned.concurrency}")
 
 

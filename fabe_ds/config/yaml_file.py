@@ -24,10 +24,13 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(file: Path) -> Any:
     """The value in a YAML file. Raises: OSError; ValueError, which says where and what is wrong."""
+    return yaml_value(file.read_bytes())
+
+
+def yaml_value(data: bytes) -> Any:
+    """The value of YAML, UTF-8. Raises: ValueError, which says where and what is wrong."""
     try:
-        return yaml.load(file.read_bytes().decode("utf-8-sig"), _Loader)  # noqa: S506 - it is safe
-    except OSError:
-        raise
+        return yaml.load(data.decode("utf-8-sig"), _Loader)  # noqa: S506 - it is safe
     except UnicodeDecodeError:
         raise ValueError(": not UTF-8") from None
     except yaml.YAMLError as error:

@@ -184,8 +184,11 @@ class LocalProvider(Provider):
     """A model in this process."""
 
     is_local = True
-    resizes: bool = False
-    """Whether it may be told how many records to hold at once."""
+
+    @property
+    def resizes(self) -> bool:
+        """Whether it may be told how many records to hold at once."""
+        return False
 
     @property
     def rows(self) -> int:

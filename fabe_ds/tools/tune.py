@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from fabe_ds.config.settings import RunConfig
+from fabe_ds.config.yaml_file import yaml_value
 from fabe_ds.engine.coalesce import stored
 from fabe_ds.errors import FabeError, RunStopped, UsageError
 from fabe_ds.files import replacing
@@ -147,19 +149,37 @@ def _measured(transform: Transform, part: list[Request]) -> tuple[float, list[Ou
     return seconds, outcomes
 
 
-def write_setting(path: Path, name: str, value: int) -> None:
-    """Sets a setting in a YAML file and leaves every other line as it is.
+def write_settings(path: Path, settings: Mapping[str, int]) -> None:
+    """Sets numbers in a YAML file and leaves every other byte as it is.
 
-    Raises: FabeError where the file cannot be written.
+    Raises: FabeError where the file cannot be written, or is laid out in another way than a setting
+    a line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:
+            text = before = file.read()
     except OSError as error:
         raise FabeError(f"{path}: {error.strerror}") from None
-    line = re.compile(rf"^({name}\s*:[ \t]*)[^\s#]+", re.MULTILINE)
-    if line.search(text):
-        text = line.sub(rf"\g<1>{value}", text, count=1)
-    else:
-        text += ("" if text.endswith("\n") or not text else "\n") + f"{name}: {value}\n"
+    end = "\r\n" if "\r\n" in text else "\n"
+    for name, value in settings.items():
+        spelled = name.replace("_", "[-_]")  # a file may call a setting as its flag is called
+        line = re.compile(rf"^((?:--)?{spelled}[ \t]*:[ \t]*)[^\s#]+", re.MULTILINE)
+        text, found = line.subn(rf"\g<1>{value}", text, count=1)
+        if not found:
+            text += ("" if not text or text.endswith("\n") else end) + f"{name}: {value}{end}"
+    if _read(text) != {**_read(before), **settings}:
+        said = ", ".join(f"{name}: {value}" for name, value in settings.items())
+        raise FabeError(f"{path}: not a setting a line, so it is left as it is; put in {said}")
     with replacing(path) as out:
         out.write(text.encode())
+
+
+def _read(text: str) -> dict[str, Any]:
+    """The settings of a YAML text, by their names; of one that is none, nothing."""
+    try:
+        loaded = yaml_value(text.encode()) or {}
+    except ValueError:
+        return {}
+    if not isinstance(loaded, dict):
+        return {}
+    return {str(k).removeprefix("--").replace("-", "_"): value for k, value in loaded.items()}

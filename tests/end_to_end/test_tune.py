@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fabe_ds.tools.tune import write_setting
+from fabe_ds.errors import FabeError
+from fabe_ds.tools.tune import write_settings
 from tests.unit.providers.test_decode import prompts
 
 YAML = """\
@@ -63,6 +64,7 @@ def test_without_a_file_the_flags_are_said(box, tiny):
         (("-n", 20), "20 records are left to answer, and 88 are the least to compare 3 sizes with"),
         (("--provider", "openai", "--model", "m"), "--concurrency auto"),
         (("--provider", "echo"), "tune is for local models"),
+        (("--dry-run",), "tune asks the model"),
     ],
 )
 def test_what_cannot_be_tuned_is_one_line(box, tiny, flags, said):
@@ -83,10 +85,22 @@ def test_what_cannot_be_tuned_is_one_line(box, tiny, flags, said):
         ("batch_size:   16   # mine\na: 1\n", "batch_size:   8   # mine\na: 1\n"),
         ("# batch_size: 2\nbatch_size: 16\n", "# batch_size: 2\nbatch_size: 8\n"),
         ("max_batch_size: 2\n", "max_batch_size: 2\nbatch_size: 8\n"),
+        ("batch-size: 2\n", "batch-size: 8\n"),
+        ("a: 1\r\nbatch_size: 2\r\n", "a: 1\r\nbatch_size: 8\r\n"),
+        ("a: 1\r\n", "a: 1\r\nbatch_size: 8\r\n"),
     ],
 )
 def test_a_setting_is_set_and_nothing_else(tmp_path, before, after):
     path = tmp_path / "fabe.yaml"
-    path.write_text(before)
-    write_setting(path, "batch_size", 8)
-    assert path.read_text() == after
+    path.write_bytes(before.encode())
+    write_settings(path, {"batch_size": 8})
+    assert path.read_bytes() == after.encode()
+
+
+@pytest.mark.parametrize("text", ["{a: 1}\n", "batch_size:\n", "a: 1\n...\n", '"batch_size": 2\n'])
+def test_a_file_of_another_layout_is_left_alone(tmp_path, text):
+    path = tmp_path / "fabe.yaml"
+    path.write_text(text)
+    with pytest.raises(FabeError, match="put in batch_size: 8"):
+        write_settings(path, {"batch_size": 8})
+    assert path.read_text() == text

@@ -47,8 +47,8 @@ class TransformersProvider(KeyedProvider):
         return self._room.is_over(self.chat, request)
 
     @property
-    def resizes(self) -> bool:  # type: ignore[override]  # vLLM plans its batches itself
-        return self.endpoint.engine == "transformers"
+    def resizes(self) -> bool:
+        return self.endpoint.engine == "transformers"  # vLLM plans its batches itself
 
     @property
     def rows(self) -> int:
