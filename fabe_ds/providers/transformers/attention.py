@@ -355,9 +355,8 @@ def _attention(
     """Scaled dot-product attention, [rows, heads, tokens, width] -> [rows, tokens, heads, width].
 
     In a step, each token is a row of its own. The query heads that share a key head are put below
-    one another as more queries of that head:
-    the same numbers, and keys and values are never expanded (14 times faster on a CPU, for a step
-    of 48 rows with three query heads a key head).
+    one another as more queries of that head: the same numbers, and keys and values are never
+    expanded (14 times faster on a CPU, for a step of 48 rows with three query heads a key head).
     """
     attended = _Attended.active
     if softcap is not None or s_aux is not None or attended is None:

@@ -136,8 +136,9 @@ class Decoder:
     def _fitting(self, waiting: list[Prompt], blocks: list[_Block]) -> list[Prompt]:
         """Takes the prompts of the next block out of those that wait: none while there is too
         little room for one worth its while."""
-        most = max(1, min(BLOCK, self.room.rows // 2)) if self._on_cpu else self.room.rows // 2 or 1
-        most = min(most, len(waiting))
+        most = min(self.room.rows // 2 or 1, len(waiting))
+        if self._on_cpu:
+            most = min(most, BLOCK)
         free = self.room.rows - sum(len(block.rows) for block in blocks)
         length = self._length(waiting[-1])
         tokens = self.room.tokens - len(self._shared) - sum(block.tokens for block in blocks)
