@@ -137,6 +137,9 @@ def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str
                 f"--device {first['input']}: write cpu, cuda, cuda:0, cuda:0,1, mps or auto"
             ) from None
         message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+        for other in error.errors()[1:]:  # what else a setting of several kinds takes
+            if other["loc"][0] == name and other["type"] == "literal_error":
+                message += f", or {other['ctx']['expected']}"
         given = "" if name in (*SECRETS, "headers") else f" {_short(first['input'])}"
         raise UsageError(f"{named.get(name, name)}{given}: {message}") from None
 

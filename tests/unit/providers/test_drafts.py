@@ -259,6 +259,7 @@ def test_the_flag(box, tiny, given_, code):
     assert ended.code == code, ended
     if code:
         assert "--speculate" in ended.err
+        assert ended.err.strip().endswith(", or 'auto' or 'off'")
         assert len(ended.err.strip().splitlines()) == 1
         return
     box.write("fabe.yaml", "speculate: off\n")
