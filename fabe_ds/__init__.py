@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fabe_ds.hub import push_to_hub
     from fabe_ds.pipeline import run
     from fabe_ds.report.result import RunResult
+    from fabe_ds.tools.preview import preview
     from fabe_ds.transform import transform_fn
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "export_records",
     "load_records",
+    "preview",
     "push_to_hub",
     "run",
     "transform_fn",
@@ -38,6 +40,7 @@ _HOMES = {
     "export_records": "fabe_ds.formats.json.write",
     "load_records": "fabe_ds.formats.json.load",
     "push_to_hub": "fabe_ds.hub",
+    "preview": "fabe_ds.tools.preview",
     "run": "fabe_ds.pipeline",
     "transform_fn": "fabe_ds.transform",
 }

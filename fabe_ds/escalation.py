@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from fabe_ds.engine.coalesce import LASTING
 from fabe_ds.engine.runtime import Runtime, in_groups
-from fabe_ds.request import Item, Outcome, Request, Stats
+from fabe_ds.request import LASTING, Item, Outcome, Request, Stats
 
 ESCALATED = (*LASTING, "empty")
 """Classes of failures that another model may not have. Faults on the way are none of them."""

@@ -33,6 +33,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 NO_FILE = "a device, a pipe or a socket, which is never replaced"
 
 
+def from_here(path: Path) -> Path:
+    """The path as it is from this folder, where it is below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 @contextlib.contextmanager
 def replacing(path: Path, compress: bool = True) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when the block ends well, and not before.

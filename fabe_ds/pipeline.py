@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any
 
 from fabe_ds.answers import Answers, values_of
 from fabe_ds.config import rules
-from fabe_ds.config.load import by_name, signature_of, validated
+from fabe_ds.config.load import config_from, with_settings
 from fabe_ds.config.settings import RunConfig
 from fabe_ds.errors import UsageError
 from fabe_ds.executors.base import Work, counts_of
@@ -50,9 +49,7 @@ def run(
     """
     from fabe_ds.report.progress import watching
 
-    if config is not None and options:
-        config = validated(RunConfig, {**dict(config), **by_name(options)}, {})
-    config = config or validated(RunConfig, by_name(options), {})
+    config = config_from(config, options)
     if watch is None and progress:
         watch = watching
     course = Course()
@@ -61,14 +58,7 @@ def run(
         return _run(config, course)
 
 
-run.__signature__ = signature_of(  # type: ignore[attr-defined]
-    RunConfig,
-    *(
-        parameter
-        for parameter in inspect.signature(run).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ),
-).replace(return_annotation="RunResult")
+run.__signature__ = with_settings(run)  # type: ignore[attr-defined]
 
 
 def _run(config: RunConfig, course: Course) -> RunResult:

@@ -147,6 +147,11 @@ class Outcome(NamedTuple):
 SKIPPED = Outcome()
 
 
+LASTING = ("check", "truncated", "context", "refused", "invalid", "unfinished", "tool call")
+"""Classes of failures that have been answered and would be answered the same: they are not asked
+again."""
+
+
 NOT_CHOSEN = "not chosen"
 LEFT_OUT = Outcome(message=NOT_CHOSEN)
 

@@ -25,6 +25,7 @@ from fabe_ds.formats import columns as by_column
 from fabe_ds.formats.base import BROKEN, Row, without
 from fabe_ds.formats.json.load import SCHEMA
 from fabe_ds.identity import FALLBACK_IDENTITIES, SYSTEM_TEMPLATE, digest_of, jobs_of, spec_of
+from fabe_ds.map_bar import MapBar
 from fabe_ds.prompts.asking import Asking, Texts, texts_of
 from fabe_ds.prompts.checks import build_check
 from fabe_ds.prompts.template import load_chat_template
@@ -107,6 +108,7 @@ class Transform:
         self.providers = Providers(config, self.texts, self._chat_template)
         judging = self._asking.judging if self.texts.judge is not None else None
         self.session = Session(config, self.providers, judging, open_cache)
+        self._map_bar = MapBar()
 
     # Identity: what is pickled, hashed by datasets, and shipped to workers.
 
@@ -267,7 +269,8 @@ class Transform:
         done = list(by_column.existing_outputs(batch, targets)) if targets.skips_existing else None
         if done is not None:
             rows = list(map(without, rows, done))
-        outcomes = tolerant(list(self.outcomes(rows)), targets)
+        with self._map_bar.following(lambda: self.stats):
+            outcomes = tolerant(list(self.outcomes(rows)), targets)
         self.raise_failed(outcomes)
         lengths = (len(row.texts) * targets.samples for row in rows)
         answers = list(by_record(flat_table(outcomes, targets), lengths))

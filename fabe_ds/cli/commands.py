@@ -12,14 +12,14 @@ from fabe_ds.cli.batch import batch_app
 from fabe_ds.cli.cache import cache_app
 from fabe_ds.cli.display import print_dry_run, print_preview, print_tuned
 from fabe_ds.cli.flags import ValuedFlags, run_signature
-from fabe_ds.cli.running import config_of, run_and_report, settings_of
+from fabe_ds.cli.running import Telling, config_of, run_and_report, settings_of
 from fabe_ds.cli.terminal import log_to_stderr
 from fabe_ds.config.load import read_config
 from fabe_ds.errors import RunStopped, UsageError
 
 app = typer.Typer(
     name="fabe-ds",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -28,14 +28,30 @@ app = typer.Typer(
 )
 
 
-def _run(config: Path | None, **flags: Any) -> None:
-    settings = settings_of(config, flags)
-    if settings.dry_run:
-        from fabe_ds.tools.dry_run import dry_run
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Say nothing but what went wrong.", rich_help_panel="Execution"
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the summary as one JSON object, and nothing else to standard output.",
+        rich_help_panel="Execution",
+    ),
+]
 
-        print_dry_run(dry_run(settings))
-        return
-    run_and_report(settings)
+
+def _run(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None:
+    settings, telling = settings_of(config, flags), Telling(quiet, as_json)
+    if not settings.dry_run:
+        run_and_report(settings, telling)
+    from fabe_ds.tools.dry_run import dry_run
+
+    telling.begin(settings)
+    print_dry_run(dry_run(settings), *telling)
 
 
 def _preview(config: Path | None, number: int, **flags: Any) -> None:
@@ -50,21 +66,22 @@ def _preview(config: Path | None, number: int, **flags: Any) -> None:
         raise RunStopped(seen.stopped)
 
 
-def _counted(default: int) -> inspect.Signature:
-    """The flags of a run, and -n."""
-    number = inspect.Parameter(
-        "number",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[int, typer.Option("-n", help="How many records.", min=1)],
-    )
-    return _FLAGS.replace(parameters=[number, *_FLAGS.parameters.values()])
+def _flags(**more: tuple[Any, Any]) -> inspect.Signature:
+    """The flags of a run, and more: (annotation, default) by their names."""
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in more.items()
+    ]
+    return _FLAGS.replace(parameters=[*_FLAGS.parameters.values(), *added])
 
 
+Number = Annotated[int, typer.Option("-n", help="How many records.", min=1)]
 _FLAGS = run_signature()
-_run.__signature__ = _FLAGS  # type: ignore[attr-defined]
+_run.__signature__ = _flags(  # type: ignore[attr-defined]
+    quiet=(Quiet, False), as_json=(AsJson, False)
+)
 app.command("run", cls=ValuedFlags, help="Rewrite a field of every record.")(_run)
-_preview.__signature__ = _counted(5)  # type: ignore[attr-defined]
+_preview.__signature__ = _flags(number=(Number, 5))  # type: ignore[attr-defined]
 app.command(
     "preview",
     cls=ValuedFlags,
@@ -88,7 +105,7 @@ def _tune(config: Path | None, number: int, **flags: Any) -> None:
     print(f"written to {config}: batch_size: {size}, concurrency: {tuned.concurrency}")
 
 
-_tune.__signature__ = _counted(200)  # type: ignore[attr-defined]
+_tune.__signature__ = _flags(number=(Number, 200))  # type: ignore[attr-defined]
 app.command(
     "tune",
     cls=ValuedFlags,
@@ -157,12 +174,14 @@ def retry(
         bool,
         typer.Option("--all", help="Those too that would fail the same (truncated, refused, ...)."),
     ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a run again as it was: just its failed records are sent."""
     changes = {"resume": True, "offline": False, "retry_all": everything}
     settings = config_of(report, api_key).model_copy(update=changes)
     log_to_stderr(settings.log_level)
-    run_and_report(settings)
+    run_and_report(settings, Telling(quiet, as_json))
 
 
 @app.command("push")
@@ -232,8 +251,25 @@ def _say_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+FIRST_STEPS = """\
+Rewrites one field of every record with a language model; the rest comes back as
+it was. To begin with:
+
+  try it without a model   fabe-ds run --input data.jsonl --field text
+  then with one            ... --instruction "Correct the spelling." \\
+                             --provider openai --model NAME \\
+                             --base-url http://localhost:8000/v1
+  look at a few first      fabe-ds preview -n 3 ...    (with the same flags)
+  write a configuration    fabe-ds init --provider openai
+  is everything there?     fabe-ds doctor
+  read about it            fabe-ds docs
+
+fabe-ds --help lists the commands, fabe-ds run --help every flag."""
+
+
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="The version.")
     ] = False,
@@ -243,3 +279,5 @@ def _root(
         Path.cwd()
     except OSError:
         raise UsageError("the folder that this command runs in is gone; go to another") from None
+    if context.invoked_subcommand is None:
+        print(FIRST_STEPS)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+import shlex
+import sys
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fabe_ds.config.settings import STANDARD, RunConfig
+from fabe_ds.files import from_here
+from fabe_ds.report import summary
 from fabe_ds.report.advice import what_helps
 
 if TYPE_CHECKING:
     from fabe_ds.report.result import RunResult
 
 
-SHOWN_LINES, SHOWN_CHARACTERS = 80, 20_000
-"""Of each record that a preview shows."""
-
-
-def print_dry_run(seen: Any) -> None:
-    for number, request in enumerate(seen.requests, 1):
+def print_dry_run(seen: Any, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        counts = {field.name: getattr(seen, field.name) for field in fields(seen)}
+        if seen.tokens is not None:
+            counts["tokens"] = {"prompt": seen.tokens.total, "counted_by": seen.tokens.how}
+        print(json.dumps(counts, default=str))
+        return
+    for number, request in () if quiet else enumerate(seen.requests, 1):
         tokens = f" ({seen.prompt_tokens[number - 1]} tokens)" if seen.prompt_tokens else ""
         print(f"--- request {number}{tokens}\n{request}")
     print(
@@ -58,52 +64,19 @@ def print_preview(seen: Any) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from fabe_ds.report.page import diff_lines
+    from fabe_ds.tools.preview import SHOWN_LINES
 
     console = Console(highlight=False, soft_wrap=True)
     marks = {"same": ("  ", "dim"), "gone": ("- ", "red"), "new": ("+ ", "green")}
-    for number, request, outcome in seen.shown:
-        answer = outcome.completion
-        tokens = (
-            f", {answer.prompt_tokens} prompt and {answer.completion_tokens} completion tokens"
-            if answer is not None and answer.completion_tokens is not None
-            else ""
-        )
-        state = outcome.message or ("from cache" if outcome.cached else "done")
-        console.print(Text(f"--- record {number}: {state}{tokens}", style="bold"))
-        if outcome.text is None:
-            continue
-        lines = diff_lines(request.text[:SHOWN_CHARACTERS], outcome.text[:SHOWN_CHARACTERS])
-        left = max(0, len(lines) - SHOWN_LINES)
+    for shown in seen.shown:
+        console.print(Text(f"--- {shown}", style="bold"))
+        lines = shown.diff()
         for kind, line in lines[:SHOWN_LINES]:
             mark, style = marks[kind]
             console.print(Text(mark + line, style=style))
-        if left:
+        if left := max(0, len(lines) - SHOWN_LINES):
             console.print(Text(f"  ... {left} more lines", style="dim"))
-    counts = seen.counts
-    console.print(
-        f"{len({number for number, *_ in seen.shown})} records in {seen.seconds:.1f} s, kept in "
-        f"the cache; {counts.records} in all, {counts.to_send} were to be asked for"
-    )
-    for estimate in seen.estimates:
-        likely, least, most = (
-            _measured(number, estimate.name)
-            for number in (estimate.likely, estimate.least, estimate.most)
-        )
-        what = "" if estimate.name == "time" else f" {estimate.name}"
-        within = "" if least == most else f" ({least} to {most})"
-        console.print(f"whole run: about {likely}{what}{within}")
-
-
-def _measured(number: float, name: str) -> str:
-    """A number of tokens, money or seconds, for people."""
-    if name == "cost":
-        return f"{number:,.4g}"
-    if name != "time":
-        return f"{number:,.0f}"
-    from fabe_ds.text import clock
-
-    return clock(number) if number >= 60 else f"{number:.2g} s"
+    console.print(str(seen))
 
 
 def _in_words(what: str, counts: Any) -> str:
@@ -113,13 +86,58 @@ def _in_words(what: str, counts: Any) -> str:
     return f"; {sum(counts.values())} {what} ({reasons})"
 
 
+STYLES = {
+    "good": "green",
+    "known": "cyan",
+    "bad": "red",
+    "advice": "yellow",
+    "quiet": "dim",
+    "plain": "",
+}
+"""Colours of a summary, by what they mean."""
+
+
 def print_summary(result: RunResult, settings: RunConfig) -> None:
-    """The counts of a run, what failed and what helps, and where it all is."""
+    """The counts of a run, what failed and what helps, and where it all is: a panel on a terminal,
+    plain lines elsewhere."""
     from fabe_ds.remote import url_of
 
-    to_stdout = settings.output_path == STANDARD
     url = url_of(settings.input_path if settings.inplace else settings.output_path)
-    rate = result.records / max(result.seconds - result.loading, 1e-9)
+    if settings.output_path == STANDARD:
+        result = replace(result, outputs=[])
+    if _is_terminal():
+        _print_panel(result, settings, url)
+    else:
+        _print_lines(result, settings, url)
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+def _print_panel(result: RunResult, settings: RunConfig, url: str | None) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for fact in summary.facts(result, settings.max_new_tokens, url):
+        style = STYLES[fact.style]
+        grid.add_row(Text(fact.name, style or "bold"), Text(fact.text, style))
+    title = Text(f"{result.records:,} records", "bold")
+    edge = "red" if result.exit_code else "green"
+    Console(highlight=False).print(
+        Panel(grid, title=title, title_align="left", border_style=edge, expand=False)
+    )
+    if result.report is not None:
+        print(f"a page about it: fabe-ds report {shlex.quote(str(from_here(result.report)))}")
+
+
+def _print_lines(result: RunResult, settings: RunConfig, url: str | None) -> None:
+    rate = summary.records_per_second(result)
     print(
         f"{result.records} records: {result.done} rewritten, {result.cached} from cache"
         + (f", {result.failed} failed" if result.failed else "")
@@ -129,49 +147,37 @@ def print_summary(result: RunResult, settings: RunConfig) -> None:
         + f", {rate:.1f} records/s"
     )
     if result.requests:
-        kinds = {"retries": result.retries, "asked again": result.reasks, "twice": result.hedged}
-        told = ", ".join(f"{n} {what}" for what, n in kinds.items() if n or what == "retries")
-        print(
-            f"{result.requests} requests ({told}), {result.prompt_tokens} prompt "
-            + (f"({result.cached_tokens} cached) " if result.cached_tokens else "")
-            + f"and {result.completion_tokens} completion tokens"
-            + (f" ({result.reasoning_tokens} reasoning)" if result.reasoning_tokens else "")
-            + (f", cost {result.cost:.4f}" if result.cost else "")
-        )
+        cost = f", cost {result.cost:.4f}" if result.cost else ""
+        sent, told = summary.requests(result).split(" ", 1)
+        print(f"{sent} requests {told}, {summary.tokens(result)} tokens{cost}")
     if result.failed and result.failures_file is not None:
-        how = ", ".join(f"{n} {kind}" for kind, n in sorted(result.failures_by_kind.items()))
-        print(f"failed {result.failed} ({how}): {result.failures_file}")
-        print(f"the first: {_first_failure(result.failures_file)}")
+        print(
+            f"failed {result.failed} ({summary.counts(result.failures_by_kind)}): "
+            f"{result.failures_file}"
+        )
+        print(f"the first: {summary.first_failure(result.failures_file)}")
         for line in what_helps(result.failures_by_kind, settings.max_new_tokens):
             print(line)
     if len(result.answered_by) > 1:
-        by = sorted(result.answered_by.items(), key=lambda pair: -pair[1])
-        print(f"answered by: {', '.join(f'{model} {count}' for model, count in by)}")
+        print(f"answered by: {summary.answered_by(result)}")
     for error in result.bad_files:
         print(f"left out: {error}")
     for note in result.notes:
         print(f"note: {note}")
-    if result.outputs and not to_stdout:
-        print(f"written: {url or _outputs(result.outputs)}")
+    if result.outputs:
+        print(f"written: {url or summary.place_of(result.outputs)}")
     if result.report is not None:
-        print(f"report: {_near(result.report)} (fabe-ds report makes a page of it)")
+        print(f"report: {from_here(result.report)} (fabe-ds report makes a page of it)")
 
 
-def _outputs(paths: list[Path]) -> str:
-    if len(paths) == 1:
-        return str(_near(paths[0]))
-    folder = Path(os.path.commonpath(paths))
-    return f"{_near(folder)}/ ({len(paths)} files)"
-
-
-def _near(path: Path) -> Path:
-    """The path as it is from here, where it is below this folder."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def _first_failure(path: Path) -> str:
-    with path.open(encoding="utf-8") as lines:
-        failure = json.loads(next(lines))
-    where = f"{failure['file']}:{failure['line']}" if "file" in failure else failure["record"]
-    return f"record {where}: {failure['message']}"
+def print_failures(result: RunResult) -> None:
+    """The one line of a quiet run in which records failed, on standard error."""
+    if result.failed:
+        kinds = summary.counts(result.failures_by_kind)
+        print(
+            f"fabe-ds: {result.failed} of {result.records} records failed ({kinds}): "
+            f"{result.failures_file}",
+            file=sys.stderr,
+        )
+    for error in result.bad_files:
+        print(f"fabe-ds: left out: {error}", file=sys.stderr)

@@ -11,11 +11,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import typer
 
-from fabe_ds.cli.display import print_summary
+from fabe_ds.cli.display import print_failures, print_summary
 from fabe_ds.cli.terminal import log_to_stderr
 from fabe_ds.config.load import read_config, validated
 from fabe_ds.config.settings import STANDARD, RunConfig, flag
@@ -60,19 +60,42 @@ def _at_the_environments_address(settings: RunConfig) -> RunConfig:
     return settings.model_copy(update={"base_url": []}) if is_named else settings
 
 
-def run_and_report(settings: RunConfig) -> None:
+class Telling(NamedTuple):
+    """What a command says of a run."""
+
+    quiet: bool = False
+    """Nothing but what went wrong."""
+    json: bool = False
+    """The summary as one JSON object on standard output, and nothing else there."""
+
+    def begin(self, settings: RunConfig) -> None:
+        """Says no more than is wanted from now on. Raises: UsageError."""
+        if self.json and settings.output_path == STANDARD:
+            raise UsageError("--json: standard output is for the records (--output -)")
+        if self.quiet and settings.log_level == "INFO":
+            log_to_stderr("WARNING")
+
+
+def run_and_report(settings: RunConfig, telling: Telling) -> NoReturn:
     from fabe_ds.cli.streams import copy_to
 
-    if settings.output_path != STANDARD:
-        raise typer.Exit(_run_and_print(settings).exit_code)
-    # Standard output is for records alone.
+    telling.begin(settings)
+    if settings.output_path != STANDARD and not telling.json:
+        raise typer.Exit(_run_and_print(settings, telling)[0].exit_code)
+    # Standard output is for records alone, or for the summary.
     with contextlib.redirect_stdout(sys.stderr):
-        result = _run_and_print(settings)
-    copy_to(sys.stdout.buffer, result.outputs)
+        result, pushed = _run_and_print(settings, telling)
+    if telling.json:
+        from fabe_ds.report.summary import as_json
+
+        print(as_json(result, pushed=pushed))
+    else:
+        copy_to(sys.stdout.buffer, result.outputs)
     raise typer.Exit(result.exit_code)
 
 
-def _run_and_print(settings: RunConfig) -> RunResult:
+def _run_and_print(settings: RunConfig, telling: Telling) -> tuple[RunResult, str | None]:
+    """The result, and where it was pushed to."""
     from fabe_ds.pipeline import run
     from fabe_ds.report.progress import watching
 
@@ -81,13 +104,20 @@ def _run_and_print(settings: RunConfig) -> RunResult:
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     push = _push_of(settings)
-    result = run(settings, watching)
-    print_summary(result, settings)
-    if push is not None and result.failed and not settings.force:
+    result = run(settings, None if telling.quiet else watching, progress=not telling.quiet)
+    if telling.quiet:
+        print_failures(result)
+    else:
+        print_summary(result, settings)
+    if push is None:
+        return result, None
+    if result.failed and not settings.force:
         print("not pushed: records failed (--force pushes all the same)", file=sys.stderr)
-    elif push is not None:
-        print(f"pushed: {push(result)}")
-    return result
+        return result, None
+    place = push(result)
+    if not telling.quiet:
+        print(f"pushed: {place}")
+    return result, place
 
 
 def _push_of(settings: RunConfig) -> Callable[[RunResult], str] | None:

@@ -96,6 +96,17 @@ def by_name(options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def config_from(config: RunConfig | None, options: Mapping[str, Any]) -> RunConfig:
+    """A configuration with keywords in the place of its settings, or of keywords alone.
+
+    Raises: UsageError.
+    """
+    if config is not None and not options:
+        return config
+    given = {} if config is None else dict(config)
+    return validated(RunConfig, {**given, **by_name(options)}, {})
+
+
 def signature_of(model: type[BaseModel], *first: inspect.Parameter) -> inspect.Signature:
     """The settings of a configuration as keywords, behind other parameters: for `help`, and for
     the hints of notebooks and editors."""
@@ -110,6 +121,13 @@ def signature_of(model: type[BaseModel], *first: inspect.Parameter) -> inspect.S
         if name not in {parameter.name for parameter in first}
     ]
     return inspect.Signature([*first, *keywords])
+
+
+def with_settings(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function that takes settings of a run as keywords, with each of them."""
+    own = inspect.signature(function)
+    named = (each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD)
+    return signature_of(RunConfig, *named).replace(return_annotation=own.return_annotation)
 
 
 def validated(model: type[C], values: Mapping[str, Any], named: Mapping[str, str]) -> C:

@@ -268,7 +268,7 @@ def remark(config: RunConfig, provider: ProviderFacts) -> None:
     if config.push_to_hub is None:
         _say_idle(config, _OF_PUSHES, "--push-to-hub")
     for name in _OF_BATCHES:
-        if name in config.model_fields_set and not config.batch_api:
+        if not config.batch_api and _is_changed(config, name):
             log.warning("%s has no effect without --batch-api", flag(name))
     if config.fallback_api_key is not None and not config.fallback_models:
         log.warning("--fallback-api-key has no effect without --fallback-model")
@@ -278,7 +278,7 @@ def remark(config: RunConfig, provider: ProviderFacts) -> None:
 
 def _say_system_prompt(config: RunConfig, provider: ProviderFacts) -> None:
     """Says that the system prompt is the one for code, where it may be none of the user's."""
-    if config.context and "system_prompt" in config.model_fields_set:
+    if config.context and _is_changed(config, "system_prompt"):
         log.warning(
             "--system-prompt has no effect with --context turns: the instruction is the system "
             "prompt"
@@ -318,6 +318,12 @@ def _say_short(config: RunConfig) -> None:
             config.thinking,
             config.max_new_tokens,
         )
+
+
+def _is_changed(config: RunConfig, name: str) -> bool:
+    """Whether a setting is another than the default; of a run that is run again, all are set."""
+    default = RunConfig.model_fields[name].get_default(call_default_factory=True)
+    return bool(getattr(config, name) != default)
 
 
 def _say_idle(config: RunConfig, names: tuple[str, ...], other: str) -> None:

@@ -9,6 +9,7 @@ from fabe_ds.errors import RecordFailed
 from fabe_ds.providers.base import Provider
 from fabe_ds.providers.finish import ended_by_itself
 from fabe_ds.request import (
+    LASTING,
     LEFT_OUT,
     SKIPPED,
     UNANSWERED,
@@ -358,7 +359,3 @@ class Coalescer:
             if number:
                 entry.request = request._replace(sample=request.sample + number)
                 entry.key = self.provider.key(entry.request)
-
-
-LASTING = ("check", "truncated", "context", "refused", "invalid", "unfinished", "tool call")
-"""Classes that have been answered and would be answered the same: they are not asked again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fabe_ds.engine.coalesce import LASTING
+from fabe_ds.request import LASTING
 
 OFTEN, FEWEST = 0.1, 10  # share, and number, of records that fail in one way before it is said
 HELPS = {

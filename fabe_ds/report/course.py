@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from fabe_ds.pace import Pace
 from fabe_ds.request import Stats
 
 LOADING, ANSWERING, WRITING = "loading", "answering", "writing"
@@ -27,6 +28,7 @@ class Course:
     started: float = field(default_factory=time.monotonic)
     """When the run began, on the monotonic clock."""
     history: list[Point] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
 
     def begin(self, phase: str, total: int = 0) -> None:
         self.began = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import html
 import json
 import math
@@ -13,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fabe_ds.diff import diff_lines
 from fabe_ds.errors import UsageError, first_line
 from fabe_ds.files import check_file_writable, replacing
 from fabe_ds.report.result import read_lines
@@ -250,16 +250,3 @@ def _shown(failure: dict[str, Any]) -> dict[str, Any]:
         "message": failure["message"],
         "texts": [(name, text[:SHOWN_CHARACTERS]) for name, text in texts],
     }
-
-
-def diff_lines(before: str, after: str) -> list[tuple[str, str]]:
-    """Lines of both texts: (kind, line), the kind being same, gone or new."""
-    old, new = before.splitlines(), after.splitlines()
-    shown: list[tuple[str, str]] = []
-    # Not ndiff, which looks for likeness inside lines too: a minute for 1,500 of them.
-    for what, a, b, c, d in difflib.SequenceMatcher(None, old, new).get_opcodes():
-        if what == "equal":
-            shown += [("same", line) for line in old[a:b]]
-        else:
-            shown += [("gone", line) for line in old[a:b]] + [("new", line) for line in new[c:d]]
-    return shown

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 
 from fabe_ds.engine.local import LOADING as LOADING_MODEL
+from fabe_ds.pace import STEP_SECONDS, counts_told
 from fabe_ds.report.advice import often_failing
 from fabe_ds.report.course import ANSWERING, LOADING, Course
-from fabe_ds.request import Stats
+from fabe_ds.report.notebook import Shown, bar_html, in_notebook
 from fabe_ds.text import clock
 
 log = logging.getLogger(__name__)
@@ -24,31 +25,34 @@ LINE_SECONDS = ((60.0, 5.0), (180.0, 15.0), (float("inf"), 60.0))
 
 @contextlib.contextmanager
 def watching(course: Course) -> Iterator[None]:
-    """Shows how far a run is while the block runs: a bar on a terminal, one line that changes in a
-    notebook, and a line of the log now and then elsewhere."""
+    """Shows how far a run is while the block runs: a bar on a terminal and in a notebook, and a
+    line of the log now and then elsewhere."""
     over = threading.Event()
-    show = _bar if sys.stderr.isatty() else _one_line if in_notebook() else _lines
-    thread = threading.Thread(target=show, args=(course, over), daemon=True)
-    thread.start()
+    show = _bar if sys.stderr.isatty() else _notebook_bar if in_notebook() else _lines
+    threads = [
+        threading.Thread(target=work, args=(course, over), daemon=True) for work in (show, _pace)
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
-    shell = sys.modules.get("IPython")
-    running = shell.get_ipython() if shell is not None else None
-    return type(running).__name__ == "ZMQInteractiveShell"
+def _pace(course: Course, over: threading.Event) -> None:
+    """Notes the counts once a second, however seldom they are shown."""
+    while not over.wait(STEP_SECONDS / 2):
+        if course.phase == ANSWERING and course.stats.state != LOADING_MODEL:
+            course.pace.note(course.stats)
 
 
 def describe(course: Course) -> str:
     """One line: the phase, how far it is, and the time that it has left."""
-    seconds = course.seconds
     if course.phase == ANSWERING:
-        return _answering(course.stats, course.total, seconds)
+        return _answering(course)
     if not course.total:
         return course.phase
     done, total = min(course.done, course.total), course.total
@@ -56,30 +60,18 @@ def describe(course: Course) -> str:
         line = f"{LOADING}, {_size(done)} of {_size(total)}"
     else:
         line = f"{course.phase}, {done} of {total} records"
-    return f"{line}, {_left(done, total, seconds)} left" if 0 < done < total else line
+    return f"{line}, {_left(done, total, course.seconds)} left" if 0 < done < total else line
 
 
-def _answering(stats: Stats, total: int, seconds: float) -> str:
+def _answering(course: Course) -> str:
+    stats, total = course.stats, course.total
     if stats.state == LOADING_MODEL:
         return f"{stats.settled}/{total}, {LOADING_MODEL}"
-    seconds = max(seconds - stats.loading, 1e-9)
-    # What is in the cache takes no time, and says nothing of what is still to be asked for.
-    asked = stats.done + stats.failed
-    rate = (asked or stats.cached) / seconds
-    parts = [f"{stats.settled}/{total}", f"{stats.done} done"]
-    for name in ("cached", "failed", "skipped"):
-        if count := getattr(stats, name):
-            parts.append(f"{count} {name}")
-    parts.append(f"{rate:.1f} records/s")
-    tokens = stats.prompt_tokens + stats.completion_tokens
-    if tokens:
-        parts.append(f"{tokens / seconds:.0f} tokens/s")
-    if rate and stats.settled < total:
-        parts.append(f"{clock((total - stats.settled) / rate)} left")
-    line = ", ".join(parts)
+    told = counts_told(stats, course.pace, total, course.seconds - stats.loading)
+    line = f"{stats.settled}/{total}, {told}"
     if stats.state:
         line += f"; {stats.state}"
-    elif advice := often_failing(stats.failures, asked):
+    elif advice := often_failing(stats.failures, stats.done + stats.failed):
         line += f"; {advice}"
     return line
 
@@ -107,26 +99,50 @@ def _line_seconds(seconds: float) -> float:
     return next(pause for until, pause in LINE_SECONDS if seconds < until)
 
 
-def _one_line(course: Course, over: threading.Event) -> None:
-    width = 0
+def _notebook_bar(course: Course, over: threading.Event) -> None:
+    bar = Shown(bar_html("", 0, 0))
     while not over.wait(NOTEBOOK_SECONDS):
-        line = describe(course)
-        sys.stderr.write(f"\r{line:<{width}}")
-        sys.stderr.flush()
-        width = len(line)
-    sys.stderr.write(f"\r{'':<{width}}\r")
+        bar.show(bar_html(describe(course), *_reached(course)))
+    # It stays in the notebook, and says how far the run came.
+    bar.show(bar_html(_final(course), *_reached(course)))
+
+
+def _final(course: Course) -> str:
+    """What is left to say when a run has ended, or was stopped."""
+    stats = course.stats
+    counts = {name: getattr(stats, name) for name in ("done", "cached", "failed", "skipped")}
+    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    seconds = time.monotonic() - course.started
+    return f"{told or 'nothing was asked for'}, {clock(seconds)}"
+
+
+def _reached(course: Course) -> tuple[int, int]:
+    """How much is done, of how much; 0 is not known."""
+    done = course.stats.settled if course.phase == ANSWERING else course.done
+    return done, course.total
 
 
 def _bar(course: Course, over: threading.Event) -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn
+    from rich.table import Column
+    from rich.text import Text
 
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("")
+    class Said(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            line = Text(task.description, no_wrap=True, overflow="ellipsis")
+            line.highlight_regex(r"\d+ failed", "red")
+            line.highlight_regex(r"\d+ cached", "cyan")
+            line.highlight_regex(r"\S+ left", "bold")
+            line.highlight_regex(r"; .*", "yellow")
+            return line
+
+    console = Console(stderr=True)
+    bar = BarColumn(max(10, min(40, console.width // 5)))
+    said = Said(Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    shown = Progress(bar, TaskProgressColumn(), said, console=console, transient=True, expand=True)
+    with shown:
+        task = shown.add_task("")
         while not over.wait(BAR_SECONDS):
-            text = describe(course)
-            done = course.stats.settled if course.phase == ANSWERING else course.done
-            total = course.total or None
-            progress.update(task, completed=done, total=total, description=escape(text))
+            done, total = _reached(course)
+            shown.update(task, completed=done, total=total or None, description=describe(course))

@@ -63,6 +63,13 @@ class RunResult:
         assert self.report is not None
         return written_records(read_report(self.report))
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: counts, failures and what helps, some records before and after,
+        and where it all is."""
+        from fabe_ds.report.result_html import result_html
+
+        return result_html(self)
+
     def failures(self) -> Dataset:
         """The failed records: where each stands (`file`, `record`), `failure` (the class),
         `message`, `text`, ...; empty where none failed."""

@@ -6,11 +6,11 @@ from itertools import islice
 from typing import Any
 
 from fabe_ds.config.settings import RunConfig
-from fabe_ds.engine.coalesce import LASTING, stored
+from fabe_ds.engine.coalesce import stored
 from fabe_ds.errors import RecordFailed, UsageError
 from fabe_ds.job import Job, open_job
 from fabe_ds.prompts.acceptance import acceptance
-from fabe_ds.request import Item, NotChosen, Request
+from fabe_ds.request import LASTING, Item, NotChosen, Request
 from fabe_ds.store.completions import RecordCache
 from fabe_ds.tools.dry_run import loaded
 from fabe_ds.transform import Transform

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from fabe_ds.config import rules
+from fabe_ds.config.load import config_from, with_settings
 from fabe_ds.config.settings import RunConfig
+from fabe_ds.diff import Kind, diff_lines
 from fabe_ds.engine.prices import Price
 from fabe_ds.errors import RunStopped
 from fabe_ds.job import open_job
 from fabe_ds.providers.base import LocalProvider
+from fabe_ds.report.notebook import diff_html
 from fabe_ds.request import Outcome, Request
+from fabe_ds.text import clock
 from fabe_ds.tools.dry_run import DryRun, items_by_record, loaded
 from fabe_ds.tools.dry_run import count as count_all
 
+SHOWN_LINES, SHOWN_CHARACTERS = 80, 20_000
+"""Of each record."""
 TIME_SPREAD = 0.2
 """The least range of an estimate of time, as a part of it."""
 
@@ -31,24 +39,83 @@ class Estimate:
     likely: float
     most: float
 
+    def __str__(self) -> str:
+        likely, least, most = map(self._measured, (self.likely, self.least, self.most))
+        what = "" if self.name == "time" else f" {self.name}"
+        within = "" if least == most else f" ({least} to {most})"
+        return f"about {likely}{what}{within}"
+
+    def _measured(self, number: float) -> str:
+        if self.name == "cost":
+            return f"{number:,.4g}"
+        if self.name != "time":
+            return f"{number:,.0f}"
+        return clock(number) if number >= 60 else f"{number:.2g} s"
+
+
+class Shown(NamedTuple):
+    """A request of a preview, and what became of it."""
+
+    record: int
+    """From 1."""
+    request: Request
+    outcome: Outcome
+
+    def __str__(self) -> str:
+        answer = self.outcome.completion
+        tokens = (
+            f", {answer.prompt_tokens} prompt and {answer.completion_tokens} completion tokens"
+            if answer is not None and answer.completion_tokens is not None
+            else ""
+        )
+        state = self.outcome.message or ("from cache" if self.outcome.cached else "done")
+        return f"record {self.record}: {state}{tokens}"
+
+    def diff(self) -> list[tuple[Kind, str]]:
+        """The lines of the text and of the answer to it; none where there is no good answer."""
+        if self.outcome.text is None:
+            return []
+        before, after = self.request.text, self.outcome.text
+        return diff_lines(before[:SHOWN_CHARACTERS], after[:SHOWN_CHARACTERS])
+
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """`shown` are requests, each after the number of its record (from 1), with what became of
-    them; `counts` those of the whole input; `stopped` says why it ended early."""
+    """`shown` are requests with what became of them; `counts` those of the whole input; `stopped`
+    says why it ended early."""
 
-    shown: list[tuple[int, Request, Outcome]]
+    shown: list[Shown]
     seconds: float
     counts: DryRun
     estimates: list[Estimate]
     stopped: str | None = None
 
+    def __str__(self) -> str:
+        """What was done, and what the whole run would take, a line each."""
+        records = len({shown.record for shown in self.shown})
+        counts = self.counts
+        first = (
+            f"{records} records in {self.seconds:.1f} s, kept in the cache; {counts.records} in "
+            f"all, {counts.to_send} were to be asked for"
+        )
+        return "\n".join([first, *(f"whole run: {each}" for each in self.estimates)])
 
-def preview(config: RunConfig, count: int) -> Preview:
-    """Runs the first `count` records that have text; the record cache keeps their answers.
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        diffs = (diff_html(str(shown), shown.diff()[:SHOWN_LINES]) for shown in self.shown)
+        lines = [*str(self).split("\n"), *([self.stopped] if self.stopped else [])]
+        return "".join([*diffs, *(f"<div>{html.escape(line)}</div>" for line in lines)])
+
+
+def preview(config: RunConfig | None = None, count: int = 5, **options: Any) -> Preview:
+    """Rewrites the first `count` records that have text, and writes none: what comes back, and
+    what the whole run would take. The record cache keeps the answers.
+
+    Takes what `fabe_ds.run` takes. In a notebook, the result shows itself.
 
     Raises: FabeError.
     """
+    config = config_from(config, options)
     job = open_job(config)
     transform = job.transform
     records = loaded(job)
@@ -74,9 +141,12 @@ def preview(config: RunConfig, count: int) -> Preview:
     finally:
         transform.close()
     seconds = time.monotonic() - started
-    shown = [(*pair, outcome) for pair, outcome in zip(asked, outcomes, strict=False)]
+    shown = [Shown(*pair, outcome) for pair, outcome in zip(asked, outcomes, strict=False)]
     estimates = list(_estimates(config, outcomes, seconds, counts, transform.session.prices()[0]))
     return Preview(shown, seconds, counts, estimates, stopped)
+
+
+preview.__signature__ = with_settings(preview)  # type: ignore[attr-defined]
 
 
 def _estimates(

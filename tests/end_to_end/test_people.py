@@ -9,11 +9,8 @@ import io
 import json
 import logging
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,7 +18,7 @@ import pytest
 
 import fabe_ds
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course
-from fabe_ds.report.progress import describe, watching
+from fabe_ds.report.progress import describe
 from tests.conftest import COMMAND
 from tests.support.server import Behaviour, Call, ModelServer, completion, error
 
@@ -366,36 +363,3 @@ def test_the_host_process_is_left_as_it_was(tmp_path, tiny):
     assert after == before
     assert bars
     assert level == transformers.logging.INFO
-
-
-def test_a_notebook_sees_one_line_that_changes(monkeypatch):
-    from fabe_ds.report import progress
-
-    shown = io.StringIO()
-    monkeypatch.setattr(progress, "in_notebook", lambda: True)
-    monkeypatch.setattr(progress, "NOTEBOOK_SECONDS", 0.01)
-    monkeypatch.setattr(sys, "stderr", shown)
-    course = Course()
-    with watching(course):
-        for phase in (LOADING, WRITING):
-            course.begin(phase, 100)
-            course.tick(10)
-            threading.Event().wait(0.1)
-    text = shown.getvalue()
-    assert "\rloading, 10 B of 100 B" in text
-    assert "\rwriting, 10 of 100 records" in text
-    assert "\n" not in text
-
-
-def test_a_notebook_shows_a_run(tmp_path):
-    """In a real kernel, headless: the line is there, and no traceback."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    (tmp_path / "d.jsonl").write_text('{"code": "x"}\n' * 100)
-    code = f"import fabe_ds\nfabe_ds.run(input={str(tmp_path / 'd.jsonl')!r}).done"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    nbclient.NotebookClient(
-        book, timeout=60, resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    assert book.cells[0].outputs[-1]["data"]["text/plain"] == "100"
-    assert Path(tmp_path / "outputs/d.jsonl").exists()

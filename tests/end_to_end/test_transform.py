@@ -47,6 +47,7 @@ def test_the_public_names():
         "__version__",
         "export_records",
         "load_records",
+        "preview",
         "push_to_hub",
         "run",
         "transform_fn",

@@ -1,0 +1,76 @@
+"""The result of a run as a notebook shows it."""
+
+from __future__ import annotations
+
+import html
+import json
+from itertools import islice
+from pathlib import Path
+
+from fabe_ds.diff import diff_lines
+from fabe_ds.errors import UsageError
+from fabe_ds.report.notebook import diff_html, link_html, table_html
+from fabe_ds.report.result import RunResult, read_lines
+from fabe_ds.report.run_report import read_report
+from fabe_ds.report.summary import Style, facts, place_of_failure
+from fabe_ds.run_files import SAMPLES
+
+COLOURS: dict[Style, str] = {
+    "good": "color:#1a7f37",
+    "known": "color:#0a6c74",
+    "bad": "color:#c0392b",
+    "advice": "color:#9a6700",
+    "quiet": "opacity:.7",
+    "plain": "",
+}
+SHOWN_SAMPLES, SHOWN_FAILURES, SHOWN_LINES = 3, 5, 30
+
+
+def result_html(result: RunResult) -> str:
+    """Counts, failures with what helps, a few records before and after, and links."""
+    tokens = 0
+    samples: list[dict[str, str]] = []
+    if result.report is not None:
+        try:
+            tokens = read_report(result.report).config["max_new_tokens"]
+            path = _beside(result.report, SAMPLES)
+            samples = read_lines(path) if path.exists() else []
+        except UsageError:  # the files are gone; the counts are still here
+            samples = []
+    rows = [
+        (fact.name, f'<span style="{COLOURS[fact.style]}">{_linked(fact.name, fact.text, result)}')
+        for fact in facts(result, tokens)
+    ]
+    parts = [f"<b>{result.records:,} records</b>", table_html((n, f"{v}</span>") for n, v in rows)]
+    parts += _failures(result)
+    for sample in islice(_spread(samples), SHOWN_SAMPLES):
+        lines = diff_lines(sample["before"], sample["after"])
+        parts.append(diff_html(sample["where"], lines[:SHOWN_LINES]))
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _beside(report: Path, name: str) -> Path:
+    return report.with_name(f"{report.name.removesuffix('.run.json')}.{name}")
+
+
+def _spread(samples: list[dict[str, str]]) -> list[dict[str, str]]:
+    return samples[:: max(1, len(samples) // SHOWN_SAMPLES)]
+
+
+def _linked(name: str, text: str, result: RunResult) -> str:
+    files = {"failures": result.failures_file, "report": result.report}
+    if name == "written" and len(result.outputs) == 1:
+        files["written"] = result.outputs[0]
+    place = files.get(name)
+    return html.escape(text) if place is None else link_html(place, text)
+
+
+def _failures(result: RunResult) -> list[str]:
+    if result.failures_file is None or not result.failures_file.exists():
+        return []
+    with result.failures_file.open(encoding="utf-8") as lines:
+        shown = [json.loads(line) for line in islice(lines, SHOWN_FAILURES)]
+    rows = [(place_of_failure(each), html.escape(str(each["message"]))) for each in shown]
+    more = result.failed - len(shown)
+    behind = f"<div>and {more:,} more</div>" if more > 0 else ""
+    return [f"<details><summary>What failed</summary>{table_html(rows)}{behind}</details>"]
