@@ -233,6 +233,29 @@ def report_page(
     print(f"written: {write_page(report, output)}")
 
 
+def _topics(incomplete: str) -> list[str]:
+    from fabe_ds.cli.docs import TOPICS
+
+    return [topic for topic in TOPICS if topic.startswith(incomplete)]
+
+
+@app.command("docs")
+def docs(
+    topic: Annotated[
+        str | None,
+        typer.Argument(help="What about.  \\[default: list the topics]", autocompletion=_topics),
+    ] = None,
+) -> None:
+    """Read the reference: files, answers, servers, local models, Python, ..."""
+    from fabe_ds.cli.docs import listed, show, text_of
+
+    if topic is None:
+        print(listed())
+        print("\nfabe-ds docs TOPIC shows one of them.")
+    else:
+        show(text_of(topic))
+
+
 app.add_typer(batch_app, name="batch")
 app.add_typer(cache_app, name="cache")
 

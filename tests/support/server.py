@@ -107,6 +107,8 @@ class ModelServer(Serving):
         self.calls: list[Call] = []
         self.in_flight = self.most_in_flight = 0
         self.models = ["m", "llama3:latest"]
+        self.owner: str | None = None
+        """Who the list of models says that it is of, as vLLM and others tell themselves apart."""
         self.key: str | None = None
         super().__init__(port)
 
@@ -133,7 +135,9 @@ class ModelServer(Serving):
     async def _list_openai(self, request: web.Request) -> web.Response:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return error(401, "Incorrect API key provided", code="invalid_api_key")
-        return web.json_response({"object": "list", "data": [{"id": m} for m in self.models]})
+        owner = {"owned_by": self.owner} if self.owner else {}
+        listed = [{"id": model, **owner} for model in self.models]
+        return web.json_response({"object": "list", "data": listed})
 
     async def _list_ollama(self, _: web.Request) -> web.Response:
         return web.json_response({"models": [{"name": name} for name in self.models]})
