@@ -20,9 +20,11 @@ from fabe_ds.formats.base import Records, Tick
 from fabe_ds.job import Job, open_job
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course, Watch
+from fabe_ds.report.live import about, told_beside
 from fabe_ds.report.result import RunResult
 from fabe_ds.report.write import write_reports
 from fabe_ds.request import Request
+from fabe_ds.run_files import REPORT, beside
 from fabe_ds.store.finished import Finished
 from fabe_ds.store.journal import Journal
 from fabe_ds.store.layout import Layout
@@ -64,7 +66,9 @@ run.__signature__ = with_settings(run)  # type: ignore[attr-defined]
 def _run(config: RunConfig, course: Course) -> RunResult:
     course.started = time.monotonic()  # what is imported is no part of a run
     job = open_job(config)
-    with contextlib.closing(job.transform):
+    course.report = beside(job.destination.reports, REPORT)
+    about_it = about(job.shown.model_dump(include={"field", "input_path", "provider", "model"}))
+    with contextlib.closing(job.transform), told_beside(course.report, course, about_it):
         course.begin(LOADING, job.source.size)
         records = loaded(job, course.tick)
         # Only now: what is refused is said before what has merely no effect.

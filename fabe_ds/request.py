@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -159,6 +159,9 @@ LEFT_OUT = Outcome(message=NOT_CHOSEN)
 UNANSWERED = Outcome(kind="unanswered", message="not answered yet, and --offline asks nobody")
 
 
+LATEST_KEPT, LATEST_CHARACTERS = 8, 800
+
+
 @dataclass(slots=True)
 class Stats:
     """Counts of a run, in records but for `requests` and tokens. Read by the progress display."""
@@ -192,6 +195,21 @@ class Stats:
     """Answers by the time they took: those of up to 2**(n/4) seconds under n."""
     failures: Counter[str] = field(default_factory=Counter)
     """Failed records by class."""
+    messages: dict[str, str] = field(default_factory=dict)
+    """The message of the first failure of each class."""
+    latest: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=LATEST_KEPT))
+    """The beginnings of the last texts that were answered, and of the answers."""
+
+    def answered(self, before: str, after: str) -> None:
+        """Counts a new answer."""
+        self.done += 1
+        self.latest.append((before[:LATEST_CHARACTERS], after[:LATEST_CHARACTERS]))
+
+    def failed_as(self, kind: str, message: str) -> None:
+        """Counts a failure."""
+        self.failed += 1
+        self.failures[kind] += 1
+        self.messages.setdefault(kind, message)
 
     def took(self, seconds: float) -> None:
         self.latency[math.ceil(4 * math.log2(max(1e-3, seconds)))] += 1
@@ -201,6 +219,7 @@ class Stats:
         counts = {field.name: getattr(self, field.name) for field in fields(self)}
         # asdict spoils a Counter
         counts |= {"latency": dict(self.latency), "failures": dict(self.failures)}
+        counts |= {"messages": dict(self.messages), "latest": list(self.latest)}
         return {**counts, "notes": list(self.notes)}
 
     @property

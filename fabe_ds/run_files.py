@@ -31,6 +31,16 @@ def left_by_run(report: Path) -> Iterator[str]:
 REPORT, FAILURES, SAMPLES = LEFT_BEHIND
 
 
+def of_report(report: Path, name: str) -> Path:
+    """A file that stands beside the same output as a report."""
+    return report.with_name(f"{report.name.removesuffix('.run.json')}.{name}")
+
+
+def live_file(report: Path) -> Path:
+    """Where a run says how far it is, while it runs: a hidden file, which nobody reads as input."""
+    return report.with_name(f".{report.name.removesuffix('.run.json')}.live.json")
+
+
 DEFAULT_OUTPUT = Path("outputs")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,14 +46,24 @@ AsJson = Annotated[
 ]
 
 
-def _run(config: Path | None, quiet: bool, as_json: bool, **flags: Any) -> None:
-    settings, telling = settings_of(config, flags), Telling(quiet, as_json)
+Live = Annotated[
+    bool,
+    typer.Option(
+        "--live",
+        help="Serve the page of the run on this machine while it goes on.",
+        rich_help_panel="Execution",
+    ),
+]
+
+
+def _run(config: Path | None, quiet: bool, as_json: bool, live: bool, **flags: Any) -> None:
+    settings, telling = settings_of(config, flags), Telling(quiet, as_json, live)
     if not settings.dry_run:
         run_and_report(settings, telling)
     from fabe_ds.tools.dry_run import dry_run
 
     telling.begin(settings)
-    print_dry_run(dry_run(settings), *telling)
+    print_dry_run(dry_run(settings), quiet, as_json)
 
 
 def _preview(config: Path | None, number: int, **flags: Any) -> None:
@@ -78,7 +90,7 @@ def _flags(**more: tuple[Any, Any]) -> inspect.Signature:
 Number = Annotated[int, typer.Option("-n", help="How many records.", min=1)]
 _FLAGS = run_signature()
 _run.__signature__ = _flags(  # type: ignore[attr-defined]
-    quiet=(Quiet, False), as_json=(AsJson, False)
+    quiet=(Quiet, False), as_json=(AsJson, False), live=(Live, False)
 )
 app.command("run", cls=ValuedFlags, help="Rewrite a field of every record.")(_run)
 _preview.__signature__ = _flags(number=(Number, 5))  # type: ignore[attr-defined]
@@ -176,12 +188,13 @@ def retry(
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    live: Live = False,
 ) -> None:
     """Run a run again as it was: just its failed records are sent."""
     changes = {"resume": True, "offline": False, "retry_all": everything}
     settings = config_of(report, api_key).model_copy(update=changes)
     log_to_stderr(settings.log_level)
-    run_and_report(settings, Telling(quiet, as_json))
+    run_and_report(settings, Telling(quiet, as_json, live))
 
 
 @app.command("push")
@@ -226,8 +239,17 @@ def push(
 def report_page(
     report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
     output: Annotated[Path | None, typer.Option(help="The page.  \\[default: beside it]")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Serve the page while the run goes on, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(help="Of --follow.  \\[default: any]", show_default=False, min=0)
+    ] = 0,
 ) -> None:
     """Write a page about a run: counts, charts, failures, before and after."""
+    if follow:
+        _follow(report, port)
+        return
     from fabe_ds.report.page import write_page
 
     print(f"written: {write_page(report, output)}")
@@ -254,6 +276,17 @@ def docs(
         print("\nfabe-ds docs TOPIC shows one of them.")
     else:
         show(text_of(topic))
+
+
+def _follow(report: Path, port: int) -> None:
+    from fabe_ds.report.follower import Follower
+
+    if not report.name.endswith(".run.json") or not report.absolute().parent.is_dir():
+        raise UsageError(f"{report}: name where the run leaves its report (outputs.run.json)")
+    with contextlib.closing(Follower(lambda: report, port)) as follower:
+        print(f"following {report}: {follower.url} (Ctrl-C ends it)", flush=True)
+        while True:
+            time.sleep(1)
 
 
 app.add_typer(batch_app, name="batch")

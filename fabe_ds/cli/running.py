@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -23,6 +23,7 @@ from fabe_ds.errors import UsageError
 from fabe_ds.store.layout import Layout
 
 if TYPE_CHECKING:
+    from fabe_ds.report.course import Course, Watch
     from fabe_ds.report.result import RunResult
 
 
@@ -67,6 +68,8 @@ class Telling(NamedTuple):
     """Nothing but what went wrong."""
     json: bool = False
     """The summary as one JSON object on standard output, and nothing else there."""
+    live: bool = False
+    """The page of the run, served while it goes on."""
 
     def begin(self, settings: RunConfig) -> None:
         """Says no more than is wanted from now on. Raises: UsageError."""
@@ -104,7 +107,8 @@ def _run_and_print(settings: RunConfig, telling: Telling) -> tuple[RunResult, st
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     push = _push_of(settings)
-    result = run(settings, None if telling.quiet else watching, progress=not telling.quiet)
+    show = None if telling.quiet else watching
+    result = run(settings, _live(show) if telling.live else show, progress=not telling.quiet)
     if telling.quiet:
         print_failures(result)
     else:
@@ -118,6 +122,20 @@ def _run_and_print(settings: RunConfig, telling: Telling) -> tuple[RunResult, st
     if not telling.quiet:
         print(f"pushed: {place}")
     return result, place
+
+
+def _live(show: Watch | None) -> Watch:
+    """Serves the page of a run while it is shown as `show` does."""
+    from fabe_ds.report.follower import Follower
+
+    @contextlib.contextmanager
+    def watch(course: Course) -> Iterator[None]:
+        with contextlib.closing(Follower(lambda: course.report)) as follower:
+            print(f"live: {follower.url}", file=sys.stderr, flush=True)
+            with show(course) if show else contextlib.nullcontext():
+                yield
+
+    return watch
 
 
 def _push_of(settings: RunConfig) -> Callable[[RunResult], str] | None:

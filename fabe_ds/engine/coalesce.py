@@ -341,12 +341,11 @@ class Coalescer:
     def _settle(self, entry: Pending, outcome: Outcome) -> None:
         entry.outcome = outcome
         if outcome.kind is not None:
-            self.stats.failed += 1
-            self.stats.failures[outcome.kind] += 1
+            self.stats.failed_as(outcome.kind, outcome.message or "")
         elif outcome.cached:
             self.stats.cached += 1
         else:
-            self.stats.done += 1
+            self.stats.answered(outcome.original, outcome.text or "")
 
     def _give_key(self, entry: Pending) -> None:
         """The key; where tokens are sampled, equal requests are told apart by their number."""

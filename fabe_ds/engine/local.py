@@ -64,7 +64,7 @@ class LocalEngine:
         for item in items:
             answer = next(answers) if isinstance(item, Request) else item
             if isinstance(answer, Completion):
-                stats.done += 1
+                stats.answered(item.text if isinstance(item, Request) else "", answer.text)
                 yield Outcome(answer.text, answer)
             elif answer is None:
                 stats.skipped += 1

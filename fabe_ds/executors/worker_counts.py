@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def add_up(left: Iterable[Mapping[str, Any]], into: Stats) -> None:
                 read = int if field.name == "latency" else str
                 total.update({read(name): count for name, count in counts.items()})
             setattr(into, field.name, total)
+        elif field.name == "messages":
+            into.messages = {kind: text for told in reversed(values) for kind, text in told.items()}
+        elif field.name == "latest":
+            into.latest.clear()
+            # In turns, so that each process is seen.
+            turns = chain.from_iterable(zip_longest(*values))
+            into.latest.extend((pair[0], pair[1]) for pair in turns if pair is not None)
         else:
             setattr(into, field.name, sum(values))
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fabe_ds.pace import Pace
 from fabe_ds.request import Stats
@@ -29,6 +30,8 @@ class Course:
     """When the run began, on the monotonic clock."""
     history: list[Point] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
+    report: Path | None = None
+    """Where the run will leave its report, once that is known."""
 
     def begin(self, phase: str, total: int = 0) -> None:
         self.began = time.monotonic()

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import html
+import contextlib
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.diff import diff_lines
+from fabe_ds.diff import Line, diff_words
 from fabe_ds.errors import UsageError, first_line
 from fabe_ds.files import check_file_writable, replacing
+from fabe_ds.report.advice import HELPS
+from fabe_ds.report.charts import charts_of
+from fabe_ds.report.live import about
 from fabe_ds.report.result import read_lines
 from fabe_ds.report.run_report import RunReport, read_report
-from fabe_ds.run_files import FAILURES, SAMPLES
+from fabe_ds.report.summary import place_of_failure
+from fabe_ds.run_files import FAILURES, SAMPLES, of_report
+from fabe_ds.text import clock, encodable_value
 
-PAGE = Path(__file__).parent / "page.html.j2"
-SHOWN_FAILURES = 50  # of each class
-SHOWN_CHARACTERS = 2000
+FOLDER = Path(__file__).parent
+SHOWN_FAILURES, SHOWN_CHARACTERS = 50, 2000
+"""Of each class; of each text of a failure."""
+FAILURE_BYTES, SAMPLE_BYTES = 800_000, 1_600_000
+"""Most that failures and samples take of a page, which stays below 3 MB with its charts."""
 _TOLD = (
     *("record", "file", "line", "state", "failure", "message"),
     *("finish_reason", "prompt_tokens", "completion_tokens"),
 )
 """What a failure holds beside the record's own text and the answer to it."""
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 200, 52, 26
-FEWEST_PLACES = 8  # for bars
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A picture, and the same as rows of a table for those who cannot see it."""
-
-    title: str
-    svg: str
-    columns: tuple[str, str]
-    rows: list[tuple[str, str]]
 
 
 def write_page(report: Path, place: Path | None = None) -> Path:
@@ -46,11 +39,30 @@ def write_page(report: Path, place: Path | None = None) -> Path:
 
     Raises: UsageError where the report is not one.
     """
-    place = place or report.with_name(f"{report.name.removesuffix('.run.json')}.html")
+    place = place or of_report(report, "html")
     check_file_writable(place)
+    page = page_of(page_data(report))
+    with replacing(place) as file:
+        file.write(page.encode("utf-8", "backslashreplace"))
+    return place
+
+
+def page_of(data: Mapping[str, Any] | None) -> str:
+    """The page that shows this, or, of None, asks a server for it, again and again."""
+    shown = json.dumps(encodable_value(data), ensure_ascii=False, separators=(",", ":"))
+    # Nothing in a script's text ends the script, or begins a comment, but these.
+    shown = shown.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    page = (FOLDER / "page.html").read_text(encoding="utf-8")
+    for name in ("page.css", "page.js"):
+        page = page.replace(f"/* {name} */", (FOLDER / name).read_text(encoding="utf-8"))
+    return page.replace("/* data */", shown)
+
+
+def page_data(report: Path) -> dict[str, Any]:
+    """What the page of a finished run shows. Raises: UsageError."""
     run = read_report(report)
     try:
-        page = _page(run, report)
+        return _data(run, report)
     except UsageError:
         raise
     except Exception as error:  # of files that anything may have been done to
@@ -58,195 +70,143 @@ def write_page(report: Path, place: Path | None = None) -> Path:
         raise UsageError(
             f"{report}: not as a run leaves it, or a file beside it is not ({what})"
         ) from None
-    with replacing(place) as file:
-        file.write(page.encode("utf-8", "backslashreplace"))
-    return place
 
 
-def _page(run: RunReport, report: Path) -> str:
-    import jinja2
-
-    stem = report.name.removesuffix(".run.json")
+def _data(run: RunReport, report: Path) -> dict[str, Any]:
     failures, samples = (
-        read_lines(path) if (path := report.with_name(f"{stem}.{name}")).exists() else []
+        read_lines(path) if (path := of_report(report, name)).exists() else []
         for name in (FAILURES, SAMPLES)
     )
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
-        name=stem,
-        run=run,
-        tiles=_tiles(run),
-        charts=_charts(run),
-        failures=_by_class(failures),
-        samples=[
-            {**sample, "diff": diff_lines(sample["before"], sample["after"])} for sample in samples
-        ],
-        settings={
-            key: value for key, value in run.config.items() if value not in (None, "", [], {})
-        },
-    )
+    settings = {key: value for key, value in run.config.items() if value not in (None, "", [], {})}
+    classes = Counter(failure["failure"] for failure in failures)
+    return {
+        "name": report.name.removesuffix(".run.json"),
+        "about": f"{about(run.config)}; {run.ended}, fabe-ds {run.fabe_ds}",
+        "state": "finished",
+        "tiles": tiles(run),
+        "notes": run.notes,
+        "charts": charts_of(run),
+        "classes": classes_told(classes),
+        "failures": _shown_failures(failures, run),
+        "samples": samples_shown(samples),
+        "settings": [(key, _told(value)) for key, value in settings.items()],
+    }
 
 
-def _tiles(run: RunReport) -> list[tuple[str, str]]:
-    seconds, loading = max(run.seconds, 1e-9), run.loading
-    tiles = [
+def tiles(run: RunReport) -> list[tuple[str, str]]:
+    """The counts of a run: (name, number)."""
+    seconds = max(run.seconds, 1e-9)
+    shown = [
         ("records", f"{run.records:,}"),
         ("rewritten", f"{run.done:,}"),
         ("from cache", f"{run.cached:,}"),
         ("failed", f"{run.failed:,}"),
         ("skipped", f"{sum(run.skipped.values()):,}"),
-        ("time", _duration(seconds)),
-        ("records a second", f"{run.records / max(seconds - loading, 1e-9):,.1f}"),
+        ("time", clock(seconds) if seconds >= 60 else f"{seconds:.1f} s"),
+        ("records a second", f"{run.records / max(seconds - run.loading, 1e-9):,.1f}"),
         ("requests", f"{run.requests:,}"),
         *([("refusals", f"{run.refusals:,}")] if run.refusals else []),
         ("prompt tokens", f"{run.prompt_tokens:,}"),
         ("completion tokens", f"{run.completion_tokens:,}"),
     ]
     if run.cost:
-        tiles.append(("cost", f"{run.cost:,.2f}"))
-    return tiles
+        shown.append(("cost", f"{run.cost:,.2f}"))
+    return shown
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02}:{int(rest):02}" if hours or minutes else f"{rest:.1f} s"
+def classes_told(classes: Mapping[str, int]) -> list[tuple[str, int, str]]:
+    """Classes of failures, the most frequent first: (name, records, what helps)."""
+    order = sorted(classes.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [(kind, count, HELPS.get(kind, "run the same command again")) for kind, count in order]
 
 
-def _charts(run: RunReport) -> list[Chart]:
-    charts = []
-    points = run.history
-    rates = [
-        (b[0], (b[1] - a[1]) / (b[0] - a[0])) for a, b in pairwise(_spaced(points)) if b[0] > a[0]
+def samples_shown(samples: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Records before and after, word by word: as many, evenly spaced, as there is room for."""
+    shown = [
+        {
+            "where": sample["where"],
+            "change": len(sample["after"]) - len(sample["before"]),
+            "lines": [_packed(line) for line in diff_words(sample["before"], sample["after"])],
+        }
+        for sample in samples
     ]
-    if len(rates) > 1:
-        rows = [(f"{moment:.1f} s", f"{rate:.1f}") for moment, rate in rates]
-        title = "Throughput, records a second"
-        charts.append(Chart(title, _line(rates, title), ("time", "records a second"), rows))
-    charts += _flow_charts(points)
-    for title, counts, edge, unit in (
-        ("Latency of an answer", "latency", lambda n: 2 ** (n / 4), _seconds),
-        ("Prompt tokens of a record", "prompt_tokens_each", _whole, "{:,}".format),
-        ("Completion tokens of a record", "completion_tokens_each", _whole, "{:,}".format),
-    ):
-        if bars := [(unit(at), count) for at, count in _buckets(getattr(run, counts), edge)]:
-            rows = [(f"up to {at}", f"{count:,}") for at, count in bars]
-            charts.append(Chart(title, _bars(bars, title), ("size", "records"), rows))
-    return charts
+    size = sum(map(_size, shown))
+    return shown[:: -(-size // SAMPLE_BYTES) or 1]
 
 
-def _flow_charts(points: Sequence[Sequence[float]]) -> list[Chart]:
-    """How many requests were in flight, and how many the server refused, over a run's time."""
-    if not points or len(points[0]) < 7 or not any(point[4] for point in points):
-        return []
-    charts = []
-    spaced = _spaced(points)
-    for title, column, name in (
-        ("Requests that may be in flight", 4, "limit"),
-        ("Requests in flight", 5, "in flight"),
-    ):
-        values = [(point[0], point[column]) for point in spaced]
-        rows = [(f"{moment:.1f} s", f"{value:g}") for moment, value in values]
-        charts.append(Chart(title, _line(values, title), ("time", name), rows))
-    refusals = [(b[0], (b[6] - a[6]) / (b[0] - a[0])) for a, b in pairwise(spaced) if b[0] > a[0]]
-    if any(rate for _, rate in refusals):
-        title = "Refusals (too much at once), a second"
-        rows = [(f"{moment:.1f} s", f"{rate:.2f}") for moment, rate in refusals]
-        charts.append(Chart(title, _line(refusals, title), ("time", "refusals a second"), rows))
-    return charts
+def _packed(line: Line) -> tuple[str, list[str | list[str]]]:
+    """A line as the page reads it: its kind's first letter, and its pieces, those that changed as
+    lists of one."""
+    return line.kind[0], [[text] if changed else text for changed, text in line.pieces]
 
 
-def _whole(step: int) -> int:
-    return math.floor(2 ** (step / 4))
+def _size(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
-def _seconds(seconds: float) -> str:
-    return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{seconds:,.2g} s"
-
-
-def _spaced(points: Sequence[Sequence[float]], most: int = 80) -> list[Sequence[float]]:
-    return list(points[:: max(1, math.ceil(len(points) / most))])
-
-
-def _buckets(steps: dict[int, int], edge: Callable[[int], float]) -> list[tuple[float, int]]:
-    """Counts by the largest size that each holds, from the least to the most, empty ones too."""
-    if not steps:
-        return []
-    buckets: Counter[float] = Counter()
-    for step in range(min(steps), max(steps) + 1):
-        buckets[edge(step)] += steps.get(step, 0)
-    return list(buckets.items())
-
-
-def _frame(title: str, most: float, inner: str, ticks: list[tuple[float, str]]) -> str:
-    """An SVG with axes: `ticks` are places on the lower one, in parts of its length."""
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
-    for step in range(3):
-        y = _y(most * step / 2, most)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        label = f"{most * step / 2:,.3g}" if most < 1000 else f"{most * step / 2:,.0f}"
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="left">{label}</text>')
-    parts.append(inner)
-    for place, label in ticks:
-        x = LEFT + place * (WIDTH - LEFT)
-        anchor = "end" if place > 0.95 else "middle" if place > 0.05 else "start"
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{label}</text>')
-    return "".join([*parts, "</svg>"])
-
-
-def _y(value: float, most: float) -> float:
-    return 10 + (HEIGHT - BOTTOM - 10) * (1 - value / (most or 1))
-
-
-def _line(points: list[tuple[float, float]], title: str) -> str:
-    end, most = points[-1][0], max(rate for _, rate in points)
-    places = [
-        f"{LEFT + moment / end * (WIDTH - LEFT):.1f},{_y(rate, most):.1f}"
-        for moment, rate in points
-    ]
-    base = _y(0, most)
-    area = f'<polygon class="area" points="{LEFT},{base} {" ".join(places)} {WIDTH},{base}"/>'
-    line = f'<polyline class="line" points="{" ".join(places)}"/>'
-    ticks = [(part, _duration(end * part)) for part in (0, 0.25, 0.5, 0.75, 1)]
-    return _frame(title, most, area + line, ticks)
-
-
-def _bars(bars: list[tuple[str, int]], title: str) -> str:
-    most = max(count for _, count in bars)
-    places = max(len(bars), FEWEST_PLACES)  # a few bars are not made to fill the picture
-    wide = (WIDTH - LEFT) / places
-    drawn = [
-        f'<rect class="bar" x="{LEFT + n * wide + 1:.1f}" width="{max(1, wide - 2):.1f}" rx="2" '
-        f'y="{_y(count, most):.1f}" height="{_y(0, most) - _y(count, most):.1f}">'
-        f"<title>up to {edge}: {count:,}</title></rect>"
-        for n, (edge, count) in enumerate(bars)
-    ]
-    every = math.ceil(len(bars) / 8)
-    ticks = [((n + 0.5) / places, edge) for n, (edge, _) in enumerate(bars) if n % every == 0]
-    return _frame(title, most, "".join(drawn), ticks)
-
-
-def _by_class(failures: list[dict[str, Any]]) -> list[tuple[str, int, list[dict[str, Any]]]]:
-    classes: dict[str, list[dict[str, Any]]] = {}
+def _shown_failures(failures: list[dict[str, Any]], run: RunReport) -> list[dict[str, Any]]:
+    """Some failures of each class, the classes in turns, as far as there is room; by their places
+    in the input."""
+    by_class: dict[str, list[dict[str, Any]]] = {}
     for failure in failures:
-        classes.setdefault(failure["failure"], []).append(failure)
-    order = sorted(classes.items(), key=lambda pair: -len(pair[1]))
-    return [
-        (kind, len(found), [_shown(failure) for failure in found[:SHOWN_FAILURES]])
-        for kind, found in order
-    ]
+        kept = by_class.setdefault(failure["failure"], [])
+        if len(kept) < SHOWN_FAILURES:
+            kept.append(failure)
+    turns = [failure for each in zip_longest(*by_class.values()) for failure in each if failure]
+    lines = _input_lines(turns, run)
+    chosen, room = [], FAILURE_BYTES
+    for failure in turns:
+        shown = _shown(failure, lines.get(_place(failure)) or _field_alone(failure, run))
+        room -= _size(shown)
+        if room < 0:
+            break
+        chosen.append((failure["record"], shown))
+    return [shown for _, shown in sorted(chosen, key=lambda pair: pair[0])]
 
 
-def _shown(failure: dict[str, Any]) -> dict[str, Any]:
-    """What the page tells of a failed record: where, message, and (name, text) of what it holds."""
-    where = f"{failure['file']}:{failure['line']} " if "file" in failure else ""
+def _shown(failure: Mapping[str, Any], record: str) -> dict[str, Any]:
+    """What the page tells of a failed record; `record` is an input of it alone."""
     texts = [
-        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        (name, _told(value)[:SHOWN_CHARACTERS])
         for name, value in failure.items()
         if name not in _TOLD and value is not None
     ]
     return {
-        "where": f"{where}(record {failure['record']})" if where else f"record {failure['record']}",
+        "kind": failure["failure"],
+        "where": place_of_failure(failure) if "file" in failure else f"record {failure['record']}",
         "message": failure["message"],
-        "texts": [(name, text[:SHOWN_CHARACTERS]) for name, text in texts],
+        "texts": texts,
+        "input": record,
     }
+
+
+def _place(failure: Mapping[str, Any]) -> tuple[str, int]:
+    return str(failure.get("file", "")), int(failure.get("line") or 0)
+
+
+def _input_lines(failures: list[dict[str, Any]], run: RunReport) -> dict[tuple[str, int], str]:
+    """The lines of JSON-lines files that failed records stand in, as they are there now."""
+    wanted: dict[str, set[int]] = {}
+    for file, line in map(_place, failures):
+        if line and Path(file).suffix in (".jsonl", ".ndjson"):
+            wanted.setdefault(file, set()).add(line)
+    found = {}
+    for file, numbers in wanted.items():
+        path = Path(run.input) / file if Path(run.input).is_dir() else Path(run.input)
+        with contextlib.suppress(OSError, ValueError), path.open(encoding="utf-8") as lines:
+            for at, text in enumerate(islice(lines, max(numbers)), 1):
+                # What is long would be most of the page; the file has it.
+                if at in numbers and len(text) <= 2 * SHOWN_CHARACTERS:
+                    found[file, at] = text.strip()
+    return found
+
+
+def _field_alone(failure: Mapping[str, Any], run: RunReport) -> str:
+    """A record with nothing but the field, where the input is no JSON-lines file, or is gone."""
+    field = str(run.config["field"])
+    text = failure.get("text") or failure.get(field)
+    return json.dumps({field: text}, ensure_ascii=False) if isinstance(text, str) else ""
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,85 @@
+"""The file in which a run says how far it is, while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fabe_ds.report.course import Course
+from fabe_ds.report.progress import describe
+from fabe_ds.run_files import live_file
+from fabe_ds.scratch import scratch_in, unlink
+from fabe_ds.version import __version__
+
+SECONDS = 1.0
+POINTS = 80
+"""Moments of a run that its live file holds."""
+
+
+def about(config: Mapping[str, Any]) -> str:
+    """What is asked about, and who is asked."""
+    asked = f"{config['provider']} {config['model'] or ''}".strip()
+    return f"{config['field']} of {config['input_path']}, by {asked}"
+
+
+@contextlib.contextmanager
+def told_beside(report: Path, course: Course, asked: str) -> Iterator[None]:
+    """While the block runs, a hidden file beside the report says, once a second, how far the run
+    is. Where it cannot be written, nothing is said, and the run goes on."""
+    place, over = live_file(report), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(SECONDS):
+            with contextlib.suppress(OSError):
+                _write(place, _told(course, asked))
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        unlink(str(place))
+
+
+def _write(place: Path, told: dict[str, Any]) -> None:
+    """Not brought to the disk: what a crash leaves of it is of no use."""
+    scratch = scratch_in(place.parent)
+    try:
+        scratch.write_text(json.dumps(told), encoding="utf-8")
+        scratch.replace(place)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _told(course: Course, asked: str) -> dict[str, Any]:
+    stats, points = course.stats, list(course.history)
+    counts = stats.counts()
+    return {
+        "fabe_ds": __version__,
+        "pid": os.getpid(),
+        "about": asked,
+        "line": describe(course),
+        "done": stats.settled if course.stats.settled else course.done,
+        "total": course.total,
+        "seconds": time.monotonic() - course.started,
+        "counts": {
+            name: counts[name]
+            for name in ("done", "cached", "failed", "requests", "refusals", "loading", "cost")
+        },
+        "skipped": stats.skipped + stats.not_chosen,
+        "tokens": [stats.prompt_tokens, stats.completion_tokens],
+        "notes": counts["notes"],
+        "history": points[:: max(1, len(points) // POINTS)],
+        "latency": counts["latency"],
+        "failures": counts["failures"],
+        "messages": counts["messages"],
+        "latest": counts["latest"],
+    }
