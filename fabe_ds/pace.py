@@ -40,6 +40,10 @@ class Pace:
         while len(points) > 2 and points[1].moment <= point.moment - WINDOW_SECONDS:
             points.popleft()
 
+    def forget(self) -> None:
+        """Begins anew: what took time was nothing that answers take."""
+        self._points.clear()
+
     def rates(self, stats: Stats, seconds: float, now: float | None = None) -> tuple[float, float]:
         """Records and tokens a second: of the last minute, or, where nothing was answered in it, of
         all the `seconds` so far."""

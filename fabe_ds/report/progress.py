@@ -45,7 +45,9 @@ def watching(course: Course) -> Iterator[None]:
 def _pace(course: Course, over: threading.Event) -> None:
     """Notes the counts once a second, however seldom they are shown."""
     while not over.wait(STEP_SECONDS / 2):
-        if course.phase == ANSWERING and course.stats.state != LOADING_MODEL:
+        if course.stats.state == LOADING_MODEL:
+            course.pace.forget()
+        elif course.phase == ANSWERING:
             course.pace.note(course.stats)
 
 

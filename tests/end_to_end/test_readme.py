@@ -206,10 +206,23 @@ def test_the_table_of_surfaces_is_found():
 def test_the_demo():
     ended = subprocess.run([REPO / "scripts/demo.sh"], capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
-    assert "--- before\ndef f(l):" in ended.stdout
-    before, after = ended.stdout.split("--- after\n")
-    assert after.strip()
-    assert after.strip() not in before
+    topics, again, killed, resumed, page = re.split(r"\n\d\. ", ended.stdout)[1:]
+    assert "16 records: 16 rewritten" in topics
+    for sentence, topic in (
+        ("The coach left the club after seven defeats in a row.", "sports"),
+        ("Serve the curry with rice, lime and a spoon of yoghurt.", "food"),
+        ("Mortgage rates are at their lowest since 2019, brokers say.", "finance"),
+        ("Geologists dated the oldest known crystal to 4.4 billion years.", "science"),
+    ):
+        assert f"  {sentence}\n+ {topic}, " in topics
+    assert "the bytes they were: 16 of 16" in topics
+    assert "0 rewritten, 16 from cache" in again
+    kept = int(re.findall(r"answers on disk: (\d+)", killed)[0])
+    assert 0 < kept < 12
+    assert f"12 records: {12 - kept} rewritten, {kept} from cache" in resumed
+    assert "+ Return the area of a rectangle with width and height.\n" in resumed
+    assert "the bytes they were: 12 of 12" in resumed
+    assert "written: outputs/demo/functions.jsonl.html" in page
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (REPO / "configs").glob("*.yaml")))

@@ -25,7 +25,9 @@ async def behave(call):
     if number % 100 == 10:
         return completion(call, "cut", "length")
     more = "\n    # more" * (number % 7)
-    return completion(call, f"def f():\n    y = {number}\n    return y  # <script>alert(1)</script>{more}")
+    return completion(
+        call, f"def f():\n    y = {number}\n    return y  # <script>alert(1)</script>{more}"
+    )
 
 
 @pytest.fixture(scope="module")
