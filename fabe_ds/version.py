@@ -1,6 +1,6 @@
 """The package's version, and the version of what it does to a record."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TRANSFORM_VERSION = 4
 """Part of every fingerprint; raised when the same configuration would give other results."""
