@@ -23,17 +23,23 @@ class Line(NamedTuple):
     pieces: list[tuple[bool, str]]
 
 
-def diff_lines(before: str, after: str) -> list[tuple[Kind, str]]:
-    """Lines of both texts: (kind, line), the kind being same, gone or new."""
-    return [
-        (line.kind, "".join(text for _, text in line.pieces))
-        for line in _by_lines(before, after, words=False)
-    ]
+def diff_lines(before: str, after: str, in_place: bool = True) -> list[tuple[Kind, str]]:
+    """Lines of both texts: (kind, line), the kind being same, gone or new. `in_place`: whether one
+    takes the place of the other, or stands beside it."""
+    lines = _by_lines(before, after, words=False) if in_place else answered_lines(before, after)
+    return [(line.kind, "".join(text for _, text in line.pieces)) for line in lines]
 
 
 def diff_words(before: str, after: str) -> list[Line]:
     """Lines of both texts; in those that changed, words that changed stand apart."""
     return list(_by_lines(before, after, words=True))
+
+
+def answered_lines(text: str, answer: str) -> list[Line]:
+    """The lines of a text, and below them those of an answer that goes into a field of its own:
+    there is nothing in common to look for."""
+    below: list[tuple[Kind, str]] = [("same", text), ("new", answer)]
+    return [Line(kind, [(False, line)]) for kind, part in below for line in part.splitlines()]
 
 
 def _by_lines(before: str, after: str, words: bool) -> Iterator[Line]:

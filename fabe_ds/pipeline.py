@@ -20,7 +20,7 @@ from fabe_ds.formats.base import Records, Tick
 from fabe_ds.job import Job, open_job
 from fabe_ds.quiet import quiet_datasets
 from fabe_ds.report.course import ANSWERING, LOADING, WRITING, Course, Watch
-from fabe_ds.report.live import about, told_beside
+from fabe_ds.report.live import told_beside
 from fabe_ds.report.result import RunResult
 from fabe_ds.report.write import write_reports
 from fabe_ds.request import Request
@@ -67,8 +67,7 @@ def _run(config: RunConfig, course: Course) -> RunResult:
     course.started = time.monotonic()  # what is imported is no part of a run
     job = open_job(config)
     course.report = beside(job.destination.reports, REPORT)
-    about_it = about(job.shown.model_dump(include={"field", "input_path", "provider", "model"}))
-    with contextlib.closing(job.transform), told_beside(course.report, course, about_it):
+    with contextlib.closing(job.transform), told_beside(course.report, course, dict(job.shown)):
         course.begin(LOADING, job.source.size)
         records = loaded(job, course.tick)
         # Only now: what is refused is said before what has merely no effect.

@@ -54,12 +54,14 @@ def live_data(report: Path) -> dict[str, Any]:
             {"kind": kind, "where": "the first", "message": text, "texts": [], "input": ""}
             for kind, text in told["messages"].items()
         ],
-        "samples": samples_shown(latest),
+        "in_place": told["in_place"],
+        "samples": samples_shown(latest, told["in_place"]),
     }
 
 
 _EMPTY: dict[str, Any] = {
     "about": "",
+    "in_place": True,
     "tiles": [],
     "notes": [],
     "charts": [],

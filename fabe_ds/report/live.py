@@ -22,6 +22,11 @@ POINTS = 80
 """Moments of a run that its live file holds."""
 
 
+def in_place(config: Mapping[str, Any]) -> bool:
+    """Whether answers take the place of the texts that were asked about."""
+    return not config["output_fields"]
+
+
 def about(config: Mapping[str, Any]) -> str:
     """What is asked about, and who is asked."""
     asked = f"{config['provider']} {config['model'] or ''}".strip()
@@ -29,10 +34,11 @@ def about(config: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def told_beside(report: Path, course: Course, asked: str) -> Iterator[None]:
+def told_beside(report: Path, course: Course, config: Mapping[str, Any]) -> Iterator[None]:
     """While the block runs, a hidden file beside the report says, once a second, how far the run
     is. Where it cannot be written, nothing is said, and the run goes on."""
     place, over = live_file(report), threading.Event()
+    asked = {"about": about(config), "in_place": in_place(config)}
 
     def tell() -> None:
         while not over.wait(SECONDS):
@@ -59,13 +65,13 @@ def _write(place: Path, told: dict[str, Any]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _told(course: Course, asked: str) -> dict[str, Any]:
+def _told(course: Course, asked: Mapping[str, Any]) -> dict[str, Any]:
     stats, points = course.stats, list(course.history)
     counts = stats.counts()
     return {
         "fabe_ds": __version__,
         "pid": os.getpid(),
-        "about": asked,
+        **asked,
         "line": describe(course),
         "done": stats.settled if course.stats.settled else course.done,
         "total": course.total,

@@ -117,7 +117,7 @@ function samples() {
     place.replaceChildren(...found.slice(0, view.count).map(sample), ...(more ? [more] : []))
   }
   list()
-  return [element("h2", {}, live && shown.state === "running" ? "The latest answers" : "Before and after"), element("div", { cls: "tools" }, filter, order, beside), told, place]
+  return [element("h2", {}, live && shown.state === "running" ? "The latest answers" : shown.in_place ? "Before and after" : "Texts and answers"), element("div", { cls: "tools" }, filter, order, beside), told, place]
 }
 
 function text(sample) {
@@ -126,7 +126,6 @@ function text(sample) {
 }
 
 function sample(each) {
-  const change = each.change > 0 ? `+${each.change}` : String(each.change)
   const unfolded = view.open.has(each.where)
   const parts = folded(each.lines, unfolded)
   const body = element("div", { cls: "diff" })
@@ -135,7 +134,7 @@ function sample(each) {
     else if (view.beside) body.append(...columns(part))
     else body.append(...part.map(([kind, pieces]) => line(kind, pieces)))
   }
-  return element("section", { cls: "card sample", tabindex: "-1" }, element("div", { cls: "head" }, element("h3", {}, each.where), element("span", { cls: "soft" }, `${change} characters`)), body)
+  return element("section", { cls: "card sample", tabindex: "-1" }, element("div", { cls: "head" }, element("h3", {}, each.where), element("span", { cls: "soft" }, each.size)), body)
 }
 
 // Runs of lines, and in between how many unchanged ones are left out.

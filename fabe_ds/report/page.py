@@ -10,12 +10,12 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from fabe_ds.diff import Line, diff_words
+from fabe_ds.diff import Line, answered_lines, diff_words
 from fabe_ds.errors import UsageError, first_line
 from fabe_ds.files import check_file_writable, replacing
 from fabe_ds.report.advice import HELPS
 from fabe_ds.report.charts import charts_of
-from fabe_ds.report.live import about
+from fabe_ds.report.live import about, in_place
 from fabe_ds.report.result import read_lines
 from fabe_ds.report.run_report import RunReport, read_report
 from fabe_ds.report.summary import place_of_failure
@@ -83,12 +83,13 @@ def _data(run: RunReport, report: Path) -> dict[str, Any]:
         "name": report.name.removesuffix(".run.json"),
         "about": f"{about(run.config)}; {run.ended}, fabe-ds {run.fabe_ds}",
         "state": "finished",
+        "in_place": in_place(run.config),
         "tiles": tiles(run),
         "notes": run.notes,
         "charts": charts_of(run),
         "classes": classes_told(classes),
         "failures": _shown_failures(failures, run),
-        "samples": samples_shown(samples),
+        "samples": samples_shown(samples, in_place(run.config)),
         "settings": [(key, _told(value)) for key, value in settings.items()],
     }
 
@@ -120,18 +121,23 @@ def classes_told(classes: Mapping[str, int]) -> list[tuple[str, int, str]]:
     return [(kind, count, HELPS.get(kind, "run the same command again")) for kind, count in order]
 
 
-def samples_shown(samples: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Records before and after, word by word: as many, evenly spaced, as there is room for."""
-    shown = [
-        {
-            "where": sample["where"],
-            "change": len(sample["after"]) - len(sample["before"]),
-            "lines": [_packed(line) for line in diff_words(sample["before"], sample["after"])],
-        }
-        for sample in samples
-    ]
+def samples_shown(samples: Iterable[Mapping[str, str]], in_place: bool) -> list[dict[str, Any]]:
+    """Records before and after: as many, evenly spaced, as there is room for. `in_place`: answers
+    took the place of the texts, and are compared with them word by word."""
+    shown = [_sample(each["where"], each["before"], each["after"], in_place) for each in samples]
     size = sum(map(_size, shown))
     return shown[:: -(-size // SAMPLE_BYTES) or 1]
+
+
+def _sample(where: str, before: str, after: str, in_place: bool) -> dict[str, Any]:
+    lines = diff_words(before, after) if in_place else answered_lines(before, after)
+    change = len(after) - len(before) if in_place else len(after)
+    return {
+        "where": where,
+        "change": change,
+        "size": f"{change:+,} characters" if in_place else f"{change:,} characters",
+        "lines": [_packed(line) for line in lines],
+    }
 
 
 def _packed(line: Line) -> tuple[str, list[str | list[str]]]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import html
 import json
 from itertools import islice
-from pathlib import Path
 
 from fabe_ds.diff import diff_lines
 from fabe_ds.errors import UsageError
+from fabe_ds.report.live import in_place
 from fabe_ds.report.notebook import diff_html, link_html, table_html
 from fabe_ds.report.result import RunResult, read_lines
 from fabe_ds.report.run_report import read_report
 from fabe_ds.report.summary import Style, facts, place_of_failure
-from fabe_ds.run_files import SAMPLES
+from fabe_ds.run_files import SAMPLES, of_report
 
 COLOURS: dict[Style, str] = {
     "good": "color:#1a7f37",
@@ -28,12 +28,13 @@ SHOWN_SAMPLES, SHOWN_FAILURES, SHOWN_LINES = 3, 5, 30
 
 def result_html(result: RunResult) -> str:
     """Counts, failures with what helps, a few records before and after, and links."""
-    tokens = 0
+    tokens, compared = 0, True
     samples: list[dict[str, str]] = []
     if result.report is not None:
         try:
-            tokens = read_report(result.report).config["max_new_tokens"]
-            path = _beside(result.report, SAMPLES)
+            config = read_report(result.report).config
+            tokens, compared = config["max_new_tokens"], in_place(config)
+            path = of_report(result.report, SAMPLES)
             samples = read_lines(path) if path.exists() else []
         except UsageError:  # the files are gone; the counts are still here
             samples = []
@@ -44,13 +45,9 @@ def result_html(result: RunResult) -> str:
     parts = [f"<b>{result.records:,} records</b>", table_html((n, f"{v}</span>") for n, v in rows)]
     parts += _failures(result)
     for sample in islice(_spread(samples), SHOWN_SAMPLES):
-        lines = diff_lines(sample["before"], sample["after"])
+        lines = diff_lines(sample["before"], sample["after"], compared)
         parts.append(diff_html(sample["where"], lines[:SHOWN_LINES]))
     return f"<div>{''.join(parts)}</div>"
-
-
-def _beside(report: Path, name: str) -> Path:
-    return report.with_name(f"{report.name.removesuffix('.run.json')}.{name}")
 
 
 def _spread(samples: list[dict[str, str]]) -> list[dict[str, str]]:

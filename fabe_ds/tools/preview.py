@@ -60,6 +60,8 @@ class Shown(NamedTuple):
     """From 1."""
     request: Request
     outcome: Outcome
+    in_place: bool
+    """Whether the answer takes the place of the text."""
 
     def __str__(self) -> str:
         answer = self.outcome.completion
@@ -76,7 +78,7 @@ class Shown(NamedTuple):
         if self.outcome.text is None:
             return []
         before, after = self.request.text, self.outcome.text
-        return diff_lines(before[:SHOWN_CHARACTERS], after[:SHOWN_CHARACTERS])
+        return diff_lines(before[:SHOWN_CHARACTERS], after[:SHOWN_CHARACTERS], self.in_place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ def preview(config: RunConfig | None = None, count: int = 5, **options: Any) -> 
     finally:
         transform.close()
     seconds = time.monotonic() - started
-    shown = [Shown(*pair, outcome) for pair, outcome in zip(asked, outcomes, strict=False)]
+    in_place = not config.output_fields
+    shown = [Shown(*each, done, in_place) for each, done in zip(asked, outcomes, strict=False)]
     estimates = list(_estimates(config, outcomes, seconds, counts, transform.session.prices()[0]))
     return Preview(shown, seconds, counts, estimates, stopped)
 

@@ -18,7 +18,9 @@ from fabe_ds.version import __version__
 from tests.conftest import Box
 
 REPO = Path(__file__).parents[2]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".*cache*", "outputs*", "build", "dist", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".*cache*", "outputs*", "build", "dist", "*.egg-info"
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging"), pytest.mark.timeout(600)]
 
@@ -83,11 +85,19 @@ def test_the_wheel_runs_in_an_empty_environment(installed, tmp_path):
     assert "written: " in called(fabe, "report", "outputs.run.json", cwd=tmp_path)
     assert "run --input" in called(fabe)
     python = called(
-        installed / "python", "-c", "import fabe_ds; print(fabe_ds.run(input='data.jsonl').cached)", cwd=tmp_path
+        installed / "python",
+        "-c",
+        "import fabe_ds; print(fabe_ds.run(input='data.jsonl').cached)",
+        cwd=tmp_path,
     )
     assert python.strip() == "1"
     # Heavy libraries belong to extras.
-    assert called(installed / "python", "-c", "import importlib.util as u; print(u.find_spec('torch'))").strip() == "None"
+    assert (
+        called(
+            installed / "python", "-c", "import importlib.util as u; print(u.find_spec('torch'))"
+        ).strip()
+        == "None"
+    )
 
 
 def test_the_source_distribution_installs_too(dist, installed):
@@ -96,7 +106,15 @@ def test_the_source_distribution_installs_too(dist, installed):
         names = archive.getnames()
     assert f"fabe_ds-{__version__}/LICENSE" in names
     called(
-        *(installed / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"),
+        *(
+            installed / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--force-reinstall",
+        ),
         source,
     )
     assert called(installed / "fabe-ds", "docs", "flags").startswith("# Flags")
