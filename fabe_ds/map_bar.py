@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from fabe_ds.pace import Pace, counts_told
+from fabe_ds.repeating import repeating
 from fabe_ds.request import Stats
 
 SECONDS = 0.5
@@ -35,19 +35,11 @@ class MapBar:
         if bar is not self._bar:  # another map, whose counts begin at 0
             self._bar, self._pace, self._began = bar, Pace(), time.monotonic()
             self._before = Stats(**{name: getattr(stats(), name) for name in _COUNTS})
-        over = threading.Event()
-        thread = threading.Thread(target=self._follow, args=(stats, over), daemon=True)
-        thread.start()
         try:
-            yield
+            with repeating(lambda: self._tell(stats()), SECONDS):
+                yield
         finally:
-            over.set()
-            thread.join()
-
-    def _follow(self, stats: Callable[[], Stats], over: threading.Event) -> None:
-        while not over.wait(SECONDS):
             self._tell(stats())
-        self._tell(stats())
 
     def _tell(self, stats: Stats) -> None:
         counts = {name: getattr(stats, name) - getattr(self._before, name) for name in _COUNTS}

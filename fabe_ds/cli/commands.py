@@ -237,7 +237,7 @@ def push(
 
 @app.command("report")
 def report_page(
-    report: Annotated[Path, typer.Argument(help="The run's outputs.run.json.")],
+    report: Annotated[Path, typer.Argument(help="The run's report.")] = Path("outputs.run.json"),
     output: Annotated[Path | None, typer.Option(help="The page.  \\[default: beside it]")] = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Serve the page while the run goes on, until Ctrl-C.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -13,6 +12,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from fabe_ds.repeating import repeating
 from fabe_ds.request import Stats
 
 FOLDER = "FABE_DS_TALLY"
@@ -70,17 +70,8 @@ def gathered(folder: Path, into: Stats) -> Iterator[None]:
 @contextlib.contextmanager
 def followed(read: Callable[[], Iterable[Mapping[str, Any]]], into: Stats) -> Iterator[None]:
     """While the block runs, `into` is the sum of the counts that `read` gives."""
-    over = threading.Event()
-
-    def follow() -> None:
-        while not over.wait(SECONDS):
-            add_up(read(), into)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(lambda: add_up(read(), into), SECONDS):
+            yield
     finally:
-        over.set()
-        thread.join()
         add_up(read(), into)

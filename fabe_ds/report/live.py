@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fabe_ds.repeating import repeating
 from fabe_ds.report.course import Course
 from fabe_ds.report.progress import describe
 from fabe_ds.run_files import live_file
@@ -37,21 +37,17 @@ def about(config: Mapping[str, Any]) -> str:
 def told_beside(report: Path, course: Course, config: Mapping[str, Any]) -> Iterator[None]:
     """While the block runs, a hidden file beside the report says, once a second, how far the run
     is. Where it cannot be written, nothing is said, and the run goes on."""
-    place, over = live_file(report), threading.Event()
+    place = live_file(report)
     asked = {"about": about(config), "in_place": in_place(config)}
 
     def tell() -> None:
-        while not over.wait(SECONDS):
-            with contextlib.suppress(OSError):
-                _write(place, _told(course, asked))
+        with contextlib.suppress(OSError):
+            _write(place, _told(course, asked))
 
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(tell, SECONDS):
+            yield
     finally:
-        over.set()
-        thread.join()
         unlink(str(place))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fabe_ds.engine.local import LOADING as LOADING_MODEL
 from fabe_ds.pace import STEP_SECONDS, counts_told
+from fabe_ds.repeating import repeating
 from fabe_ds.report.advice import often_failing
 from fabe_ds.report.course import ANSWERING, LOADING, Course
 from fabe_ds.report.notebook import Shown, bar_html, in_notebook
@@ -29,26 +30,22 @@ def watching(course: Course) -> Iterator[None]:
     line of the log now and then elsewhere."""
     over = threading.Event()
     show = _bar if sys.stderr.isatty() else _notebook_bar if in_notebook() else _lines
-    threads = [
-        threading.Thread(target=work, args=(course, over), daemon=True) for work in (show, _pace)
-    ]
-    for thread in threads:
-        thread.start()
+    thread = threading.Thread(target=show, args=(course, over), daemon=True)
+    thread.start()
     try:
-        yield
+        with repeating(lambda: _note(course), STEP_SECONDS / 2):
+            yield
     finally:
         over.set()
-        for thread in threads:
-            thread.join()
+        thread.join()
 
 
-def _pace(course: Course, over: threading.Event) -> None:
-    """Notes the counts once a second, however seldom they are shown."""
-    while not over.wait(STEP_SECONDS / 2):
-        if course.stats.state == LOADING_MODEL:
-            course.pace.forget()
-        elif course.phase == ANSWERING:
-            course.pace.note(course.stats)
+def _note(course: Course) -> None:
+    """Notes the counts, however seldom they are shown."""
+    if course.stats.state == LOADING_MODEL:
+        course.pace.forget()
+    elif course.phase == ANSWERING:
+        course.pace.note(course.stats)
 
 
 def describe(course: Course) -> str:
