@@ -63,6 +63,14 @@ class RunResult:
         assert self.report is not None
         return written_records(read_report(self.report))
 
+    def page(self, place: str | Path | None = None) -> Path:
+        """Writes the page about the run (`fabe-ds report`), by default beside its report, and gives
+        its path. Raises: UsageError."""
+        from fabe_ds.report.page import write_page
+
+        assert self.report is not None
+        return write_page(self.report, None if place is None else Path(place))
+
     def _repr_html_(self) -> str:
         """What a notebook shows: counts, failures and what helps, some records before and after,
         and where it all is."""
