@@ -12,10 +12,15 @@ from itertools import accumulate
 
 from fabe_ds.request import Completion
 
+LEAST = 1e-4
+"""The least probability that is told. A model that is held to the choices by a grammar may have
+wanted to say something else altogether: llama.cpp tells the probabilities from before its grammar,
+which say nothing of how sure the model is among the choices."""
+
 
 def confidence(completion: Completion, value: str) -> float | None:
     """The probability, from 0 to 1, that the model gave to `value`: a choice, or a text that stands
-    in its answer. None where the server told no probabilities."""
+    in its answer. None where the server told no probabilities, or none that a choice can have."""
     if completion.logprobs is None:
         return None
     logprobs = json.loads(completion.logprobs)
@@ -31,4 +36,5 @@ def confidence(completion: Completion, value: str) -> float | None:
     for (token, logprob), token_end in zip(logprobs, ends, strict=True):
         if token_end > start and token_end - len(token) < end:
             total += logprob
-    return min(1.0, math.exp(total))
+    probability = min(1.0, math.exp(total))
+    return probability if probability >= LEAST else None

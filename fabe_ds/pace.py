@@ -54,7 +54,9 @@ class Pace:
             if span >= STEP_SECONDS and last.asked > first.asked:
                 return (last.asked - first.asked) / span, (last.tokens - first.tokens) / span
         seconds = max(seconds, 1e-9)
-        return (last.asked or last.cached) / seconds, last.tokens / seconds
+        is_waiting = not last.asked and (stats.requests or stats.in_flight)
+        counted = 0 if is_waiting else last.asked or last.cached
+        return counted / seconds, last.tokens / seconds
 
     def share_asked(self, stats: Stats, now: float | None = None) -> float:
         """Share of the records, from 0 to 1, that a model is asked about: the mean over the steps
@@ -89,7 +91,8 @@ def counts_told(stats: Stats, pace: Pace, total: int, seconds: float) -> str:
     for name in ("cached", "failed", "skipped"):
         if count := getattr(stats, name):
             parts.append(f"{count} {name}")
-    parts.append(f"{rate:.1f} records/s")
+    if rate or not stats.cached:
+        parts.append(f"{rate:.1f} records/s")
     if token_rate:
         parts.append(f"{token_rate:.0f} tokens/s")
     left = pace.left(total - stats.settled, stats, seconds)

@@ -36,9 +36,12 @@ def of_report(report: Path, name: str) -> Path:
     return report.with_name(f"{report.name.removesuffix('.run.json')}.{name}")
 
 
+LIVE_SUFFIX = ".live.json"
+
+
 def live_file(report: Path) -> Path:
     """Where a run says how far it is, while it runs: a hidden file, which nobody reads as input."""
-    return report.with_name(f".{report.name.removesuffix('.run.json')}.live.json")
+    return report.with_name(f".{report.name.removesuffix('.run.json')}{LIVE_SUFFIX}")
 
 
 DEFAULT_OUTPUT = Path("outputs")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +13,8 @@ from fabe_ds.cli.batch import batch_app
 from fabe_ds.cli.cache import cache_app
 from fabe_ds.cli.display import print_dry_run, print_preview, print_tuned
 from fabe_ds.cli.flags import ValuedFlags, run_signature
-from fabe_ds.cli.running import Telling, config_of, run_and_report, settings_of
-from fabe_ds.cli.terminal import log_to_stderr
+from fabe_ds.cli.running import Telling, config_of, errors_as_json, run_and_report, settings_of
+from fabe_ds.cli.terminal import ended_by_signal, log_to_stderr
 from fabe_ds.config.load import read_config
 from fabe_ds.errors import RunStopped, UsageError
 
@@ -57,13 +56,15 @@ Live = Annotated[
 
 
 def _run(config: Path | None, quiet: bool, as_json: bool, live: bool, **flags: Any) -> None:
-    settings, telling = settings_of(config, flags), Telling(quiet, as_json, live)
-    if not settings.dry_run:
-        run_and_report(settings, telling)
-    from fabe_ds.tools.dry_run import dry_run
+    telling = Telling(quiet, as_json, live)
+    with errors_as_json(as_json):
+        settings = settings_of(config, flags)
+        if not settings.dry_run:
+            run_and_report(settings, telling)
+        from fabe_ds.tools.dry_run import dry_run
 
-    telling.begin(settings)
-    print_dry_run(dry_run(settings), quiet, as_json)
+        telling.begin(settings)
+        print_dry_run(dry_run(settings), quiet, as_json)
 
 
 def _preview(config: Path | None, number: int, **flags: Any) -> None:
@@ -192,9 +193,10 @@ def retry(
 ) -> None:
     """Run a run again as it was: just its failed records are sent."""
     changes = {"resume": True, "offline": False, "retry_all": everything}
-    settings = config_of(report, api_key).model_copy(update=changes)
-    log_to_stderr(settings.log_level)
-    run_and_report(settings, Telling(quiet, as_json, live))
+    with errors_as_json(as_json):
+        settings = config_of(report, api_key).model_copy(update=changes)
+        log_to_stderr(settings.log_level)
+        run_and_report(settings, Telling(quiet, as_json, live))
 
 
 @app.command("push")
@@ -243,7 +245,8 @@ def report_page(
         bool, typer.Option("--follow", help="Serve the page while the run goes on, until Ctrl-C.")
     ] = False,
     port: Annotated[
-        int, typer.Option(help="Of --follow.  \\[default: any]", show_default=False, min=0)
+        int,
+        typer.Option(help="Of --follow.  \\[default: any]", show_default=False, min=0, max=65535),
     ] = 0,
 ) -> None:
     """Write a page about a run: counts, charts, failures, before and after."""
@@ -283,10 +286,9 @@ def _follow(report: Path, port: int) -> None:
 
     if not report.name.endswith(".run.json") or not report.absolute().parent.is_dir():
         raise UsageError(f"{report}: name where the run leaves its report (outputs.run.json)")
-    with contextlib.closing(Follower(lambda: report, port)) as follower:
+    with contextlib.closing(Follower(lambda: report, port)) as follower, ended_by_signal() as over:
         print(f"following {report}: {follower.url} (Ctrl-C ends it)", flush=True)
-        while True:
-            time.sleep(1)
+        over.wait()
 
 
 app.add_typer(batch_app, name="batch")

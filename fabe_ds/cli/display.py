@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -133,7 +132,7 @@ def _print_panel(result: RunResult, settings: RunConfig, url: str | None) -> Non
         Panel(grid, title=title, title_align="left", border_style=edge, expand=False)
     )
     if result.report is not None:
-        print(f"a page about it: fabe-ds report {shlex.quote(str(from_here(result.report)))}")
+        print(f"a page about it: fabe-ds report {summary.report_name(result)}")
 
 
 def _print_lines(result: RunResult, settings: RunConfig, url: str | None) -> None:
@@ -149,14 +148,17 @@ def _print_lines(result: RunResult, settings: RunConfig, url: str | None) -> Non
     if result.requests:
         cost = f", cost {result.cost:.4f}" if result.cost else ""
         sent, told = summary.requests(result).split(" ", 1)
-        print(f"{sent} requests {told}, {summary.tokens(result)} tokens{cost}")
+        print(f"{sent} requests {told}, {summary.tokens(result)}{cost}")
     if result.failed and result.failures_file is not None:
         print(
             f"failed {result.failed} ({summary.counts(result.failures_by_kind)}): "
             f"{result.failures_file}"
         )
         print(f"the first: {summary.first_failure(result.failures_file)}")
-        for line in what_helps(result.failures_by_kind, settings.max_new_tokens):
+        helps = what_helps(
+            result.failures_by_kind, settings.max_new_tokens, summary.report_name(result)
+        )
+        for line in helps:
             print(line)
     if len(result.answered_by) > 1:
         print(f"answered by: {summary.answered_by(result)}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -19,7 +21,7 @@ from fabe_ds.cli.display import print_failures, print_summary
 from fabe_ds.cli.terminal import log_to_stderr
 from fabe_ds.config.load import read_config, validated
 from fabe_ds.config.settings import STANDARD, RunConfig, flag
-from fabe_ds.errors import UsageError
+from fabe_ds.errors import INTERRUPTED, FabeError, UsageError
 from fabe_ds.store.layout import Layout
 
 if TYPE_CHECKING:
@@ -84,21 +86,57 @@ def run_and_report(settings: RunConfig, telling: Telling) -> NoReturn:
 
     telling.begin(settings)
     if settings.output_path != STANDARD and not telling.json:
-        raise typer.Exit(_run_and_print(settings, telling)[0].exit_code)
+        result, _, error = _run_and_print(settings, telling)
+        if error is not None:
+            raise error
+        raise typer.Exit(result.exit_code)
     # Standard output is for records alone, or for the summary.
     with contextlib.redirect_stdout(sys.stderr):
-        result, pushed = _run_and_print(settings, telling)
+        result, pushed, error = _run_and_print(settings, telling)
     if telling.json:
         from fabe_ds.report.summary import as_json
 
-        print(as_json(result, pushed=pushed))
+        print(as_json(result, pushed=pushed, **({} if error is None else told_as_json(error))))
     else:
         copy_to(sys.stdout.buffer, result.outputs)
+    if error is not None:
+        raise AlreadyTold(error)
     raise typer.Exit(result.exit_code)
 
 
-def _run_and_print(settings: RunConfig, telling: Telling) -> tuple[RunResult, str | None]:
-    """The result, and where it was pushed to."""
+class AlreadyTold(Exception):
+    """An error of which standard output has the JSON."""
+
+    def __init__(self, error: FabeError) -> None:
+        self.error = error
+
+
+def told_as_json(error: FabeError) -> dict[str, Any]:
+    """What --json says of an error, beside the line on standard error."""
+    return {"error": str(error), "exit_code": error.exit_code}
+
+
+@contextlib.contextmanager
+def errors_as_json(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, prints one JSON object of an error that ends the block too."""
+    try:
+        yield
+    except AlreadyTold as told:
+        raise told.error from None
+    except FabeError as error:
+        if wanted:
+            print(json.dumps(told_as_json(error)))
+        raise
+    except KeyboardInterrupt:
+        if wanted:
+            print(json.dumps({"error": "stopped", "exit_code": INTERRUPTED}))
+        raise
+
+
+def _run_and_print(
+    settings: RunConfig, telling: Telling
+) -> tuple[RunResult, str | None, FabeError | None]:
+    """The result, where it was pushed to, and why it could not be."""
     from fabe_ds.pipeline import run
     from fabe_ds.report.progress import watching
 
@@ -114,14 +152,17 @@ def _run_and_print(settings: RunConfig, telling: Telling) -> tuple[RunResult, st
     else:
         print_summary(result, settings)
     if push is None:
-        return result, None
+        return result, None, None
     if result.failed and not settings.force:
         print("not pushed: records failed (--force pushes all the same)", file=sys.stderr)
-        return result, None
-    place = push(result)
+        return result, None, None
+    try:
+        place = push(result)
+    except FabeError as error:
+        return result, None, error
     if not telling.quiet:
         print(f"pushed: {place}")
-    return result, place
+    return result, place, None
 
 
 def _live(show: Watch | None) -> Watch:
@@ -130,7 +171,7 @@ def _live(show: Watch | None) -> Watch:
 
     @contextlib.contextmanager
     def watch(course: Course) -> Iterator[None]:
-        with contextlib.closing(Follower(lambda: course.report)) as follower:
+        with contextlib.closing(Follower(lambda: course.report, since=time.time())) as follower:
             print(f"live: {follower.url}", file=sys.stderr, flush=True)
             with show(course) if show else contextlib.nullcontext():
                 yield

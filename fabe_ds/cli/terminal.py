@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import TextIO
@@ -54,7 +55,7 @@ def terminating() -> Iterator[None]:
 
     def interrupt(number: int, frame: object) -> None:
         for either in before:
-            signal.signal(either, lambda *_: os._exit(INTERRUPTED))
+            signal.signal(either, _drop)
         print("stopping: waiting for what is on its way (again to drop it)", file=sys.stderr)
         raise KeyboardInterrupt
 
@@ -64,6 +65,27 @@ def terminating() -> Iterator[None]:
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _drop(*_: object) -> None:
+    """Ends at once; a bar may have hidden the cursor."""
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), b"\x1b[?25h\n")
+    os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def ended_by_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets while the block runs, in which nothing is lost."""
+    over = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: over.set()) for number in numbers}
+    try:
+        yield over
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

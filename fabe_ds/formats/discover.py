@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 from fabe_ds import compression
 from fabe_ds.errors import InputError, UsageError, reason
 from fabe_ds.files import digest
-from fabe_ds.run_files import left_by_run
+from fabe_ds.run_files import LIVE_SUFFIX, left_by_run
 from fabe_ds.text import listed, shown_name
 
 log = logging.getLogger(__name__)
@@ -114,6 +114,8 @@ def walk(root: Path, globs: Sequence[str] = (), exclude: Sequence[Path] = ()) ->
             place = os.path.realpath(entry.path) if link else f"{real}/{entry.name}"
             if place in skipped or (link and any(_is_below(place, path) for path in skipped)):
                 continue
+            if entry.name.startswith(".") and entry.name.endswith(LIVE_SUFFIX):
+                continue  # of a run of ours, which goes on or was killed
             if not globs and entry.name.startswith("."):
                 found.hidden.append(name)
             elif _is_folder(entry):

@@ -13,14 +13,14 @@ HELPS = {
     "empty": "empty, or nothing but reasoning: raise --max-new-tokens, or ask without thinking",
     "context": "too long for the model's context: shorten them, or give the server a longer one",
     "refused": "refused for what they say: another model or instruction",
-    "invalid": "not what --validate asks for: another instruction or model",
-    "unfinished": "with a finish reason that is not known: see the first one's message",
+    "invalid": "not what was asked for (--validate, --choices, ...): another instruction or model",
+    "unfinished": "with a finish reason that is not known: see their messages in the failures file",
     "tool call": "calls of tools: another instruction or model",
     "fences": "of several code blocks: --fences first, last or longest",
     "proxy": "cut by a proxy: --stream, or fewer --max-new-tokens",
-    "check": "on which --validate's own check raised: see the first one's message",
-    "prompt": "not to be put into the template: see the first one's message",
-    "rejected": "refused by the server: see the first one's message",
+    "check": "on which --validate's own check raised: see their messages in the failures file",
+    "prompt": "not to be put into the template: see their messages in the failures file",
+    "rejected": "refused by the server: see their messages in the failures file",
 }
 
 
@@ -32,7 +32,9 @@ def often_failing(failures: Mapping[str, int], records: int) -> str:
     return f"{count} of {records} {HELPS[kind]}"
 
 
-def what_helps(failures: Mapping[str, int], max_new_tokens: int) -> list[str]:
+def what_helps(
+    failures: Mapping[str, int], max_new_tokens: int, report: str = "outputs.run.json"
+) -> list[str]:
     """A line for each class of failures that running again does not cure, and one for those that
     it may."""
     lines = []
@@ -50,5 +52,5 @@ def what_helps(failures: Mapping[str, int], max_new_tokens: int) -> list[str]:
     elif passing:
         lines.append(f"run the same command again to send the other {passing}")
     if any(kind in LASTING for kind in failures):
-        lines.append("fabe-ds retry --all asks for all of them again")
+        lines.append(f"fabe-ds retry {report} --all asks for all of them again")
     return lines

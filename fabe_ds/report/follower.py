@@ -22,41 +22,76 @@ from fabe_ds.run_files import live_file, of_report
 HOST = "127.0.0.1"
 
 
-def live_data(report: Path) -> dict[str, Any]:
-    """What the page of a run shows: of one that goes on, or was killed, what its live file says;
-    else what it has left. Raises: UsageError."""
-    name = of_report(report, "x").stem
-    try:
-        told = json.loads(live_file(report).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        if report.exists():
-            return page_data(report)
+class Watched:
+    """What there is to see of one run: what its live file says while it goes on; when that is gone,
+    the report, if it is of this run, or else the last that was seen."""
+
+    def __init__(self, report: Path, since: float = 0.0) -> None:
+        """`since`: seconds since the epoch; a report that is older is of an earlier run."""
+        self._report, self._since = report, since
+        self._name = of_report(report, "x").stem
+        self._last: dict[str, Any] | None = None
+
+    def data(self) -> dict[str, Any]:
+        """What the page shows. Raises: UsageError."""
+        live = live_file(self._report)
+        try:
+            told = json.loads(live.read_text(encoding="utf-8"))
+            is_there = _is_fresh(live) or _is_alive(told["pid"])
+            shown = self._shown(told)
+        except OSError:
+            return self._ended()
+        except (ValueError, KeyError, TypeError, AttributeError):  # not as a run writes it
+            return self._ended()
+        if not is_there:
+            return _stopped(shown, "killed")
+        self._since, self._last = told["began"], shown
+        return shown
+
+    def _ended(self) -> dict[str, Any]:
+        try:
+            # The clock of file systems is a little coarse.
+            is_new = self._report.stat().st_mtime >= self._since - 0.01
+        except OSError:
+            is_new = False
+        if is_new:
+            return page_data(self._report)
+        if self._last is not None:
+            return _stopped(self._last, "stopped")
         waiting = {"done": 0, "total": 0, "line": "waiting for the run to begin"}
-        return {**_EMPTY, "name": name, "state": "waiting", "progress": waiting}
-    is_there = _is_fresh(live_file(report)) or _is_alive(told["pid"])
-    line = told["line"] if is_there else f"the run was killed at: {told['line']}; start it again"
-    run = _as_report(told)
-    latest = [
-        {"where": f"answer {number}", "before": before, "after": after}
-        for number, (before, after) in enumerate(reversed(told["latest"]), 1)
-    ]
-    return {
-        **_EMPTY,
-        "name": name,
-        "about": told["about"],
-        "state": "running" if is_there else "killed",
-        "progress": {"done": told["done"], "total": told["total"], "line": line},
-        "tiles": tiles(run),
-        "notes": told["notes"],
-        "charts": charts_of(run),
-        "classes": classes_told(told["failures"]),
-        "failures": [
+        return {**_EMPTY, "name": self._name, "state": "waiting", "progress": waiting}
+
+    def _shown(self, told: dict[str, Any]) -> dict[str, Any]:
+        run = _as_report(told)
+        latest = [
+            {"where": f"answer {number}", "before": before, "after": after}
+            for number, (before, after) in enumerate(reversed(told["latest"]), 1)
+        ]
+        first = [
             {"kind": kind, "where": "the first", "message": text, "texts": [], "input": ""}
             for kind, text in told["messages"].items()
-        ],
-        "in_place": told["in_place"],
-        "samples": samples_shown(latest, told["in_place"]),
-    }
+        ]
+        return {
+            **_EMPTY,
+            "name": self._name,
+            "about": told["about"],
+            "state": "running",
+            "progress": {name: told[name] for name in ("done", "total", "line")},
+            "tiles": tiles(run),
+            "notes": told["notes"],
+            "charts": charts_of(run),
+            "classes": classes_told(told["failures"]),
+            "failures": first,
+            "in_place": told["in_place"],
+            "samples": samples_shown(latest, told["in_place"]),
+        }
+
+
+def _stopped(shown: dict[str, Any], how: str) -> dict[str, Any]:
+    """The same of a run that did not come to its end."""
+    progress = shown["progress"]
+    line = f"{how} at {progress['line']}; run it again to go on"
+    return {**shown, "state": how, "progress": {**progress, "line": line}}
 
 
 _EMPTY: dict[str, Any] = {
@@ -112,10 +147,12 @@ def _is_alive(pid: int) -> bool:
 class Follower:
     """Serves the page of a run on this machine alone, until it is closed."""
 
-    def __init__(self, report: Callable[[], Path | None], port: int = 0) -> None:
+    def __init__(self, report: Callable[[], Path | None], port: int = 0, since: float = 0) -> None:
         """`report` is where the run leaves its report, once that is known; `port` 0 is any that is
-        free. Raises: UsageError where the port is taken."""
-        self._report = report
+        free; of `since`, see `Watched`. Raises: UsageError where the port is taken."""
+        self._report, self._since = report, since
+        self._watched: Watched | None = None
+        self._is_over = False
         follower = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -146,16 +183,23 @@ class Follower:
         if path == "/":
             self._send(request, "text/html", page_of(None))
             return
-        self._asked = time.monotonic()
-        report = self._report()
+        self._asked, was_over = time.monotonic(), self._is_over
         try:
-            data = live_data(report) if report is not None else _waiting()
+            data = self._data()
         except UsageError as error:
             line = {"done": 0, "total": 0, "line": str(error)}
             data = {**_EMPTY, "name": "fabe-ds", "state": "gone", "progress": line}
         self._send(request, "application/json", json.dumps(data))
-        if data["state"] == "finished":
+        if was_over:
             self._told_end.set()
+
+    def _data(self) -> dict[str, Any]:
+        report = self._report()
+        if report is None:
+            return _waiting()
+        if self._watched is None:
+            self._watched = Watched(report, self._since)
+        return self._watched.data()
 
     def _send(self, request: BaseHTTPRequestHandler, kind: str, text: str) -> None:
         body = text.encode("utf-8", "backslashreplace")
@@ -169,6 +213,7 @@ class Follower:
 
     def close(self) -> None:
         """Ends; a page that is open is first told how the run has ended."""
+        self._is_over = True
         if self._asked and time.monotonic() - self._asked < 3 * SECONDS:
             self._told_end.wait(3 * SECONDS)
         self._server.shutdown()

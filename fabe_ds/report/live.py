@@ -38,7 +38,7 @@ def told_beside(report: Path, course: Course, config: Mapping[str, Any]) -> Iter
     """While the block runs, a hidden file beside the report says, once a second, how far the run
     is. Where it cannot be written, nothing is said, and the run goes on."""
     place = live_file(report)
-    asked = {"about": about(config), "in_place": in_place(config)}
+    asked = {"about": about(config), "in_place": in_place(config), "began": time.time()}
 
     def tell() -> None:
         with contextlib.suppress(OSError):

@@ -262,7 +262,7 @@ async function follow() {
         last = answer
       }
     } catch {
-      if (!shown || shown.state === "finished") return
+      if (!shown || shown.state === "finished" || shown.state === "stopped") return
       if (shown.state !== "gone") {
         shown.state = "gone"
         shown.progress.line = "what followed the run has ended; `fabe-ds report` makes the page of it"

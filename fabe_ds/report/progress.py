@@ -103,7 +103,8 @@ def _notebook_bar(course: Course, over: threading.Event) -> None:
     while not over.wait(NOTEBOOK_SECONDS):
         bar.show(bar_html(describe(course), *_reached(course)))
     # It stays in the notebook, and says how far the run came.
-    bar.show(bar_html(_final(course), *_reached(course)))
+    done, total = _reached(course)
+    bar.show(bar_html(_final(course), done, total or 1))
 
 
 def _final(course: Course) -> str:

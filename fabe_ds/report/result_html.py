@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 from itertools import islice
@@ -36,17 +37,20 @@ def result_html(result: RunResult) -> str:
             tokens, compared = config["max_new_tokens"], in_place(config)
             path = of_report(result.report, SAMPLES)
             samples = read_lines(path) if path.exists() else []
-        except UsageError:  # the files are gone; the counts are still here
+        except UsageError:  # gone, or damaged since; the counts are still here
             samples = []
     rows = [
         (fact.name, f'<span style="{COLOURS[fact.style]}">{_linked(fact.name, fact.text, result)}')
         for fact in facts(result, tokens)
     ]
     parts = [f"<b>{result.records:,} records</b>", table_html((n, f"{v}</span>") for n, v in rows)]
-    parts += _failures(result)
-    for sample in islice(_spread(samples), SHOWN_SAMPLES):
-        lines = diff_lines(sample["before"], sample["after"], compared)
-        parts.append(diff_html(sample["where"], lines[:SHOWN_LINES]))
+    # What anything may have been done to since.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        parts += _failures(result)
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        for sample in islice(_spread(samples), SHOWN_SAMPLES):
+            lines = diff_lines(sample["before"], sample["after"], compared)
+            parts.append(diff_html(sample["where"], lines[:SHOWN_LINES]))
     return f"<div>{''.join(parts)}</div>"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -34,9 +35,9 @@ def facts(result: RunResult, max_new_tokens: int, url: str | None = None) -> Ite
         yield Fact("from cache", f"{result.cached:,}", "known")
     if result.failed:
         yield Fact("failed", f"{result.failed:,} ({counts(result.failures_by_kind)})", "bad")
-        if result.failures_file is not None:
-            yield Fact("", f"first: {first_failure(result.failures_file)}", "bad")
-        for line in what_helps(result.failures_by_kind, max_new_tokens):
+        if first := first_failure(result.failures_file):
+            yield Fact("", f"first: {first}", "bad")
+        for line in what_helps(result.failures_by_kind, max_new_tokens, report_name(result)):
             yield Fact("", line, "advice")
     if result.skipped:
         skipped = f"{sum(result.skipped.values()):,} ({counts(result.skipped)})"
@@ -61,6 +62,13 @@ def facts(result: RunResult, max_new_tokens: int, url: str | None = None) -> Ite
         yield Fact("report", str(from_here(result.report)))
 
 
+def report_name(result: RunResult) -> str:
+    """The report's path as it is typed in a shell."""
+    return (
+        "outputs.run.json" if result.report is None else shlex.quote(str(from_here(result.report)))
+    )
+
+
 def counts(by_name: Mapping[str, int]) -> str:
     """Counts by name, by their names: "2 empty, 1 null"."""
     return ", ".join(f"{count} {name}" for name, count in sorted(by_name.items()))
@@ -77,7 +85,7 @@ def tokens(result: RunResult) -> str:
     return (
         f"{result.prompt_tokens} prompt "
         + (f"({result.cached_tokens} cached) " if result.cached_tokens else "")
-        + f"and {result.completion_tokens} completion"
+        + f"and {result.completion_tokens} completion tokens"
         + (f" ({result.reasoning_tokens} reasoning)" if result.reasoning_tokens else "")
     )
 
@@ -106,11 +114,17 @@ def place_of(paths: list[Path]) -> str:
     return f"{from_here(folder)}/ ({len(paths)} files)"
 
 
-def first_failure(path: Path) -> str:
-    """Where the first failure of a run's list is, and its message."""
-    with path.open(encoding="utf-8") as lines:
-        failure = json.loads(next(lines))
-    return f"record {place_of_failure(failure)}: {failure['message']}"
+def first_failure(path: Path | None) -> str:
+    """Where the first failure of a run's list is, and its message; empty where the list is gone, or
+    was damaged since."""
+    if path is None:
+        return ""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            failure = json.loads(next(lines))
+        return f"record {place_of_failure(failure)}: {failure['message']}"
+    except (OSError, ValueError, StopIteration, KeyError, TypeError):
+        return ""
 
 
 def place_of_failure(failure: Mapping[str, Any]) -> str:

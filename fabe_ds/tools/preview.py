@@ -102,6 +102,9 @@ class Preview:
         )
         return "\n".join([first, *(f"whole run: {each}" for each in self.estimates)])
 
+    def __repr__(self) -> str:
+        return f"<Preview: {str(self).splitlines()[0]}>"
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         diffs = (diff_html(str(shown), shown.diff()[:SHOWN_LINES]) for shown in self.shown)

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -345,8 +346,12 @@ def test_a_narrow_terminal(box, columns):
             break
         shown += data
     assert process.wait() == 0
-    assert b"2000 records: 2000 rewritten" in shown
     assert b"Traceback" not in shown
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown.decode())
+    assert re.search(r"rewritten +2,000", text)
+    panel = [line for line in text.split("\n") if line[:1] in "╭│╰"]
+    assert max(map(len, panel)) <= int(columns)
 
 
 def test_streams_that_are_closed(box):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import fabe_ds
 from tests.conftest import Box, wait_for
 from tests.support.server import ModelServer, completion, error
 
@@ -62,6 +63,20 @@ def test_a_run_shows_its_progress_and_its_result(box):
     # Without ipywidgets, tqdm remarks that its own bars are plain ones.
     said = [each["text"] for each in outputs if each["output_type"] == "stream"]
     assert all("IProgress not found" in text for text in said)
+
+
+@pytest.mark.parametrize("text", [None, "", "{}\n", "[]\n", "x\n", '{"record": 1}\n'])
+def test_a_result_shows_itself_whatever_became_of_its_files(box, text):
+    box.lines("data.jsonl", [{"code": f"x = {i}"} for i in range(10)])
+    with ModelServer(behave) as server:
+        how = {"provider": "openai", "base_url": server.url, "model": "m", "instruction": "f"}
+        places = {name: box.path / name for name in ("output", "cache_dir")}
+        result = fabe_ds.run(input=box.path / "data.jsonl", progress=False, **how, **places)
+    for path in (result.failures_file, result.report, box.path / "output.samples.jsonl"):
+        path.unlink()
+        if text is not None:
+            path.write_text(text)
+    assert "<b>10 records</b>" in result._repr_html_()
 
 
 def test_a_preview_shows_itself_and_writes_nothing(box):

@@ -917,7 +917,8 @@ def test_a_real_server_holds_to_a_schema_and_tells_probabilities(box, llama_serv
     assert ended.code == 0, ended
     for row in box.read("outputs/d.jsonl"):
         assert row["kind"] in ("math", "text")
-        assert 0 < row["sure"] <= 1
+        # llama.cpp tells the probabilities from before its grammar: none, where they cannot be right.
+        assert row["sure"] is None or 1e-4 <= row["sure"] <= 1
 
 
 @pytest.mark.slow

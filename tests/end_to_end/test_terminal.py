@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import termios
 
@@ -142,6 +144,44 @@ def test_json_is_one_object_on_standard_output(box, run):
     again = box.fabe("retry", "outputs.run.json", "--json", "--quiet")
     assert json.loads(again.out)["cached"] == 8
     assert again.err.count("\n") == 1
+
+
+def test_json_of_a_run_that_stopped(box, run, server):
+    """A script reads one object whatever happens."""
+    nowhere = "http://127.0.0.1:9/v1"
+    for command, code, said in (
+        ([*run, "--max-requests", 2], 1, "--max-requests"),
+        (["gone.jsonl" if word == "data.jsonl" else word for word in run], 2, "gone.jsonl"),
+        ([nowhere if "http" in str(word) else word for word in run], 1, "127.0.0.1:9"),
+        ([*run, "--config", "gone.yaml"], 2, "gone.yaml"),
+    ):
+        ended = box.fabe(*command, "--json", "--give-up-after", 1)
+        told = json.loads(ended.out)
+        assert (ended.code, told["exit_code"]) == (code, code)
+        assert said in told["error"]
+        assert told["error"] in ended.err
+
+
+def test_the_cursor_comes_back_after_two_interrupts(box, run):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, run), "--concurrency", "1"],
+        cwd=box.path,
+        env={**box.environment, "TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(ours, 1 << 16):
+            shown += part
+            if (b"records/s" in shown and b"stopping" not in shown) or b"stopping" in shown:
+                process.send_signal(signal.SIGINT)
+    os.close(ours)
+    assert process.wait(timeout=30) == 130
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
 
 
 def test_a_dry_run_tells_a_script_too(box, run):

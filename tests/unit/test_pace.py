@@ -59,5 +59,11 @@ def test_a_minute_without_an_answer_leaves_the_rate_of_the_whole_run():
     assert pace.rates(stats, 200, now=200)[0] == pytest.approx(0.5)
 
 
+def test_what_is_cached_says_nothing_of_what_is_asked_for():
+    stats = Stats(cached=9000, in_flight=64)
+    assert Pace().left(1000, stats, 2) is None
+    assert Pace().rates(stats, 2)[0] == 0
+
+
 def test_nothing_is_known_before_the_first_answer():
     assert Pace().left(10, Stats(), 5) is None
