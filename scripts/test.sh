@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 scripts/check.sh
-# Three at once on two cores: most tests wait, for a server or for a process.
-tests=(.venv/bin/python -m pytest -n 3 --dist loadgroup)
+# Four at once on two cores: most tests wait, for a server or for a process.
+tests=(.venv/bin/python -m pytest -n 4 --dist loadgroup)
 if [ "${1:-}" = --coverage ]; then
     export COVERAGE_FILE="$PWD/.coverage-data/all"  # the same file whatever folder a test runs in
     failed=0

@@ -61,7 +61,7 @@ def run(box: Any, name: str, batch_sizes: list[int], tokenizer: Any = None, **se
     folder = saved(name, box.path / "model", tokenizer, **settings)
     box.lines("data.jsonl", [{"code": text} for text in texts()])
     answers, way = [], "loop"
-    for size, drafts in zip(batch_sizes, (3, "off", "auto"), strict=True):
+    for size, drafts in zip(batch_sizes, (3, "auto", "off"), strict=False):
         ended = box.fabe(
             *("run", "--input", "data.jsonl", "--instruction", "Say", "--provider", "hf"),
             *("--model", folder, "--dtype", "float32", "--batch-size", size, "--no-resume"),
@@ -87,7 +87,9 @@ def run(box: Any, name: str, batch_sizes: list[int], tokenizer: Any = None, **se
 @pytest.mark.slow
 @pytest.mark.parametrize("name", made())
 def test_each_prompt_gets_its_own_answer(box, name, tokenizer):
-    way, answers = run(box, name, [1, 8, 48], tokenizer)
+    # What drafts and sizes do is of our own loop.
+    sizes = [1, 8, 48] if ways()[name] == "loop" else [1, 48]
+    way, answers = run(box, name, sizes, tokenizer)
     assert way == ways()[name]
     expected = alone(name, box.path / "model", tokenizer) if answers else []
     assert all(given == expected for given in answers)
