@@ -82,18 +82,19 @@ class Pace:
         return remaining * (self.share_asked(stats, now) if is_asking else 1.0) / rate
 
 
-def counts_told(stats: Stats, pace: Pace, total: int, seconds: float) -> str:
+def counts_told(stats: Stats, pace: Pace, total: int, seconds: float, brief: bool = False) -> str:
     """How many records are done, cached, failed and skipped, the rates, and, of `total` that are
-    known, the time that the others take. `seconds` are those in which there could be answers."""
+    known, the time that the others take. `seconds` are those in which there could be answers;
+    `brief`: only what failed, the rate of records, and the time."""
     seconds = max(seconds, 1e-9)
     rate, token_rate = pace.rates(stats, seconds)
-    parts = [f"{stats.done} done"]
-    for name in ("cached", "failed", "skipped"):
+    parts = [] if brief else [f"{stats.done} done"]
+    for name in ("failed",) if brief else ("cached", "failed", "skipped"):
         if count := getattr(stats, name):
             parts.append(f"{count} {name}")
     if rate or not stats.cached:
         parts.append(f"{rate:.1f} records/s")
-    if token_rate:
+    if token_rate and not brief:
         parts.append(f"{token_rate:.0f} tokens/s")
     left = pace.left(total - stats.settled, stats, seconds)
     if left is not None and stats.settled < total:

@@ -183,3 +183,6 @@ def print_failures(result: RunResult) -> None:
         )
     for error in result.bad_files:
         print(f"fabe-ds: left out: {error}", file=sys.stderr)
+    if not (result.done or result.cached or result.failed):
+        for note in result.notes:
+            print(f"fabe-ds: {note}", file=sys.stderr)

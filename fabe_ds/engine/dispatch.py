@@ -85,7 +85,9 @@ class Pass:
                 self._start(self._todo.popleft(), endpoint)
         except BaseException as error:  # the items are the caller's code: it gets its error back
             self.fatal(error)
-        self._stats.in_flight, self._stats.limit = self._all.busy, self._all.width
+        # An answer that is not yet on disk has its place, but is no request any more.
+        self._stats.in_flight = max(0, self._all.busy - len(self._unstored))
+        self._stats.limit = self._all.width
         for each in self._all.each:
             each.capacity.hold(self._all.busy)
         self._deliver()

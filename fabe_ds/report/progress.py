@@ -19,6 +19,8 @@ from fabe_ds.text import clock
 
 log = logging.getLogger(__name__)
 
+WIDE = 80
+"""Columns of a terminal in which a whole line of progress has room."""
 BAR_SECONDS, NOTEBOOK_SECONDS = 0.2, 0.5
 LINE_SECONDS = ((60.0, 5.0), (180.0, 15.0), (float("inf"), 60.0))
 """Until so many seconds of a run, a line each so many."""
@@ -48,10 +50,11 @@ def _note(course: Course) -> None:
         course.pace.note(course.stats)
 
 
-def describe(course: Course) -> str:
-    """One line: the phase, how far it is, and the time that it has left."""
+def describe(course: Course, brief: bool = False) -> str:
+    """One line: the phase, how far it is, and the time that it has left. `brief`: for a narrow
+    terminal, where what holds the run up is the most that there is room for."""
     if course.phase == ANSWERING:
-        return _answering(course)
+        return _answering(course, brief)
     if not course.total:
         return course.phase
     done, total = min(course.done, course.total), course.total
@@ -62,11 +65,13 @@ def describe(course: Course) -> str:
     return f"{line}, {_left(done, total, course.seconds)} left" if 0 < done < total else line
 
 
-def _answering(course: Course) -> str:
+def _answering(course: Course, brief: bool) -> str:
     stats, total = course.stats, course.total
     if stats.state == LOADING_MODEL:
         return f"{stats.settled}/{total}, {LOADING_MODEL}"
-    told = counts_told(stats, course.pace, total, course.seconds - stats.loading)
+    if brief and stats.state:
+        return f"{stats.settled}/{total}; {stats.state}"
+    told = counts_told(stats, course.pace, total, course.seconds - stats.loading, brief)
     line = f"{stats.settled}/{total}, {told}"
     if stats.state:
         line += f"; {stats.state}"
@@ -145,4 +150,5 @@ def _bar(course: Course, over: threading.Event) -> None:
         task = shown.add_task("")
         while not over.wait(BAR_SECONDS):
             done, total = _reached(course)
-            shown.update(task, completed=done, total=total or None, description=describe(course))
+            line = describe(course, brief=console.width < WIDE)
+            shown.update(task, completed=done, total=total or None, description=line)

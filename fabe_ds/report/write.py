@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def write_reports(
         reasoning_tokens=stats.reasoning_tokens,
         cost=stats.cost,
         loading=stats.loading,
-        notes=stats.notes,
+        notes=[*stats.notes, *_nothing_asked(counts, kind)],
         answered_by=models_of(answers, job.config.model),
         failures_file=beside(reports, FAILURES) if counts["failed"] else None,
         report=beside(reports, REPORT),
@@ -68,6 +68,17 @@ def write_reports(
     }
     write_report(job.shown, result, details)
     return result
+
+
+def _nothing_asked(counts: Mapping[str, Any], kind: Format) -> Iterator[str]:
+    """What to say of a run in which no record had a text to ask about."""
+    skipped, without_text = (
+        counts["skipped"],
+        {"empty", "missing", "null", "not a string", "no text"},
+    )
+    if set(skipped) <= without_text and 0 < counts["records"] == sum(skipped.values()):
+        names = ", ".join(kind.targets.names)
+        yield f"nothing was asked for: no record has a text at {names}"
 
 
 def failed_records(records: Records, kind: Format, answers: Answers) -> Iterator[dict[str, Any]]:

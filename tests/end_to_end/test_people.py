@@ -56,6 +56,15 @@ def test_the_rate_of_answers_begins_with_them():
     assert describe(course) == "20/40, 20 done, 2.0 records/s, 0:10 left"
 
 
+def test_a_narrow_terminal_is_told_what_matters():
+    course = at(ANSWERING, 0, 40, 10)
+    course.stats.done, course.stats.cached, course.stats.failed = 18, 4, 2
+    course.stats.prompt_tokens = 100
+    assert describe(course, brief=True) == "24/40, 2 failed, 2.0 records/s, 0:08 left"
+    course.stats.state = "stopping: 4 requests are on their way"
+    assert describe(course, brief=True) == "24/40; stopping: 4 requests are on their way"
+
+
 def test_all_phases_are_shown_and_lines_become_fewer(monkeypatch, caplog, tmp_path):
     """The phases of a real run, each seen; the lines' distances, read off the table."""
     from fabe_ds.report import progress

@@ -129,6 +129,15 @@ def test_quiet_says_what_went_wrong_and_nothing_else(box, run):
     assert ended.err.count("\n") == 1
 
 
+def test_a_run_that_asks_for_nothing_says_so(box):
+    box.lines("data.jsonl", [{"code": 1}, {"code": ""}, {"code": None}])
+    said = "nothing was asked for: no record has a text at code"
+    ended = box.fabe("run", "--input", "data.jsonl")
+    assert (ended.code, f"note: {said}\n" in ended.out) == (0, True)
+    ended = box.fabe("run", "--input", "data.jsonl", "--quiet")
+    assert (ended.out, ended.err) == ("", f"fabe-ds: {said}\n")
+
+
 def test_json_is_one_object_on_standard_output(box, run):
     ended = box.fabe(*run, "--json")
     assert ended.code == 1
