@@ -14,7 +14,7 @@ from fabe_ds.repeating import repeating
 from fabe_ds.report.course import Course
 from fabe_ds.report.progress import describe
 from fabe_ds.run_files import live_file
-from fabe_ds.scratch import scratch_in, unlink
+from fabe_ds.scratch import unlink
 from fabe_ds.version import __version__
 
 SECONDS = 1.0
@@ -48,17 +48,20 @@ def told_beside(report: Path, course: Course, config: Mapping[str, Any]) -> Iter
         with repeating(tell, SECONDS):
             yield
     finally:
-        unlink(str(place))
+        for left in (place, _scratch(place)):
+            unlink(str(left))
 
 
 def _write(place: Path, told: dict[str, Any]) -> None:
     """Not brought to the disk: what a crash leaves of it is of no use."""
-    scratch = scratch_in(place.parent)
-    try:
-        scratch.write_text(json.dumps(told), encoding="utf-8")
-        scratch.replace(place)
-    finally:
-        scratch.unlink(missing_ok=True)
+    scratch = _scratch(place)
+    scratch.write_text(json.dumps(told), encoding="utf-8")
+    scratch.replace(place)
+
+
+def _scratch(place: Path) -> Path:
+    """Where the file is written before it takes its place: a name that is no input's either."""
+    return place.with_name(f".new{place.name}")
 
 
 def _told(course: Course, asked: Mapping[str, Any]) -> dict[str, Any]:

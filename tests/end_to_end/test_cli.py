@@ -510,6 +510,7 @@ def test_help_groups_the_flags(box):
     ("words", "offered"),
     [
         ("fabe-ds pre", ["preview"]),
+        ("fabe-ds docs ser", ["servers"]),
         ("fabe-ds cache ex", ["export", "explain"]),
         ("fabe-ds run --on-tr", ["--on-truncated"]),
         ("fabe-ds run --on-truncated ", ["fail", "keep"]),

@@ -75,6 +75,8 @@ def test_the_page_holds_what_the_run_has_left(page):
     lines = (page.parent / "data.jsonl").read_text().splitlines()
     assert (first["where"], first["input"]) == ("data.jsonl:11", lines[10])
     assert (second["where"], second["input"]) == ("data.jsonl:50", lines[49])
+    history = json.loads((page.parent / "outputs.run.json").read_text())["history"]
+    assert all(in_flight <= limit for *_, limit, in_flight, _ in history)
 
 
 def elements(driver: Any, selector: str) -> list[Any]:
