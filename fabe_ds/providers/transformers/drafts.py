@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 LONGEST = 16  # drafted tokens
@@ -27,7 +28,9 @@ _STEP_FORGETS = 0.97
 _RATE_FORGETS = 0.7
 _ODD = 3.0  # a step that took so many times what was expected counts as that
 _KNOWN = 2  # steps of a kind whose rate is known
-_TRIES = 24  # steps after which the kind is tried that seems worse
+_TRIES, _MOST_TRIES = 24, 768
+"""Steps after which the kind is tried that seems worse: twice as many each time that it is worse
+again. A try costs more than a step: of a shape that is new, it is made ready first."""
 
 Speculation = Literal["auto", "off"] | int
 
@@ -152,6 +155,15 @@ class _Rate:
         self._seconds = _RATE_FORGETS * self._seconds + seconds
 
 
+@dataclass(slots=True)
+class _Trial:
+    """When the kind of step that seems worse is tried next, by the number of steps."""
+
+    due: int
+    better: bool
+    pause: int = _TRIES
+
+
 class StepCosts:
     """What steps give here, with drafts and without, by how many rows they have."""
 
@@ -160,6 +172,7 @@ class StepCosts:
         self.least_chance = 0.5 * _SHARE
         """Of a token that is worth a place."""
         self._rates: dict[tuple[int, bool], _Rate] = {}  # by the binary digits of rows; with drafts
+        self._trials: dict[int, _Trial] = {}
         self._sums = [0.0] * 6  # of 1, positions, seconds, tokens, and products with positions
         self._steps = 0
 
@@ -167,6 +180,7 @@ class StepCosts:
         """A step of so many rows, at so many positions, gave so many tokens."""
         self._steps += 1
         drafting = positions > rows
+        self._surprise(rows, drafting, tokens / max(seconds, 1e-9))
         self._rate(rows, drafting).took(tokens, seconds)
         if drafting:
             self._weigh(positions, tokens, seconds)
@@ -181,7 +195,30 @@ class StepCosts:
             return drafting.steps <= plain.steps
         else:
             better = False
-        return better if self._steps % _TRIES else not better
+        return better != self._is_try(rows, better)
+
+    def _surprise(self, rows: int, drafting: bool, rate: float) -> None:
+        """Where a step of the kind that seemed worse gave more, it is tried again at once."""
+        trial = self._trials.get(rows.bit_length())
+        if trial is None or drafting == trial.better:
+            return
+        best = self._rate(rows, trial.better)
+        if best.steps >= _KNOWN and rate > best.known:
+            trial.pause, trial.due = _TRIES, self._steps + 1
+
+    def _is_try(self, rows: int, better: bool) -> bool:
+        """Whether the next step is of the kind that seems worse, to know. `better`: that with
+        drafts seems to give more."""
+        trial = self._trials.setdefault(rows.bit_length(), _Trial(self._steps + _TRIES, better))
+        if trial.better != better:  # something has changed, and may change again
+            trial.better, trial.pause = better, _TRIES
+            trial.due = self._steps + _TRIES
+        if self._steps < trial.due:
+            return False
+        known = min(self._rate(rows, drafting).steps for drafting in (False, True)) >= _KNOWN
+        trial.pause = min(2 * trial.pause, _MOST_TRIES) if known else _TRIES
+        trial.due = self._steps + trial.pause
+        return True
 
     def _rate(self, rows: int, drafting: bool) -> _Rate:
         return self._rates.setdefault((rows.bit_length(), drafting), _Rate())
