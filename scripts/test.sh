@@ -15,4 +15,10 @@ if [ "${1:-}" = --coverage ]; then
     echo "coverage: $(.venv/bin/coverage report --format=total) %"
     exit $failed
 fi
-"${tests[@]}" "$@"  # not by exec: a test of completion looks for the shell that runs it
+# Not by exec: a test of completion looks for the shell that runs it.
+if [ $# -gt 0 ]; then
+    "${tests[@]}" "$@"
+else
+    .venv/bin/python -m pytest -m alone
+    "${tests[@]}" -m 'not alone'
+fi

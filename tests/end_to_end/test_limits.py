@@ -51,6 +51,7 @@ class Moving:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_auto_follows_a_limit_that_moves(box):
     # Of the places that the server offers, and not of answers: a busy machine is slower at both.
     phases = [(12.0, 8), (12.0, 32), (12.0, 8)]
