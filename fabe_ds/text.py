@@ -20,6 +20,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds with a tenth below a minute, h:mm:ss or m:ss from there on."""
+    return clock(seconds) if seconds >= 60 else f"{seconds:.1f} s"
+
+
 def listed(names: Sequence[str]) -> str:
     """The first few of the names, and how many more there are."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

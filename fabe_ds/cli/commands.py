@@ -43,8 +43,6 @@ AsJson = Annotated[
         rich_help_panel="Execution",
     ),
 ]
-
-
 Live = Annotated[
     bool,
     typer.Option(

@@ -81,8 +81,7 @@ def print_preview(seen: Any) -> None:
 def _in_words(what: str, counts: Any) -> str:
     if not counts:
         return ""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-    return f"; {sum(counts.values())} {what} ({reasons})"
+    return f"; {sum(counts.values())} {what} ({summary.counts(counts)})"
 
 
 STYLES = {

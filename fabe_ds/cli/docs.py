@@ -37,17 +37,20 @@ def show(text: str) -> None:
     if not sys.stdout.isatty():
         print(text, end="")
         return
+    import pydoc
+
     from rich.console import Console
     from rich.markdown import Markdown
 
     console = Console()
-    rendered = console.render_lines(Markdown(text), pad=False)
-    if len(rendered) < console.height:
+    with console.capture() as drawn:
         console.print(Markdown(text))
+    shown = drawn.get()
+    if shown.count("\n") < console.height:
+        sys.stdout.write(shown)
         return
     os.environ.setdefault("LESS", "-R")  # else less shows the codes of colours
-    with console.pager(styles=True):
-        console.print(Markdown(text))
+    pydoc.pager(shown)
 
 
 def _title(topic: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import typer
 
 from fabe_ds.cli.display import print_failures, print_summary
-from fabe_ds.cli.terminal import log_to_stderr
+from fabe_ds.cli.terminal import complain, log_to_stderr
 from fabe_ds.config.load import read_config, validated
 from fabe_ds.config.settings import STANDARD, RunConfig, flag
 from fabe_ds.errors import INTERRUPTED, FabeError, UsageError
@@ -87,9 +87,7 @@ def run_and_report(settings: RunConfig, telling: Telling) -> NoReturn:
     telling.begin(settings)
     if settings.output_path != STANDARD and not telling.json:
         result, _, error = _run_and_print(settings, telling)
-        if error is not None:
-            raise error
-        raise typer.Exit(result.exit_code)
+        raise typer.Exit(_code(result, error))
     # Standard output is for records alone, or for the summary.
     with contextlib.redirect_stdout(sys.stderr):
         result, pushed, error = _run_and_print(settings, telling)
@@ -99,16 +97,15 @@ def run_and_report(settings: RunConfig, telling: Telling) -> NoReturn:
         print(as_json(result, pushed=pushed, **({} if error is None else told_as_json(error))))
     else:
         copy_to(sys.stdout.buffer, result.outputs)
-    if error is not None:
-        raise AlreadyTold(error)
-    raise typer.Exit(result.exit_code)
+    raise typer.Exit(_code(result, error))
 
 
-class AlreadyTold(Exception):
-    """An error of which standard output has the JSON."""
-
-    def __init__(self, error: FabeError) -> None:
-        self.error = error
+def _code(result: RunResult, error: FabeError | None) -> int:
+    """The exit code of a run that came to its end; says why it could not be pushed."""
+    if error is None:
+        return result.exit_code
+    complain(str(error))
+    return error.exit_code
 
 
 def told_as_json(error: FabeError) -> dict[str, Any]:
@@ -121,8 +118,6 @@ def errors_as_json(wanted: bool) -> Iterator[None]:
     """Where it is wanted, prints one JSON object of an error that ends the block too."""
     try:
         yield
-    except AlreadyTold as told:
-        raise told.error from None
     except FabeError as error:
         if wanted:
             print(json.dumps(told_as_json(error)))

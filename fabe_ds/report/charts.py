@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from fabe_ds.report.run_report import RunReport
-from fabe_ds.text import clock
+from fabe_ds.text import duration
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 200, 52, 26
 FEWEST_PLACES = 8  # for bars
@@ -120,7 +120,7 @@ def _line(points: list[tuple[float, float]], title: str) -> str:
     base = _y(0, most)
     area = f'<polygon class="area" points="{LEFT},{base} {" ".join(places)} {WIDTH},{base}"/>'
     line = f'<polyline class="line" points="{" ".join(places)}"/>'
-    ticks = [(part, _moment(end * part)) for part in (0, 0.25, 0.5, 0.75, 1)]
+    ticks = [(part, duration(end * part)) for part in (0, 0.25, 0.5, 0.75, 1)]
     return _frame(title, most, area + line, ticks)
 
 
@@ -137,7 +137,3 @@ def _bars(bars: list[tuple[str, int]], title: str) -> str:
     every = math.ceil(len(bars) / 8)
     ticks = [((n + 0.5) / places, edge) for n, (edge, _) in enumerate(bars) if n % every == 0]
     return _frame(title, most, "".join(drawn), ticks)
-
-
-def _moment(seconds: float) -> str:
-    return clock(seconds) if seconds >= 60 else f"{seconds:.1f} s"

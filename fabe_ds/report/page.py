@@ -20,7 +20,7 @@ from fabe_ds.report.result import read_lines
 from fabe_ds.report.run_report import RunReport, read_report
 from fabe_ds.report.summary import place_of_failure
 from fabe_ds.run_files import FAILURES, SAMPLES, of_report
-from fabe_ds.text import clock, encodable_value
+from fabe_ds.text import duration, encodable_value
 
 FOLDER = Path(__file__).parent
 SHOWN_FAILURES, SHOWN_CHARACTERS = 50, 2000
@@ -103,7 +103,7 @@ def tiles(run: RunReport) -> list[tuple[str, str]]:
         ("from cache", f"{run.cached:,}"),
         ("failed", f"{run.failed:,}"),
         ("skipped", f"{sum(run.skipped.values()):,}"),
-        ("time", clock(seconds) if seconds >= 60 else f"{seconds:.1f} s"),
+        ("time", duration(seconds)),
         ("records a second", f"{run.records / max(seconds - run.loading, 1e-9):,.1f}"),
         ("requests", f"{run.requests:,}"),
         *([("refusals", f"{run.refusals:,}")] if run.refusals else []),

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from fabe_ds.files import from_here
 from fabe_ds.report.advice import what_helps
 from fabe_ds.report.result import RunResult
-from fabe_ds.text import clock
+from fabe_ds.text import duration
 
 Style = Literal["good", "known", "bad", "advice", "quiet", "plain"]
 """What a colour means: rewritten, known from before, failed, to be done, left out; none."""
@@ -95,9 +95,8 @@ def records_per_second(result: RunResult) -> float:
 
 
 def times(result: RunResult) -> str:
-    seconds = clock(result.seconds) if result.seconds >= 60 else f"{result.seconds:.1f} s"
     loading = f" ({result.loading:.1f} s loading the model)" if result.loading > 1 else ""
-    return f"{seconds}{loading}, {records_per_second(result):.1f} records/s"
+    return f"{duration(result.seconds)}{loading}, {records_per_second(result):.1f} records/s"
 
 
 def answered_by(result: RunResult) -> str:
